@@ -1,0 +1,102 @@
+// AdEMAMix (arXiv 2409.03137): the schedules, and the update of one element. The CPU and the CUDA kernels compile
+// these same functions; T is float or double, V is T or a SIMD vector of T.
+#pragma once
+
+#include <optional>
+
+#include "value.h"
+
+namespace ademamix {
+
+// One call's options.
+struct Hyperparameters {
+  double beta1, beta2, beta3, alpha;
+  std::optional<double> t_alpha, t_beta3;  // steps of warm-up of alpha and beta3
+  double eps, weight_decay;
+  bool maximize;
+};
+
+// alpha(t): linear from 0 to alpha over t_alpha steps.
+ADEMAMIX_INLINE double alpha_schedule(double step, const Hyperparameters& h) {
+  return h.t_alpha ? ::fmin(step * h.alpha / *h.t_alpha, h.alpha) : h.alpha;
+}
+
+// beta3(t): from beta1 to beta3 over t_beta3 steps, linear in the half-life of the average, which is proportional to
+// 1 / ln(beta). This form of the paper's equation also holds at beta1 = 0, where 1 / ln(beta1) is 0.
+ADEMAMIX_INLINE double beta3_schedule(double step, const Hyperparameters& h) {
+  if (!h.t_beta3 || step >= *h.t_beta3) return h.beta3;
+  const double s = step / *h.t_beta3;
+  const double start = h.beta1 > 0 ? 1 / ::log(h.beta1) : 0;
+  const double end = h.beta3 > 0 ? 1 / ::log(h.beta3) : 0;
+  return ::fmin(::exp(1 / ((1 - s) * start + s * end)), h.beta3);
+}
+
+// What the update of a tensor's elements needs, fixed for one step.
+template <class V>
+struct StepScalars {
+  V grad_factor;  // -1 to maximize, times 1 / grad_scale
+  V beta1, one_minus_beta1;
+  V beta2, one_minus_beta2;
+  V beta3, one_minus_beta3;
+  V alpha;
+  V inv_bias1;       // 1 / (1 - beta1^t)
+  V inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  V eps, minus_lr, weight_decay;
+
+  StepScalars() = default;
+
+  // All in float64, rounded once: in float32, 1 - 0.9999 alone would be off by 1.7e-4. `step` counts from 1.
+  ADEMAMIX_INLINE StepScalars(const Hyperparameters& h, double step, double lr, double grad_scale)
+      : grad_factor(V((h.maximize ? -1 : 1) / grad_scale)),
+        beta1(V(h.beta1)),
+        one_minus_beta1(V(1 - h.beta1)),
+        beta2(V(h.beta2)),
+        one_minus_beta2(V(1 - h.beta2)),
+        alpha(V(alpha_schedule(step, h))),
+        inv_bias1(V(1 / (1 - ::pow(h.beta1, step)))),
+        inv_sqrt_bias2(V(1 / ::sqrt(1 - ::pow(h.beta2, step)))),
+        eps(V(h.eps)),
+        minus_lr(V(-lr)),
+        weight_decay(V(h.weight_decay)) {
+    const double beta3_t = beta3_schedule(step, h);
+    beta3 = V(beta3_t);
+    one_minus_beta3 = V(1 - beta3_t);
+  }
+
+  // Broadcast to the lanes of a SIMD vector.
+  template <class T>
+  ADEMAMIX_INLINE explicit StepScalars(const StepScalars<T>& s)
+      : grad_factor(s.grad_factor),
+        beta1(s.beta1),
+        one_minus_beta1(s.one_minus_beta1),
+        beta2(s.beta2),
+        one_minus_beta2(s.one_minus_beta2),
+        beta3(s.beta3),
+        one_minus_beta3(s.one_minus_beta3),
+        alpha(s.alpha),
+        inv_bias1(s.inv_bias1),
+        inv_sqrt_bias2(s.inv_sqrt_bias2),
+        eps(s.eps),
+        minus_lr(s.minus_lr),
+        weight_decay(s.weight_decay) {}
+};
+
+template <class V>
+struct Element {
+  V param, exp_avg, exp_avg_slow, exp_avg_sq;
+};
+
+// One step of one element, as in the paper: m1, m2 and nu are exp_avg, exp_avg_slow and exp_avg_sq;
+//   param -= lr * ((m1 / (1 - beta1^t) + alpha * m2) / (sqrt(nu) / sqrt(1 - beta2^t) + eps) + weight_decay * param)
+template <class V>
+ADEMAMIX_INLINE void update(Element<V>& e, V grad, const StepScalars<V>& s) {
+  grad = grad * s.grad_factor;
+  e.exp_avg = fma(s.beta1, e.exp_avg, s.one_minus_beta1 * grad);
+  e.exp_avg_slow = fma(s.beta3, e.exp_avg_slow, s.one_minus_beta3 * grad);
+  e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, s.one_minus_beta2 * grad * grad);
+  const V numerator = fma(s.alpha, e.exp_avg_slow, e.exp_avg * s.inv_bias1);
+  const V denominator = fma(sqrt(e.exp_avg_sq), s.inv_sqrt_bias2, s.eps);
+  e.param = fma(s.minus_lr, fma(s.weight_decay, e.param, numerator / denominator), e.param);
+}
+
+}  // namespace ademamix

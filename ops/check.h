@@ -1,0 +1,208 @@
+// What arguments the ops accept. torch_ademamix/check.py asks the same of fake tensors and of the reference kernels,
+// in the same words and order (tests/test_errors.py compares them).
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "ademamix.h"
+#include "tensor_view.h"
+
+namespace ademamix {
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string shape_name(const TensorView& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < t.dims; ++d) text << (d ? ", " : "") << t.sizes[d];
+  text << ']';
+  return text.str();
+}
+
+inline std::string device_name(const TensorView& t) {
+  if (t.device == Device::CPU) return "cpu";
+  if (t.device == Device::CUDA) return "cuda:" + std::to_string(t.device_index);
+  return "another device";
+}
+
+inline bool is_parameter_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
+}
+
+// The dtype of a parameter's arithmetic and of its unquantized state.
+inline ScalarType compute_dtype(ScalarType param) {
+  return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline bool same_device(const TensorView& a, const TensorView& b) {
+  return a.device == b.device && a.device_index == b.device_index;
+}
+
+inline bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.dims == b.dims && std::equal(a.sizes, a.sizes + a.dims, b.sizes);
+}
+
+// A tensor expanded over one memory location can't be updated in place.
+inline bool overlaps_itself(const TensorView& t) {
+  if (t.contiguous) return false;
+  for (int64_t d = 0; d < t.dims; ++d)
+    if (t.strides[d] == 0 && t.sizes[d] > 1) return true;
+  return false;
+}
+
+using Views = std::vector<TensorView>;
+
+// The checks of one op call; `op` begins every text.
+class Checker {
+ public:
+  Checker(const char* op, const Views& params) : op_(op), params_(params) {
+    for (size_t i = 0; i < params.size(); ++i) {
+      const auto dtype = params[i].dtype;
+      if (!is_parameter_dtype(dtype))
+        refuse(op_, ": params[", i, "] has dtype ", dtype_name(dtype),
+               "; allowed are torch.float32, torch.bfloat16, torch.float16, torch.float64");
+      uniform("params", params, i);
+      in_place("params", i, params[i]);
+    }
+  }
+
+  void length(const char* name, size_t n) const {
+    if (n != params_.size())
+      refuse(op_, ": ", name, " has length ", n, ", but params has length ", params_.size());
+  }
+
+  void grads(const Views& grads) const {
+    length("grads", grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      const auto dtype = grads[i].dtype;
+      if (!is_parameter_dtype(dtype))
+        refuse(op_, ": grads[", i, "] has dtype ", dtype_name(dtype),
+               "; allowed are torch.float32, torch.bfloat16, torch.float16, torch.float64");
+      uniform("grads", grads, i);
+      on_device("grads", i, grads[i]);
+      shaped_as_param("grads", i, grads[i]);
+    }
+  }
+
+  // A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic.
+  void state(const char* name, const Views& list) const {
+    length(name, list.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+      of_dtype(name, i, list[i], compute_dtype(params_[i].dtype));
+      on_device(name, i, list[i]);
+      shaped_as_param(name, i, list[i]);
+      in_place(name, i, list[i]);
+    }
+  }
+
+  void steps(const Views& steps) const {
+    length("steps", steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      of_dtype("steps", i, steps[i], ScalarType::Float);
+      on_device("steps", i, steps[i]);
+      if (steps[i].numel != 1)
+        refuse(op_, ": steps[", i, "] has shape ", shape_name(steps[i]), ", but must hold one element");
+    }
+  }
+
+  // The scalars that may be tensors: one element each, on the parameters' device.
+  template <class Lr>
+  void scalars(const Lr& lr, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) const {
+    if constexpr (std::is_same_v<Lr, Tensor>) {
+      const TensorView view = view_of(lr);
+      if (view.dtype != ScalarType::Float && view.dtype != ScalarType::Double)
+        refuse(op_, ": lr has dtype ", dtype_name(view.dtype), ", but must be torch.float32 or torch.float64");
+      one_element("lr", view);
+    } else {
+      in_range("lr", lr, lr >= 0, "at least 0");
+    }
+    float_scalar("grad_scale", grad_scale);
+    float_scalar("found_inf", found_inf);
+  }
+
+  void hyperparameters(const Hyperparameters& h) const {
+    in_range("beta1", h.beta1, h.beta1 >= 0 && h.beta1 < 1, "in [0, 1)");
+    in_range("beta2", h.beta2, h.beta2 >= 0 && h.beta2 < 1, "in [0, 1)");
+    in_range("beta3", h.beta3, h.beta3 >= 0 && h.beta3 < 1, "in [0, 1)");
+    if (h.t_alpha) in_range("t_alpha", *h.t_alpha, *h.t_alpha > 0, "positive or None");
+    if (h.t_beta3) in_range("t_beta3", *h.t_beta3, *h.t_beta3 > 0, "positive or None");
+    in_range("eps", h.eps, h.eps >= 0, "at least 0");
+  }
+
+ private:
+  void float_scalar(const char* name, const std::optional<Tensor>& t) const {
+    if (!t) return;
+    const TensorView view = view_of(*t);
+    if (view.dtype != ScalarType::Float)
+      refuse(op_, ": ", name, " has dtype ", dtype_name(view.dtype), ", but must be torch.float32");
+    one_element(name, view);
+  }
+
+  void one_element(const char* name, const TensorView& t) const {
+    if (t.numel != 1) refuse(op_, ": ", name, " has shape ", shape_name(t), ", but must hold one element");
+    if (!params_.empty() && !same_device(params_[0], t))
+      refuse(op_, ": ", name, " is on ", device_name(t), ", but params are on ", device_name(params_[0]));
+  }
+
+  void in_range(const char* name, double value, bool ok, const char* allowed) const {
+    if (!ok) refuse(op_, ": ", name, " is ", value, ", but must be ", allowed);
+  }
+
+  void uniform(const char* name, const Views& list, size_t i) const {
+    if (list[i].dtype != list[0].dtype || !same_device(list[i], list[0]))
+      refuse(op_, ": ", name, "[", i, "] is ", dtype_name(list[i].dtype), " on ", device_name(list[i]), ", but ",
+             name, "[0] is ", dtype_name(list[0].dtype), " on ", device_name(list[0]),
+             "; one call takes one dtype and one device");
+  }
+
+  void of_dtype(const char* name, size_t i, const TensorView& t, ScalarType dtype) const {
+    if (t.dtype != dtype)
+      refuse(op_, ": ", name, "[", i, "] has dtype ", dtype_name(t.dtype), ", but must be ", dtype_name(dtype));
+  }
+
+  void on_device(const char* name, size_t i, const TensorView& t) const {
+    if (!same_device(t, params_[i]))
+      refuse(op_, ": ", name, "[", i, "] is on ", device_name(t), ", but params[", i, "] is on ",
+             device_name(params_[i]));
+  }
+
+  void shaped_as_param(const char* name, size_t i, const TensorView& t) const {
+    if (!same_shape(t, params_[i]))
+      refuse(op_, ": ", name, "[", i, "] has shape ", shape_name(t), ", but params[", i, "] has shape ",
+             shape_name(params_[i]));
+  }
+
+  void in_place(const char* name, size_t i, const TensorView& t) const {
+    if (overlaps_itself(t))
+      refuse(op_, ": ", name, "[", i, "] has elements that share memory, so it can't be updated in place");
+  }
+
+  const char* op_;
+  const Views& params_;
+};
+
+}  // namespace ademamix

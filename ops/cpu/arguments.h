@@ -1,0 +1,46 @@
+// From an op's arguments to what the CPU kernels take.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../ademamix.h"
+#include "../tensor_view.h"
+
+namespace ademamix {
+
+inline double read_scalar(double value) { return value; }
+
+inline double read_scalar(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(t.const_data_ptr())
+                                               : *static_cast<const float*>(t.const_data_ptr());
+}
+
+// Where the tensors of one parameter fill their memory without gaps and in one order, as a transposed weight and its
+// state do, that order serves as well as the row-major one: marks them contiguous.
+inline void use_common_order(std::initializer_list<TensorView*> tensors) {
+  const TensorView& first = **tensors.begin();
+  int64_t extent = 1;  // of the memory between the first and the last element
+  for (int64_t d = 0; d < first.dims; ++d) extent += (first.sizes[d] - 1) * first.strides[d];
+  if (extent != first.numel) return;
+  for (const TensorView* t : tensors)
+    for (int64_t d = 0; d < first.dims; ++d)
+      if (first.sizes[d] > 1 && t->strides[d] != first.strides[d]) return;
+  for (TensorView* t : tensors) t->contiguous = true;
+}
+
+// Advances each parameter's step and computes its scalars. Parameters of one step share them.
+template <class T>
+std::vector<StepScalars<T>> advance(const std::vector<TensorView>& steps, const Hyperparameters& h, double lr, double grad_scale) {
+  std::vector<StepScalars<T>> scalars(steps.size());
+  float last = 0;  // no step is 0 after its increment
+  for (size_t i = 0; i < steps.size(); ++i) {
+    float& step = *static_cast<float*>(steps[i].data);
+    step += 1;
+    scalars[i] = i > 0 && step == last ? scalars[i - 1] : StepScalars<T>(h, step, lr, grad_scale);
+    last = step;
+  }
+  return scalars;
+}
+
+}  // namespace ademamix

@@ -1,0 +1,63 @@
+// ademamix_step_ on the CPU.
+#include "../check.h"
+#include "arguments.h"
+#include "step_kernel.h"
+#include "work.h"
+
+namespace ademamix {
+namespace {
+
+struct StepLists {
+  Views params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps;
+};
+
+template <class T>
+void run(const StepLists& lists, const Hyperparameters& h, double lr, double grad_scale) {
+  const auto scalars = advance<T>(lists.steps, h, lr, grad_scale);
+  std::vector<StepTensor<T>> tensors;
+  std::vector<int64_t> numels;
+  tensors.reserve(lists.params.size());
+  numels.reserve(lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    StepTensor<T> t{lists.params[i],        lists.grads[i],       lists.exp_avgs[i],
+                    lists.exp_avg_slows[i], lists.exp_avg_sqs[i], scalars[i]};
+    use_common_order({&t.param, &t.grad, &t.exp_avg, &t.exp_avg_slow, &t.exp_avg_sq});
+    tensors.push_back(t);
+    numels.push_back(t.param.numel);
+  }
+  parallel_over_elements(numels, [&](size_t i, int64_t begin, int64_t end) { step_elements(tensors[i], begin, end); });
+}
+
+// Lr is double, or Tensor: a learning rate that a compiled or captured step reads anew each time.
+template <class Lr>
+void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows, TensorList exp_avg_sqs,
+          TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha, std::optional<double> t_alpha,
+          std::optional<double> t_beta3, double eps, double weight_decay, bool maximize,
+          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay, maximize};
+  const StepLists lists{views_of(params),        views_of(grads),       views_of(exp_avgs),
+                        views_of(exp_avg_slows), views_of(exp_avg_sqs), views_of(steps)};
+  const Checker check("ademamix_step_", lists.params);
+  check.grads(lists.grads);
+  check.state("exp_avgs", lists.exp_avgs);
+  check.state("exp_avg_slows", lists.exp_avg_slows);
+  check.state("exp_avg_sqs", lists.exp_avg_sqs);
+  check.steps(lists.steps);
+  check.scalars(lr, grad_scale, found_inf);
+  check.hyperparameters(h);
+
+  if (params.empty() || (found_inf && read_scalar(*found_inf) != 0)) return;
+  const double scale = grad_scale ? read_scalar(*grad_scale) : 1;
+  if (lists.params[0].dtype == ScalarType::Double)
+    run<double>(lists, h, read_scalar(lr), scale);
+  else
+    run<float>(lists, h, read_scalar(lr), scale);
+}
+
+}  // namespace
+}  // namespace ademamix
+
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CPU, m) {
+  m.impl("ademamix_step_", TORCH_BOX(&ademamix::step<double>));
+  m.impl("ademamix_step_.tensor_lr", TORCH_BOX(&ademamix::step<torch::stable::Tensor>));
+}

@@ -1,0 +1,18 @@
+// LibTorch's stable ABI, for files that speak to torch: one build serves every torch from 2.11 on. (ATen/cpu/vec
+// refuses to be included beside it, so the SIMD kernels are files of their own.)
+#pragma once
+
+#define TORCH_TARGET_VERSION 0x020b000000000000
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace ademamix {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = torch::headeronly::HeaderOnlyArrayRef<Tensor>;
+
+}  // namespace ademamix

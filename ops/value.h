@@ -1,0 +1,45 @@
+// What the shared formulas need of a value type. A formula written with these names compiles for float and double
+// (CUDA threads, scalar host code) and, with the overloads of cpu/simd.h, for SIMD vectors. Every product that is
+// added is an explicit fused multiply-add, and all is built without contraction, so that every build rounds alike.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define ADEMAMIX_INLINE __host__ __device__ __forceinline__
+#else
+#define ADEMAMIX_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace ademamix {
+
+// a * b + c, rounded once.
+ADEMAMIX_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+ADEMAMIX_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+
+ADEMAMIX_INLINE float sqrt(float a) { return ::sqrtf(a); }
+ADEMAMIX_INLINE double sqrt(double a) { return ::sqrt(a); }
+
+ADEMAMIX_INLINE uint32_t float_bits(float a) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(a);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  return bits;
+#endif
+}
+
+ADEMAMIX_INLINE float float_from_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float a;
+  std::memcpy(&a, &bits, sizeof a);
+  return a;
+#endif
+}
+
+}  // namespace ademamix

@@ -1,0 +1,94 @@
+"""Builds the native libraries; everything else about the package stands in pyproject.toml.
+
+One library of CPU kernels per instruction set, of which torch_ademamix.ops loads the one that torch itself would
+choose, so that a wheel serves every machine; and a pybind11 module that tells how they were built. They speak
+LibTorch's stable ABI, so one build serves later versions of torch.
+
+TORCH_ADEMAMIX_NATIVE=0 leaves the native parts out; the package then runs on its reference kernels.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from pybind11.setup_helpers import Pybind11Extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as error:
+    sys.exit(
+        f"torch-ademamix builds against the torch that it will run with ({error}): install torch, ninja and "
+        "pybind11 first, then build with `pip install --no-build-isolation .`"
+    )
+
+PACKAGE = "torch_ademamix"
+
+# Per library the flags that torch compiles its own kernels of that instruction set with.
+CPU_CAPABILITIES = {"default": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_CAPABILITIES |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
+        "avx512": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+            "-DCPU_CAPABILITY_AVX512",
+        ],
+    }
+
+# No contraction: where a product is added, the source says whether it is rounded in between (ops/value.h).
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized"]
+CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # the compiler's own intrinsics headers
+
+
+def cpu_libraries():
+    sources = sorted(str(path) for path in Path("ops/cpu").glob("*.cpp"))
+    headers = sorted(str(path) for path in Path("ops").rglob("*.h"))
+    for capability, flags in CPU_CAPABILITIES.items():
+        yield CppExtension(
+            f"{PACKAGE}._cpu_{capability}",
+            sources,
+            depends=headers,
+            extra_compile_args=[*CXX_FLAGS, *flags, f"-DCPU_CAPABILITY={capability.upper()}"],
+            py_limited_api=True,  # no symbol of Python's: these are libraries, not modules
+        )
+
+
+def python_module():
+    return Pybind11Extension(
+        f"{PACKAGE}._native",
+        ["ops/python_module.cpp"],
+        cxx_std=17,
+        define_macros=[
+            ("BUILT_WITH_TORCH", f'"{torch.__version__}"'),
+            ("CPU_CAPABILITIES", f'"{" ".join(CPU_CAPABILITIES)}"'),
+        ],
+    )
+
+
+class BuildNative(BuildExtension):
+    def build_extension(self, extension):
+        # The libraries share their sources: each gets a folder of objects of its own.
+        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+        super().build_extension(extension)
+        self.build_temp = shared
+
+    def get_ext_filename(self, fullname):
+        name = super().get_ext_filename(fullname)
+        return name if fullname.endswith("_native") else f"{name.split('.')[0]}.so"
+
+
+def native_extensions():
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if os.environ.get("TORCH_ADEMAMIX_NATIVE") == "0":
+        print("torch-ademamix: TORCH_ADEMAMIX_NATIVE=0, building without native kernels")
+        return []
+    if shutil.which(compiler) is None and shutil.which("g++") is None:
+        print(f"torch-ademamix: no C++ compiler ({compiler}) found, building without native kernels")
+        return []
+    return [*cpu_libraries(), python_module()]
+
+
+setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildNative})

@@ -1,0 +1,27 @@
+"""AdEMAMix for PyTorch, made for torch.compile and CUDA graphs."""
+
+from torch_ademamix.functional import ademamix
+from torch_ademamix.optimizer import (
+    AdEMAMix,
+    AdEMAMix8bit,
+    AdEMAMix32bit,
+    PagedAdEMAMix,
+    PagedAdEMAMix8bit,
+    PagedAdEMAMix32bit,
+)
+from torch_ademamix.reference import ReferenceAdEMAMix
+from torch_ademamix.training import compile_train_step
+
+__all__ = [
+    "AdEMAMix",
+    "AdEMAMix8bit",
+    "AdEMAMix32bit",
+    "PagedAdEMAMix",
+    "PagedAdEMAMix8bit",
+    "PagedAdEMAMix32bit",
+    "ReferenceAdEMAMix",
+    "ademamix",
+    "compile_train_step",
+]
+
+__version__ = "0.1.0"

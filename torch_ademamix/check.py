@@ -1,0 +1,138 @@
+"""What arguments the ops accept: for fake tensors and the reference kernels.
+
+The native kernels ask the same, in the same words and order (ops/check.h).
+"""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from torch_ademamix.reference import compute_dtype
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Checker:
+    """The checks of one op call; `op` begins every text."""
+
+    def __init__(self, op: str, params: Sequence[Tensor]) -> None:
+        self._op = op
+        self._params = params
+        for i, param in enumerate(params):
+            self._floating("params", i, param)
+            self._uniform("params", params, i)
+            self._in_place("params", i, param)
+
+    def refuse(self, text: str) -> NoReturn:
+        raise RuntimeError(f"{self._op}: {text}")
+
+    def length(self, name: str, tensors: Sequence[object]) -> None:
+        if len(tensors) != len(self._params):
+            self.refuse(f"{name} has length {len(tensors)}, but params has length {len(self._params)}")
+
+    def grads(self, grads: Sequence[Tensor]) -> None:
+        self.length("grads", grads)
+        for i, grad in enumerate(grads):
+            self._floating("grads", i, grad)
+            self._uniform("grads", grads, i)
+            self._on_device("grads", i, grad)
+            self._shaped_as_param("grads", i, grad)
+
+    def state(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic."""
+        self.length(name, tensors)
+        for i, tensor in enumerate(tensors):
+            self._of_dtype(name, i, tensor, compute_dtype(self._params[i].dtype))
+            self._on_device(name, i, tensor)
+            self._shaped_as_param(name, i, tensor)
+            self._in_place(name, i, tensor)
+
+    def steps(self, steps: Sequence[Tensor]) -> None:
+        self.length("steps", steps)
+        for i, step in enumerate(steps):
+            self._of_dtype("steps", i, step, torch.float32)
+            self._on_device("steps", i, step)
+            if step.numel() != 1:
+                self.refuse(f"steps[{i}] has shape {list(step.shape)}, but must hold one element")
+
+    def scalars(
+        self, lr: Tensor | float, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """The scalars that may be tensors: one element each, on the parameters' device."""
+        if isinstance(lr, Tensor):
+            if lr.dtype not in (torch.float32, torch.float64):
+                self.refuse(f"lr has dtype {lr.dtype}, but must be torch.float32 or torch.float64")
+            self._one_element("lr", lr)
+        else:
+            self._in_range("lr", lr, lr >= 0, "at least 0")
+        for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            if tensor is None:
+                continue
+            if tensor.dtype != torch.float32:
+                self.refuse(f"{name} has dtype {tensor.dtype}, but must be torch.float32")
+            self._one_element(name, tensor)
+
+    def hyperparameters(
+        self,
+        *,
+        beta1: float,
+        beta2: float,
+        beta3: float,
+        t_alpha: float | None,
+        t_beta3: float | None,
+        eps: float,
+    ) -> None:
+        for name, beta in (("beta1", beta1), ("beta2", beta2), ("beta3", beta3)):
+            self._in_range(name, beta, 0 <= beta < 1, "in [0, 1)")
+        for name, steps in (("t_alpha", t_alpha), ("t_beta3", t_beta3)):
+            if steps is not None:
+                self._in_range(name, steps, steps > 0, "positive or None")
+        self._in_range("eps", eps, eps >= 0, "at least 0")
+
+    def _in_range(self, name: str, value: float, ok: bool, allowed: str) -> None:
+        if not ok:
+            self.refuse(f"{name} is {value:g}, but must be {allowed}")
+
+    def _floating(self, name: str, i: int, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            self.refuse(f"{name}[{i}] has layout {tensor.layout}; only dense tensors are allowed")
+        if tensor.dtype not in PARAMETER_DTYPES:
+            allowed = ", ".join(map(str, PARAMETER_DTYPES))
+            self.refuse(f"{name}[{i}] has dtype {tensor.dtype}; allowed are {allowed}")
+
+    def _uniform(self, name: str, tensors: Sequence[Tensor], i: int) -> None:
+        a, b = tensors[i], tensors[0]
+        if a.dtype != b.dtype or a.device != b.device:
+            self.refuse(
+                f"{name}[{i}] is {a.dtype} on {a.device}, but {name}[0] is {b.dtype} on {b.device}; "
+                "one call takes one dtype and one device"
+            )
+
+    def _of_dtype(self, name: str, i: int, tensor: Tensor, dtype: torch.dtype) -> None:
+        if tensor.dtype != dtype:
+            self.refuse(f"{name}[{i}] has dtype {tensor.dtype}, but must be {dtype}")
+
+    def _on_device(self, name: str, i: int, tensor: Tensor) -> None:
+        if tensor.device != self._params[i].device:
+            self.refuse(
+                f"{name}[{i}] is on {tensor.device}, but params[{i}] is on {self._params[i].device}"
+            )
+
+    def _shaped_as_param(self, name: str, i: int, tensor: Tensor) -> None:
+        if tensor.shape != self._params[i].shape:
+            self.refuse(
+                f"{name}[{i}] has shape {list(tensor.shape)}, "
+                f"but params[{i}] has shape {list(self._params[i].shape)}"
+            )
+
+    def _in_place(self, name: str, i: int, tensor: Tensor) -> None:
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            self.refuse(f"{name}[{i}] has elements that share memory, so it can't be updated in place")
+
+    def _one_element(self, name: str, tensor: Tensor) -> None:
+        if tensor.numel() != 1:
+            self.refuse(f"{name} has shape {list(tensor.shape)}, but must hold one element")
+        if self._params and tensor.device != self._params[0].device:
+            self.refuse(f"{name} is on {tensor.device}, but params are on {self._params[0].device}")

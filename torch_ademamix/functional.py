@@ -1,0 +1,115 @@
+"""The step on plain lists of tensors, for people who bring their own loop."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torch_ademamix import ops
+
+Batch = tuple[list[Tensor], ...]  # lists of one op call: params, grads, the moments and steps
+
+
+def ademamix(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_slows: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Tensor | float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    t_alpha: float | None = None,
+    t_beta3: float | None = None,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""One AdEMAMix step (arXiv 2409.03137), in place: one op call per device and pair of dtypes.
+
+    With t a parameter's step after its increment, and ν its second moment:
+
+    .. math::
+        m_1 &= β_1 m_1 + (1 - β_1) g \\
+        m_2 &= β_3(t) m_2 + (1 - β_3(t)) g \\
+        ν &= β_2 ν + (1 - β_2) g^2 \\
+        θ &= θ - η \left( \frac{m_1 / (1 - β_1^t) + α(t) m_2}{\sqrt{ν / (1 - β_2^t)} + ε} + λ θ \right)
+
+    Args:
+        params: parameters of any shapes, float32, bfloat16, float16 or float64.
+        grads: their gradients, of the same shapes and devices, in any of these dtypes.
+        exp_avgs, exp_avg_slows, exp_avg_sqs: m1, m2 and ν, of the parameters' shapes: float32, or float64
+            for float64 parameters. All zero before the first step.
+        steps: float32 tensors of one element, on the parameters' devices: the steps done so far.
+        lr: the learning rate η; a tensor of one element (float32 or float64, on the parameters' device)
+            may change from step to step without a recompilation.
+        beta1, beta2, beta3: in [0, 1).
+        alpha: the weight α of the slow EMA.
+        t_alpha, t_beta3: steps over which α and β3 are warmed up; see :mod:`torch_ademamix.schedules`.
+        eps: ε, at least 0.
+        weight_decay: λ, decoupled, applied to the parameter's old value.
+        maximize: ascend instead of descend.
+        grad_scale: gradients are divided by this float32 tensor of one element.
+        found_inf: where this float32 tensor of one element isn't 0, the step changes nothing at all.
+
+    Raises:
+        RuntimeError: an argument isn't as above; nothing has been written then.
+
+    >>> import torch
+    >>> p, g = torch.ones(3), torch.full((3,), 0.5)
+    >>> m1, m2, nu = (torch.zeros(3) for _ in range(3))
+    >>> t = torch.zeros(())
+    >>> ademamix([p], [g], [m1], [m2], [nu], [t], lr=0.1, beta1=0.9, beta2=0.999, beta3=0.9999,
+    ...          alpha=5.0, eps=1e-8, weight_decay=0.0)
+    >>> t.item(), round(p[0].item(), 4)
+    (1.0, 0.8999)
+    """
+    batches = batch_by_dtype(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps)
+    options = dict(
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        alpha=alpha,
+        t_alpha=t_alpha,
+        t_beta3=t_beta3,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+    if len(batches) > 1:  # a call checks its own arguments; the first may not write where the second refuses
+        for batch in batches:
+            ops.check_step(*batch, lr, **options)
+    for batch in batches:
+        step_batch(batch, lr, **options)
+
+
+def step_batch(batch: Batch, lr: Tensor | float, **options: Any) -> None:
+    """One op call."""
+    if isinstance(lr, Tensor):
+        lr = lr.to(batch[0][0].device)
+    ops.ademamix_step_(*batch, lr, **options)
+
+
+def batch_by_dtype(
+    params: Sequence[Tensor], grads: Sequence[Tensor], *others: Sequence[Tensor]
+) -> list[Batch]:
+    """Splits lists of equal length into one tuple of lists per device and pair of dtypes, as an op call takes."""
+    lists = tuple(list(tensors) for tensors in (params, grads, *others))
+    if any(len(tensors) != len(params) for tensors in lists):
+        return [lists]  # for the op to refuse
+    if len({(p.device, p.dtype) for p in params}) <= 1 and len({g.dtype for g in grads}) <= 1:
+        return [lists] if params else []
+    batches: dict[object, Batch] = {}
+    for p, g, *rest in zip(*lists, strict=True):
+        batch = batches.setdefault((p.device, p.dtype, g.dtype), tuple([] for _ in lists))
+        for target, tensor in zip(batch, (p, g, *rest), strict=True):
+            target.append(tensor)
+    return list(batches.values())

@@ -1,0 +1,321 @@
+"""The AdEMAMix optimizer (arXiv 2409.03137) and the variants that fix how its state is stored."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from torch_ademamix import functional
+from torch_ademamix.check import PARAMETER_DTYPES
+from torch_ademamix.state import MOMENTS, loaded_state, mark_static, new_state
+
+MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
+
+
+class AdEMAMix(Optimizer):
+    r"""AdamW with a second, slow average of the gradient (arXiv 2409.03137), as one op call per step.
+
+    The update is :func:`torch_ademamix.functional.ademamix`'s. Every option can be set per parameter group.
+    Parameters may be float32, bfloat16, float16 or float64, their gradients any of these.
+
+    State, per parameter, under torch's own names: `step` (float32, no dimensions, on the parameter's device),
+    `exp_avg` (m1), `exp_avg_slow` (m2) and `exp_avg_sq` (ν), of the parameter's shape; float32, or float64 for
+    float64 parameters. It is made when a parameter's first gradient arrives, or by :meth:`init_state`.
+
+    Args:
+        params: tensors, named tensors, or groups (dicts), as in torch.optim.
+        lr: the learning rate. A float that changes recompiles a compiled step each time; a tensor of one element
+            doesn't, and LR schedulers write to it in place.
+        betas: β1, β2 and β3, each in [0, 1).
+        alpha: the weight α of the slow average.
+        t_alpha: steps over which α rises linearly from 0; None for none. Usually the whole run.
+        t_beta3: steps over which β3 rises from β1, linearly in the half-life; None for none.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay λ.
+        optim_bits: 32.
+        min_8bit_size: tensors of fewer elements keep float32 state.
+        is_paged: state may be paged out of GPU memory; without a GPU it is ordinary memory.
+        maximize: ascend instead of descend.
+        capturable: keep lr as a tensor on the parameters' device, so that a captured CUDA graph reads it anew
+            at each replay.
+
+    Raises:
+        ValueError: an option is out of its range, or a parameter has another dtype.
+        TypeError: a parameter isn't a tensor.
+
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = AdEMAMix(model.parameters(), lr=1e-3, t_alpha=1000, t_beta3=1000)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state[model.bias]["step"].item()
+    1.0
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: Literal[8, 32] = 32,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            alpha=alpha,
+            t_alpha=t_alpha,
+            t_beta3=t_beta3,
+            eps=eps,
+            weight_decay=weight_decay,
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            is_paged=is_paged,
+            maximize=maximize,
+            capturable=capturable,
+        )
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's; refuses options out of range before the optimizer changes."""
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (Tensor, type(None))):
+            param_group = {**param_group, "params": list(param_group["params"])}
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_params(group["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if group["capturable"] and group["params"]:
+            make_lr_tensor(group)
+
+    def init_state(self) -> None:
+        """Makes the state of every parameter that requires a gradient now, not at its first step.
+
+        Compiled and captured steps want it: state that is made while they are traced costs them a recompilation.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and not self.state[p]:
+                    self._init_param_state(p)
+
+    def _init_param_state(self, p: Tensor) -> None:
+        state = new_state(p)
+        mark_static(state)
+        self.state[p].update(state)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What `closure` returns; else None.
+
+        Raises:
+            RuntimeError: a gradient is sparse or of a dtype that isn't supported; nothing has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # All gradients are looked at before the first parameter changes.
+        batches = [
+            (batch, self._options(group)) for group in self.param_groups for batch in self._batches(group)
+        ]
+        for batch, options in batches:
+            functional.step_batch(batch, **options)
+        return loss
+
+    def _batches(self, group: dict[str, Any]) -> list[functional.Batch]:
+        """The group's parameters that have a gradient, with their state, as the ops take them."""
+        params, grads, m1s, m2s, nus, steps = lists = ([], [], [], [], [], [])  # type: functional.Batch
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                self._init_param_state(p)
+            params.append(p)
+            grads.append(grad)
+            m1s.append(state["exp_avg"])
+            m2s.append(state["exp_avg_slow"])
+            nus.append(state["exp_avg_sq"])
+            steps.append(state["step"])
+        for layout in {grad.layout for grad in grads} - {torch.strided}:
+            raise RuntimeError(f"AdEMAMix takes dense gradients, but a gradient has layout {layout}")
+        for dtype in {grad.dtype for grad in grads}.difference(PARAMETER_DTYPES):
+            raise RuntimeError(f"AdEMAMix takes floating gradients, but a gradient has dtype {dtype}")
+        return functional.batch_by_dtype(*lists)
+
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        beta1, beta2, beta3 = group["betas"]
+        return dict(
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            beta3=beta3,
+            alpha=group["alpha"],
+            t_alpha=group["t_alpha"],
+            t_beta3=group["t_beta3"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=getattr(self, "grad_scale", None),  # set around step() by GradScaler
+            found_inf=getattr(self, "found_inf", None),
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's, but state keeps its dtype, and is checked before anything changes.
+
+        Raises:
+            ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of
+                range; the optimizer is as it was then.
+        """
+
+        # torch casts state to the parameter's dtype. Called after any hook of the user's, this one hides the
+        # checked state from that; __setstate__ brings it out again.
+        def check_and_hide(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return {**state_dict, "state": self._checked_state(state_dict)}
+
+        handle = self.register_load_state_dict_pre_hook(check_and_hide)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Any, Any]:
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            return state_dict["state"]  # for torch to refuse
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            _check_options({**group, **saved})
+        params = dict(
+            zip(
+                (i for g in groups for i in g["params"]),
+                (p for g in self.param_groups for p in g["params"]),
+                strict=True,
+            )
+        )
+        return {
+            i: _Loaded(loaded_state(params[i], saved, f"state_dict['state'][{i}]")) if i in params else saved
+            for i, saved in state_dict["state"].items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            if group["capturable"] and group["params"]:
+                make_lr_tensor(group)
+        for p, saved in self.state.items():
+            if isinstance(saved, _Loaded):
+                mark_static(saved.state)
+                self.state[p] = saved.state
+
+
+def _fixing(**fixed: Any) -> Callable[[type[AdEMAMix]], type[AdEMAMix]]:
+    """A class decorator: the arguments are AdEMAMix's but for these, which have fixed values."""
+    arguments = inspect.signature(AdEMAMix.__init__).parameters.values()
+    signature = inspect.Signature([a for a in arguments if a.name not in fixed])
+
+    def decorate(cls: type[AdEMAMix]) -> type[AdEMAMix]:
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            AdEMAMix.__init__(**signature.bind(*args, **kwargs).arguments, **fixed)
+
+        __init__.__signature__ = signature  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+        return cls
+
+    return decorate
+
+
+@_fixing(optim_bits=32)
+class AdEMAMix32bit(AdEMAMix):
+    """:class:`AdEMAMix` with float32 state."""
+
+
+@_fixing(optim_bits=8)
+class AdEMAMix8bit(AdEMAMix):
+    """:class:`AdEMAMix` with quantized state."""
+
+
+@_fixing(is_paged=True)
+class PagedAdEMAMix(AdEMAMix):
+    """:class:`AdEMAMix` with paged state."""
+
+
+@_fixing(optim_bits=32, is_paged=True)
+class PagedAdEMAMix32bit(AdEMAMix32bit):
+    """:class:`AdEMAMix` with paged float32 state."""
+
+
+@_fixing(optim_bits=8, is_paged=True)
+class PagedAdEMAMix8bit(AdEMAMix8bit):
+    """:class:`AdEMAMix` with paged quantized state."""
+
+
+class _Loaded:
+    """State on its way past torch's cast, which looks into dicts, sequences and tensors only."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    def require(ok: bool, name: str, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} is {options[name]!r}, but must be {allowed}")
+
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor):
+        ok = lr.numel() == 1 and lr.dtype in (torch.float32, torch.float64)
+        require(ok, "lr", "a number, or a float32 or float64 tensor of one element")
+    else:
+        require(lr >= 0, "lr", "at least 0")
+    require(len(betas) == 3 and all(0 <= beta < 1 for beta in betas), "betas", "three numbers in [0, 1)")
+    require(options["alpha"] >= 0, "alpha", "at least 0")
+    for name in ("t_alpha", "t_beta3"):
+        require(options[name] is None or options[name] > 0, name, "positive or None")
+    require(options["eps"] >= 0, "eps", "at least 0")
+    require(options["weight_decay"] >= 0, "weight_decay", "at least 0")
+    require(options["optim_bits"] in (8, 32), "optim_bits", "8 or 32")
+    require(options["optim_bits"] == 32, "optim_bits", "32: quantized state isn't available in this version")
+    require(options["min_8bit_size"] >= 0, "min_8bit_size", "at least 0")
+
+
+def _check_params(params: Iterable[Tensor]) -> None:
+    for i, p in enumerate(params):
+        if p.dtype not in PARAMETER_DTYPES:
+            allowed = ", ".join(map(str, PARAMETER_DTYPES))
+            raise ValueError(f"params[{i}] has dtype {p.dtype}; allowed are {allowed}")
+
+
+def make_lr_tensor(group: dict[str, Any]) -> None:
+    """Turns a group's lr into a tensor on its parameters' device: a compiled or captured step reads it anew."""
+    if isinstance(group["lr"], Tensor) and group["lr"].device == group["params"][0].device:
+        return
+    device = group["params"][0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # as exact as a float, where there is one
+    group["lr"] = torch.as_tensor(group["lr"], dtype=dtype).to(device)

@@ -1,0 +1,174 @@
+"""AdEMAMix in plain PyTorch: the oracle of the tests, and the kernel for devices without a native one."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ademamix.schedules import alpha_schedule, beta3_schedule
+
+
+def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's arithmetic and of its unquantized state."""
+    return torch.float64 if param_dtype == torch.float64 else torch.float32
+
+
+def step_scalars(
+    step: Tensor,
+    lr: Tensor | float,
+    *,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    t_alpha: float | None,
+    t_beta3: float | None,
+) -> dict[str, Tensor]:
+    """What one step's update needs, in float64; `step` counts from 1."""
+    t = step.double()
+    beta3_t = beta3_schedule(t, beta1, beta3, t_beta3)
+    return {
+        "lr": torch.as_tensor(lr, dtype=torch.float64, device=t.device),
+        "alpha": alpha_schedule(t, alpha, t_alpha),
+        "beta3": beta3_t,
+        "one_minus_beta3": 1 - beta3_t,
+        "bias1": 1 - beta1**t,
+        "sqrt_bias2": (1 - beta2**t).sqrt(),
+    }
+
+
+def ademamix_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_slow: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor | float,
+    *,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    t_alpha: float | None,
+    t_beta3: float | None,
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of one parameter, as in the paper; returns the new values and changes nothing.
+
+    param and grad are already in the dtype of the arithmetic; `step` counts from 1.
+    """
+    scalars = step_scalars(
+        step, lr, beta1=beta1, beta2=beta2, beta3=beta3, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3
+    )
+    s = {name: value.to(param.dtype) for name, value in scalars.items()}
+    m1 = beta1 * exp_avg + (1 - beta1) * grad
+    m2 = s["beta3"] * exp_avg_slow + s["one_minus_beta3"] * grad
+    nu = beta2 * exp_avg_sq + (1 - beta2) * grad.square()
+    update = (m1 / s["bias1"] + s["alpha"] * m2) / (nu.sqrt() / s["sqrt_bias2"] + eps)
+    return param - s["lr"] * (update + weight_decay * param), m1, m2, nu
+
+
+def ademamix_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_slows: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **hyperparameters: Any,
+) -> None:
+    """The op `ademamix_step_`, of any device; it reads no value back to the host."""
+    for param, grad, *state, step in zip(
+        params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, strict=True
+    ):
+        p = param.to(compute_dtype(param.dtype))
+        g = grad.to(p.dtype)
+        if grad_scale is not None:
+            g = g / grad_scale
+        if maximize:
+            g = -g
+        new = (*ademamix_update(p, g, *state, step + 1, lr, **hyperparameters), step + 1)
+        for old, value in zip((param, *state, step), new, strict=True):
+            if found_inf is not None:
+                value = torch.where(found_inf.bool(), old.to(value.dtype), value)
+            old.copy_(value)
+
+
+class ReferenceAdEMAMix(torch.optim.Optimizer):
+    """AdEMAMix as the paper writes it, one parameter after another: to read, and to test against.
+
+    Arguments, defaults and state names are :class:`torch_ademamix.AdEMAMix`'s.
+
+    >>> p = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = ReferenceAdEMAMix([p], lr=0.1)
+    >>> p.grad = torch.ones(3)
+    >>> optimizer.step()
+    >>> sorted(optimizer.state[p])
+    ['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: Tensor | float = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: float | None = None,
+        t_beta3: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            alpha=alpha,
+            t_alpha=t_alpha,
+            t_beta3=t_beta3,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2, beta3 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(p, dtype=compute_dtype(p.dtype))
+                state["step"] += 1
+                new_p, *new_state = ademamix_update(
+                    p.to(compute_dtype(p.dtype)),
+                    (-p.grad if group["maximize"] else p.grad).to(compute_dtype(p.dtype)),
+                    *(state[name] for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")),
+                    **{k: group[k] for k in ("lr", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")},
+                    step=state["step"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    beta3=beta3,
+                )
+                p.copy_(new_p)
+                for name, value in zip(("exp_avg", "exp_avg_slow", "exp_avg_sq"), new_state, strict=True):
+                    state[name].copy_(value)
+        return loss
