@@ -39,8 +39,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 # No contraction: where a product is added, the source says whether it is rounded in between (ops/value.h).
-CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized"]
-CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # the compiler's own intrinsics headers
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # the compiler's own intrinsics headers
+CXX_FLAGS += ["-Wno-psabi"]  # a note that gcc's calling convention was another one before 4.6
 
 
 def cpu_libraries():

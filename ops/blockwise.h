@@ -17,6 +17,11 @@ namespace ademamix {
 
 constexpr int BLOCK_SIZE = 256;
 
+constexpr int64_t block_count(int64_t numel) { return (numel + BLOCK_SIZE - 1) / BLOCK_SIZE; }
+
+// In the order of torch_ademamix/blockwise.py's.
+enum class BlockFormat : int8_t { SIGNED_DYNAMIC, UNSIGNED_DYNAMIC, LINEAR_INT16 };
+
 // ---------------------------------------------------------------------------------------------------------- the maps
 
 // The nonnegative half of the signed map has the ranks 0 to 128 (code = 127 + rank; the negative values have ranks
@@ -31,8 +36,8 @@ constexpr int floor_log2(int a) {
   return exponent;
 }
 
-// bitsandbytes' dynamic maps (bitsandbytes.functional.create_dynamic_map). Between 0 and 1, decade e has 2^e values: the
-// centres of 2^e equal parts of [0.1, 1] * 10^(e - 6) (signed, e = 0 to 6) or 10^(e - 7) (unsigned, e = 1 to 7).
+// bitsandbytes' dynamic maps (bitsandbytes.functional.create_dynamic_map). Between 0 and 1, decade e has 2^e values:
+// the centres of 2^e equal parts of [0.1, 1] * 10^(e - 6) (signed, e = 0 to 6) or * 10^(e - 7) (unsigned, e = 1 to 7).
 // Centre j is dividend / divisor, both exact in float, so the quotient is the exact value rounded once.
 constexpr int DECADES = 7;
 
@@ -78,9 +83,7 @@ ADEMAMIX_INLINE float multiply(float a, float b) {
 }
 
 // Blocks take their scale from the finite elements; the others are stored as 0.
-ADEMAMIX_INLINE float finite_or_zero(float value) {
-  return ::fabsf(value) <= FLT_MAX ? value : 0.0f;
-}
+ADEMAMIX_INLINE float finite_or_zero(float value) { return ::fabsf(value) <= FLT_MAX ? value : 0.0f; }
 
 // What values are multiplied by before they are encoded: 1 / absmax, but finite, and small enough that no value of
 // the block passes 1 (a denormal quotient has few digits).
@@ -95,15 +98,15 @@ ADEMAMIX_INLINE float inverse_absmax(float absmax) {
 
 // ------------------------------------------------------------------------------------------------ to the nearest value
 
-// Index of a float of at least LOWEST by its exponent and upper MANTISSA_BITS.
+// Index of a float from LOWEST to 1 by its exponent and upper MANTISSA_BITS.
 template <int LOWEST_EXPONENT, int MANTISSA_BITS>
 struct TopBits {
   static constexpr int SHIFT = 23 - MANTISSA_BITS;
-  static constexpr uint32_t FIRST = static_cast<uint32_t>(127 + LOWEST_EXPONENT) << MANTISSA_BITS;
+  static constexpr int FIRST = (127 + LOWEST_EXPONENT) << MANTISSA_BITS;
   static constexpr int COUNT = (-LOWEST_EXPONENT << MANTISSA_BITS) + 1;  // up to 1.0
   static constexpr float LOWEST = 1.0f / (1 << -LOWEST_EXPONENT);
 
-  ADEMAMIX_INLINE static int index(float a) { return static_cast<int>(float_bits(a) >> SHIFT) - static_cast<int>(FIRST); }
+  ADEMAMIX_INLINE static int index(float a) { return static_cast<int>(float_bits(a) >> SHIFT) - FIRST; }
 
   // The same in constant expressions, where a float's bits can't be read.
   static constexpr int constant_index(float a) {
@@ -114,8 +117,8 @@ struct TopBits {
   }
 };
 
-// -1 if x < limit, both nonnegative, else 0. Their bits are in the same order, and CUDA adds the sign of a difference in
-// one instruction, but takes two to add a comparison.
+// -1 if x < limit, both nonnegative, else 0. Their bits are in the same order, and CUDA adds the sign of a difference
+// in one instruction, but takes two to add a comparison.
 ADEMAMIX_INLINE int minus_if_below(float x, float limit) {
   return static_cast<int32_t>(float_bits(x) - float_bits(limit)) >> 31;
 }
@@ -126,7 +129,7 @@ ADEMAMIX_INLINE int minus_if_below(float x, float limit) {
 template <bool SIGNED>
 struct NearestTable {
   using Buckets = TopBits<SIGNED ? -14 : -13, SIGNED ? 6 : 7>;
-  static constexpr int SIZE = Buckets::COUNT + 1;  // |x| + LOWEST is slightly above 1 at most
+  static constexpr int SIZE = Buckets::COUNT;  // 1 + LOWEST is in the bucket of 1
 
   struct alignas(8) Entry {
     float boundary;
@@ -179,8 +182,8 @@ ADEMAMIX_INLINE uint8_t encode_unsigned(float value, float inverse, const Neares
 // --------------------------------------------------------------------------------------------- stochastically rounded
 
 // The unsigned map as a piecewise linear function, of the rank over the value: within a decade it is linear, and so it
-// is between two decades. A position counts 2^-15 ranks and is the low 23 bits of the float `start` + ..., whose
-// addition rounds to whole positions. Every map value has its own rank as position, exactly: it stays what it is.
+// is between two decades. A position counts 2^-15 ranks and is the low 23 bits of a float from 2^23 on, whose ulp is 1.
+// The position of a map value comes out as its rank without a fraction, so that it never changes its code.
 constexpr int POSITION_BITS = 15;
 constexpr float POSITION_ZERO = 1 << 23;
 
@@ -252,8 +255,8 @@ ADEMAMIX_INLINE uint32_t position_on(const Line& line, float x) {
   return float_bits(fma(x - line.anchor, line.slope, line.start));
 }
 
-// Unbiased between the two map values around x: goes up with probability (x - low) / (high - low), by `random` of 16
-// bits. The probability is right to 3e-5. As with nearest rounding a positive value never becomes code 0.
+// Unbiased between the two map values around x: goes up with probability (x - low) / (high - low), right to 3e-5;
+// `random` has 16 bits. As with rounding to nearest, a positive value never becomes code 0.
 ADEMAMIX_INLINE uint8_t encode_unsigned_stochastic(float value, float inverse, uint32_t random,
                                                    const PositionTable& table) {
   const float x = ::fmaxf(multiply(value, inverse), SMALLEST_UNSIGNED);

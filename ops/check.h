@@ -9,6 +9,7 @@
 #include <string>
 
 #include "ademamix.h"
+#include "blockwise.h"
 #include "tensor_view.h"
 
 namespace ademamix {
@@ -119,6 +120,33 @@ class Checker {
     }
   }
 
+  // A list of codes: of the parameter's shape, in one of the dtypes; blocks are counted in row-major order.
+  void codes(const char* name, const Views& list, std::initializer_list<ScalarType> dtypes) const {
+    length(name, list.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+      if (std::find(dtypes.begin(), dtypes.end(), list[i].dtype) == dtypes.end())
+        refuse(op_, ": ", name, "[", i, "] has dtype ", dtype_name(list[i].dtype), ", but must be ",
+               dtype_name(*dtypes.begin()), dtypes.size() > 1 ? " or " + dtype_name(*(dtypes.end() - 1)) : "");
+      uniform(name, list, i);
+      on_device(name, i, list[i]);
+      shaped_as_param(name, i, list[i]);
+      contiguous(name, i, list[i]);
+    }
+  }
+
+  // A list of scales, one per block of the parameter.
+  void absmaxs(const char* name, const Views& list) const {
+    length(name, list.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+      of_dtype(name, i, list[i], ScalarType::Float);
+      on_device(name, i, list[i]);
+      if (const int64_t blocks = block_count(params_[i].numel); list[i].numel != blocks)
+        refuse(op_, ": ", name, "[", i, "] has ", list[i].numel, " elements, but must have ", blocks,
+               ", one per block of params[", i, "]");
+      contiguous(name, i, list[i]);
+    }
+  }
+
   void steps(const Views& steps) const {
     length("steps", steps.size());
     for (size_t i = 0; i < steps.size(); ++i) {
@@ -196,6 +224,10 @@ class Checker {
              shape_name(params_[i]));
   }
 
+  void contiguous(const char* name, size_t i, const TensorView& t) const {
+    if (!t.contiguous) refuse(op_, ": ", name, "[", i, "] must be contiguous");
+  }
+
   void in_place(const char* name, size_t i, const TensorView& t) const {
     if (overlaps_itself(t))
       refuse(op_, ": ", name, "[", i, "] has elements that share memory, so it can't be updated in place");
@@ -204,5 +236,38 @@ class Checker {
   const char* op_;
   const Views& params_;
 };
+
+inline BlockFormat checked_format(const char* op, int64_t format) {
+  if (format < 0 || format > 2)
+    refuse(op, ": format is ", format, ", but must be 0 (signed_dynamic), 1 (unsigned_dynamic) or 2 (linear_int16)");
+  return static_cast<BlockFormat>(format);
+}
+
+inline ScalarType code_dtype(BlockFormat format) {
+  return format == BlockFormat::LINEAR_INT16 ? ScalarType::Short : ScalarType::Byte;
+}
+
+inline BlockFormat check_quantize(const TensorView& x, int64_t format, bool stochastic) {
+  const char* op = "quantize_blockwise";
+  const BlockFormat checked = checked_format(op, format);
+  if (x.dtype != ScalarType::Float) refuse(op, ": x has dtype ", dtype_name(x.dtype), ", but must be torch.float32");
+  if (stochastic && checked != BlockFormat::UNSIGNED_DYNAMIC)
+    refuse(op, ": seed is given, but only unsigned_dynamic is rounded stochastically");
+  return checked;
+}
+
+inline BlockFormat check_dequantize(const TensorView& codes, const TensorView& absmax, int64_t format) {
+  const char* op = "dequantize_blockwise";
+  const BlockFormat checked = checked_format(op, format);
+  if (codes.dtype != code_dtype(checked))
+    refuse(op, ": codes has dtype ", dtype_name(codes.dtype), ", but must be ", dtype_name(code_dtype(checked)));
+  if (absmax.dtype != ScalarType::Float)
+    refuse(op, ": absmax has dtype ", dtype_name(absmax.dtype), ", but must be torch.float32");
+  if (!same_device(absmax, codes))
+    refuse(op, ": absmax is on ", device_name(absmax), ", but codes is on ", device_name(codes));
+  if (const int64_t blocks = block_count(codes.numel); absmax.dims != 1 || absmax.numel != blocks)
+    refuse(op, ": absmax has shape ", shape_name(absmax), ", but must have shape [", blocks, "], one per block of codes");
+  return checked;
+}
 
 }  // namespace ademamix

@@ -23,4 +23,18 @@ struct TensorView {
   bool contiguous;  // the elements lie in memory one after another, in row-major order
 };
 
+// Whether the elements lie in memory one after another, in whatever order of the dimensions.
+inline bool fills_memory(const TensorView& t) {
+  int64_t extent = 1;  // of the memory between the first and the last element
+  for (int64_t d = 0; d < t.dims; ++d) extent += (t.sizes[d] - 1) * t.strides[d];
+  return extent == t.numel;
+}
+
+// Of two tensors of one shape.
+inline bool same_strides(const TensorView& a, const TensorView& b) {
+  for (int64_t d = 0; d < a.dims; ++d)
+    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+
 }  // namespace ademamix

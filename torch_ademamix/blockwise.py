@@ -28,6 +28,7 @@ BLOCK_SIZE = 256
 SIGNED_ZERO_CODE = 127
 LINEAR_MAX = 32767
 
+# In the order of the ops' numbers for them (BlockFormat in ops/blockwise.h).
 CODE_DTYPES: dict[Format, torch.dtype] = {
     "signed_dynamic": torch.uint8,
     "unsigned_dynamic": torch.uint8,
@@ -44,6 +45,11 @@ RANDOM_GROUP = 8  # elements that share a Philox call, of 128 bits
 POSITION_BITS = 15
 
 _WORD = 0xFFFFFFFF
+
+
+def block_count(numel: int) -> int:
+    """How many blocks, and so scales, a tensor of so many elements has."""
+    return (numel + BLOCK_SIZE - 1) // BLOCK_SIZE
 
 
 @cache
@@ -209,9 +215,9 @@ def _stochastic_rank(x: Tensor, random: Tensor) -> Tensor:
     values, ranks = (corners.to(x.device) for corners in _lines(signed=False))
     x = x.clamp(min=values[1])
     line = torch.bucketize(x, values[1:-1], right=True)
-    # Of the products the native kernels round each once, in one fused multiply-add.
     distances, heights = values.double().diff(), ranks.diff() << POSITION_BITS
     slope = (heights / distances).float()[line]
+    # Exact in float64 and then rounded once, as in the native kernels' fused multiply-add.
     position = ((x - values[line]).double() * slope.double()).round().long()
     position += ranks[line] << POSITION_BITS
     return (2 * position + random) >> (POSITION_BITS + 1)
@@ -221,7 +227,7 @@ def decode(codes: Tensor, format: Format) -> Tensor:
     """The codes' values in [-1, 1], of the shape of ``codes`` and float32; inverse of `encode`."""
     _check_format(format)
     if format == "linear_int16":
-        return codes.float() * torch.tensor(1 / LINEAR_MAX)
+        return codes.float() * (1 / LINEAR_MAX)
     return dynamic_map(format == "signed_dynamic", codes.device)[codes.int()]
 
 

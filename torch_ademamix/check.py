@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.reference import compute_dtype
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,6 +49,32 @@ class Checker:
             self._on_device(name, i, tensor)
             self._shaped_as_param(name, i, tensor)
             self._in_place(name, i, tensor)
+
+    def codes(self, name: str, tensors: Sequence[Tensor], *dtypes: torch.dtype) -> None:
+        """A list of codes: of the parameter's shape; blocks are counted in row-major order."""
+        self.length(name, tensors)
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype not in dtypes:
+                allowed = " or ".join(map(str, dtypes))
+                self.refuse(f"{name}[{i}] has dtype {tensor.dtype}, but must be {allowed}")
+            self._uniform(name, tensors, i)
+            self._on_device(name, i, tensor)
+            self._shaped_as_param(name, i, tensor)
+            self._contiguous(name, i, tensor)
+
+    def absmaxs(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """A list of scales, one per block of the parameter."""
+        self.length(name, tensors)
+        for i, tensor in enumerate(tensors):
+            self._of_dtype(name, i, tensor, torch.float32)
+            self._on_device(name, i, tensor)
+            blocks = block_count(self._params[i].numel())
+            if tensor.numel() != blocks:
+                self.refuse(
+                    f"{name}[{i}] has {tensor.numel()} elements, but must have {blocks}, "
+                    f"one per block of params[{i}]"
+                )
+            self._contiguous(name, i, tensor)
 
     def steps(self, steps: Sequence[Tensor]) -> None:
         self.length("steps", steps)
@@ -127,6 +154,10 @@ class Checker:
                 f"but params[{i}] has shape {list(self._params[i].shape)}"
             )
 
+    def _contiguous(self, name: str, i: int, tensor: Tensor) -> None:
+        if not tensor.is_contiguous():
+            self.refuse(f"{name}[{i}] must be contiguous")
+
     def _in_place(self, name: str, i: int, tensor: Tensor) -> None:
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             self.refuse(f"{name}[{i}] has elements that share memory, so it can't be updated in place")
@@ -136,3 +167,43 @@ class Checker:
             self.refuse(f"{name} has shape {list(tensor.shape)}, but must hold one element")
         if self._params and tensor.device != self._params[0].device:
             self.refuse(f"{name} is on {tensor.device}, but params are on {self._params[0].device}")
+
+
+def checked_format(op: str, format: int) -> Format:
+    formats = tuple(CODE_DTYPES)
+    if not 0 <= format < len(formats):
+        allowed = "0 (signed_dynamic), 1 (unsigned_dynamic) or 2 (linear_int16)"
+        raise RuntimeError(f"{op}: format is {format}, but must be {allowed}")
+    return formats[format]
+
+
+def check_quantize(x: Tensor, format: int, stochastic: bool) -> Format:
+    op = "quantize_blockwise"
+    checked = checked_format(op, format)
+    if x.dtype != torch.float32:
+        raise RuntimeError(f"{op}: x has dtype {x.dtype}, but must be torch.float32")
+    if stochastic and checked != "unsigned_dynamic":
+        raise RuntimeError(
+            f"{op}: seed is given, but only unsigned_dynamic is rounded stochastically"
+        )
+    return checked
+
+
+def check_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Format:
+    op = "dequantize_blockwise"
+    checked = checked_format(op, format)
+    if codes.dtype != CODE_DTYPES[checked]:
+        raise RuntimeError(
+            f"{op}: codes has dtype {codes.dtype}, but must be {CODE_DTYPES[checked]}"
+        )
+    if absmax.dtype != torch.float32:
+        raise RuntimeError(f"{op}: absmax has dtype {absmax.dtype}, but must be torch.float32")
+    if absmax.device != codes.device:
+        raise RuntimeError(f"{op}: absmax is on {absmax.device}, but codes is on {codes.device}")
+    blocks = block_count(codes.numel())
+    if absmax.shape != (blocks,):
+        raise RuntimeError(
+            f"{op}: absmax has shape {list(absmax.shape)}, but must have shape [{blocks}], "
+            "one per block of codes"
+        )
+    return checked

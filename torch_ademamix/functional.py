@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_ademamix import ops
 
-Batch = tuple[list[Tensor], ...]  # lists of one op call: params, grads, the moments and steps
+Batch = tuple[Any, ...]  # the lists of an op call
 
 
 def ademamix(
@@ -70,7 +70,6 @@ def ademamix(
     >>> t.item(), round(p[0].item(), 4)
     (1.0, 0.8999)
     """
-    batches = batch_by_dtype(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps)
     options = dict(
         beta1=beta1,
         beta2=beta2,
@@ -84,32 +83,118 @@ def ademamix(
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
+    batches = batch_by_dtype(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps)
     if len(batches) > 1:  # a call checks its own arguments; the first may not write where the second refuses
         for batch in batches:
             ops.check_step(*batch, lr, **options)
     for batch in batches:
-        step_batch(batch, lr, **options)
+        ops.ademamix_step_(*batch, lr=lr, **options)
 
 
-def step_batch(batch: Batch, lr: Tensor | float, **options: Any) -> None:
-    """One op call."""
-    if isinstance(lr, Tensor):
-        lr = lr.to(batch[0][0].device)
-    ops.ademamix_step_(*batch, lr, **options)
+def ademamix_blockwise(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_absmaxs: Sequence[Tensor],
+    exp_avg_slows: Sequence[Tensor],
+    exp_avg_slow_absmaxs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_sq_absmaxs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Tensor | float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    t_alpha: float | None = None,
+    t_beta3: float | None = None,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    stochastic_rounding: bool = True,
+    seed: int = 0,
+    streams: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """:func:`ademamix` with quantized moments, in the formats of :mod:`torch_ademamix.blockwise`.
+
+    The parameters are updated from the moments before these are rounded. An element of which a moment isn't
+    finite loses its three moments, and its neighbours nothing.
+
+    Args:
+        exp_avgs: codes of the signed dynamic map, uint8, of the parameters' shapes and contiguous; so are the
+            next two. Blocks of 256 elements are counted in row-major order.
+        exp_avg_slows: linear codes, int16; or codes of the signed dynamic map, uint8.
+        exp_avg_sqs: codes of the unsigned dynamic map, uint8.
+        exp_avg_absmaxs, exp_avg_slow_absmaxs, exp_avg_sq_absmaxs: the blocks' scales, float32.
+        stochastic_rounding: of exp_avg_sq, which rounding to nearest would bias upwards.
+        seed: of the random bits, together with the step, the tensor's stream and the element.
+        streams: a number for each tensor, so that no two draw the same bits; their places in the lists if None.
+
+    The other arguments, and what is raised, are :func:`ademamix`'s.
+
+    >>> import torch
+    >>> from torch_ademamix.blockwise import quantize
+    >>> p, g = torch.ones(300), torch.full((300,), 0.5)
+    >>> m1, m1_absmax = quantize(torch.zeros(300), "signed_dynamic")
+    >>> m2, m2_absmax = quantize(torch.zeros(300), "linear_int16")
+    >>> nu, nu_absmax = quantize(torch.zeros(300), "unsigned_dynamic")
+    >>> t = torch.zeros(())
+    >>> ademamix_blockwise([p], [g], [m1], [m1_absmax], [m2], [m2_absmax], [nu], [nu_absmax], [t], lr=0.1,
+    ...                    beta1=0.9, beta2=0.999, beta3=0.9999, alpha=5.0, eps=1e-8, weight_decay=0.0)
+    >>> t.item(), round(p[0].item(), 4)
+    (1.0, 0.8999)
+    """
+    options = dict(
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        alpha=alpha,
+        t_alpha=t_alpha,
+        t_beta3=t_beta3,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+    batches = batch_by_dtype(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_absmaxs,
+        exp_avg_slows,
+        exp_avg_slow_absmaxs,
+        exp_avg_sqs,
+        exp_avg_sq_absmaxs,
+        steps,
+        list(range(len(params))) if streams is None else streams,
+    )
+    if len(batches) > 1:
+        for *lists, streams in batches:
+            ops.check_blockwise_step(*lists, lr, streams=streams, **options)
+    for *lists, streams in batches:
+        ops.ademamix_blockwise_step_(*lists, lr=lr, streams=streams, **options)
 
 
-def batch_by_dtype(
-    params: Sequence[Tensor], grads: Sequence[Tensor], *others: Sequence[Tensor]
-) -> list[Batch]:
-    """Splits lists of equal length into one tuple of lists per device and pair of dtypes, as an op call takes."""
-    lists = tuple(list(tensors) for tensors in (params, grads, *others))
-    if any(len(tensors) != len(params) for tensors in lists):
+def batch_by_dtype(*lists: Sequence[Any]) -> list[Batch]:
+    """Splits lists of equal length, of which the first are params and grads, into batches for an op call each.
+
+    A batch has one device and one pair of dtypes.
+    """
+    params, grads, *_ = lists
+    if any(len(items) != len(params) for items in lists):
         return [lists]  # for the op to refuse
     if len({(p.device, p.dtype) for p in params}) <= 1 and len({g.dtype for g in grads}) <= 1:
-        return [lists] if params else []
+        return [lists] if len(params) else []
     batches: dict[object, Batch] = {}
-    for p, g, *rest in zip(*lists, strict=True):
+    for items in zip(*lists, strict=True):
+        p, g, *_ = items
         batch = batches.setdefault((p.device, p.dtype, g.dtype), tuple([] for _ in lists))
-        for target, tensor in zip(batch, (p, g, *rest), strict=True):
-            target.append(tensor)
+        for target, item in zip(batch, items, strict=True):
+            target.append(item)
     return list(batches.values())

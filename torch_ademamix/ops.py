@@ -15,17 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix import reference
-from torch_ademamix.check import Checker
+from torch_ademamix import blockwise, reference
+from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.check import Checker, check_dequantize, check_quantize
 
-_OPTIONS = (
-    "float beta1, float beta2, float beta3, float alpha, float? t_alpha, float? t_beta3, float eps, "
-    "float weight_decay, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None"
-)
-_STEP_LISTS = (
+FORMATS = tuple(CODE_DTYPES)
+
+_LISTS = (
     "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_slows, "
     "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps"
 )
+_BLOCKWISE_LISTS = (
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_absmaxs, "
+    "Tensor(d!)[] exp_avg_slows, Tensor(e!)[] exp_avg_slow_absmaxs, Tensor(f!)[] exp_avg_sqs, "
+    "Tensor(g!)[] exp_avg_sq_absmaxs, Tensor(h!)[] steps"
+)
+_OPTIONS = (
+    "float beta1, float beta2, float beta3, float alpha, float? t_alpha, float? t_beta3, float eps, "
+    "float weight_decay, bool maximize"
+)
+_BLOCKWISE_OPTIONS = f"{_OPTIONS}, bool stochastic_rounding, int seed, int[] streams"
+_SCALER = "Tensor? grad_scale=None, Tensor? found_inf=None"
 
 _library = torch.library.Library("torch_ademamix", "DEF")
 
@@ -52,18 +62,15 @@ def cpu_capability(native: ModuleType) -> str:
     return wanted if wanted in native.cpu_capabilities.split() else "default"
 
 
-def _define(
-    schema: str, fake: Callable[..., None], kernel: Callable[..., None], mutated: Sequence[int]
+def _define_in_place(
+    schema: str, *, mutated: Sequence[int], fake: Callable[..., None], kernel: Callable[..., None]
 ) -> Callable[..., None]:
     """Registers an in-place op; `mutated` are the positions of the lists that it changes.
 
-    Returns the op as eager code calls it: its in-place rule, without the way through the dispatcher's
-    Python fallback, which would cost more than the rule itself.
+    Returns the op as eager code calls it: its in-place rule, without the dispatcher's way to that, which takes
+    longer than the rule.
     """
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    name = schema.split("(")[0]
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.torch_ademamix, packet), overload or "default")
+    op = _define(schema, fake, kernel)
 
     # A raw op leaves the version counters of what it changes as they were, and a backward after it would
     # silently use the new values where torch's own optimizers make it raise.
@@ -73,9 +80,7 @@ def _define(
         for i in mutated:
             torch.autograd.graph.increment_version(args[i])
 
-    torch.library.register_fake(op, fake, lib=_library)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    _library.impl(name, in_place_rule, "ADInplaceOrView", with_keyset=True)
+    _library.impl(schema.split("(")[0], in_place_rule, "ADInplaceOrView", with_keyset=True)
 
     def call(*args: Any, **kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -84,6 +89,16 @@ def _define(
             in_place_rule(None, *args, **kwargs)
 
     return call
+
+
+def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.split("(")[0]
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.torch_ademamix, packet), overload or "default")
+    torch.library.register_fake(op, fake, lib=_library)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    return op  # type: ignore[no-any-return]
 
 
 def check_step(
@@ -119,26 +134,139 @@ def check_step(
     )
 
 
-def _reference_step(*args: Any, **kwargs: Any) -> None:
-    check_step(*args, **kwargs)
-    reference.ademamix_step_(*args, **{"grad_scale": None, "found_inf": None, **kwargs})
+def check_blockwise_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_absmaxs: Sequence[Tensor],
+    exp_avg_slows: Sequence[Tensor],
+    exp_avg_slow_absmaxs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_sq_absmaxs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    t_alpha: float | None,
+    t_beta3: float | None,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    stochastic_rounding: bool,
+    seed: int,
+    streams: Sequence[int],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    check = Checker("ademamix_blockwise_step_", params)
+    check.grads(grads)
+    check.codes("exp_avgs", exp_avgs, torch.uint8)
+    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
+    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.uint8)
+    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
+    check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
+    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
+    check.steps(steps)
+    check.length("streams", streams)
+    check.scalars(lr, grad_scale, found_inf)
+    check.hyperparameters(
+        beta1=beta1, beta2=beta2, beta3=beta3, t_alpha=t_alpha, t_beta3=t_beta3, eps=eps
+    )
 
 
-_step_float_lr, _step_tensor_lr = (
-    _define(
-        f"ademamix_step_{overload}({_STEP_LISTS}, {lr} lr, *, {_OPTIONS}) -> ()",
-        fake=check_step,
-        kernel=_reference_step,
+def _checked(check: Callable[..., None], step: Callable[..., None]) -> Callable[..., None]:
+    def kernel(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+        step(*args, **{"grad_scale": None, "found_inf": None, **kwargs})
+
+    return kernel
+
+
+def _fake_quantize(
+    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    checked = check_quantize(x, format, seed is not None)
+    codes = torch.empty(x.shape, dtype=CODE_DTYPES[checked], device=x.device)
+    return codes, x.new_empty(block_count(x.numel()))
+
+
+def _fake_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
+    check_dequantize(codes, absmax, format)
+    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+
+
+def _reference_quantize(
+    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    checked = check_quantize(x, format, seed is not None)
+    return blockwise.quantize(x, checked, seed=seed, step=step, stream=stream)
+
+
+def _reference_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
+    return blockwise.dequantize(codes, absmax, check_dequantize(codes, absmax, format))
+
+
+_step, _step_tensor_lr = (
+    _define_in_place(
+        f"ademamix_step_{overload}({_LISTS}, {lr} lr, *, {_OPTIONS}, {_SCALER}) -> ()",
         mutated=(0, 2, 3, 4, 5),
+        fake=check_step,
+        kernel=_checked(check_step, reference.ademamix_step_),
     )
     for overload, lr in (("", "float"), (".tensor_lr", "Tensor"))
+)
+_blockwise_step, _blockwise_step_tensor_lr = (
+    _define_in_place(
+        f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {lr} lr, *, {_BLOCKWISE_OPTIONS}, {_SCALER}) -> ()",
+        mutated=(0, 2, 3, 4, 5, 6, 7, 8),
+        fake=check_blockwise_step,
+        kernel=_checked(check_blockwise_step, reference.ademamix_blockwise_step_),
+    )
+    for overload, lr in (("", "float"), (".tensor_lr", "Tensor"))
+)
+_quantize = _define(
+    "quantize_blockwise(Tensor x, int format, *, int? seed=None, int step=0, int stream=0) -> (Tensor, Tensor)",
+    fake=_fake_quantize,
+    kernel=_reference_quantize,
+)
+_dequantize = _define(
+    "dequantize_blockwise(Tensor codes, Tensor absmax, int format) -> Tensor",
+    fake=_fake_dequantize,
+    kernel=_reference_dequantize,
 )
 native = _load_native()
 
 
-def ademamix_step_(*args: Any, **kwargs: Any) -> None:
-    """The 32-bit step on lists of one dtype and device; see :func:`torch_ademamix.functional.ademamix`.
+def ademamix_step_(*lists: Sequence[Tensor], lr: Tensor | float, **options: Any) -> None:
+    """The op `ademamix_step_`, which takes lists of one dtype and device, by the type of lr."""
+    if isinstance(lr, Tensor):
+        _step_tensor_lr(*lists, _beside(lists[0], lr), **options)
+    else:
+        _step(*lists, lr, **options)
 
-    Dispatches to `torch.ops.torch_ademamix.ademamix_step_`, by the type of `lr` (the seventh argument).
-    """
-    (_step_tensor_lr if isinstance(args[6], Tensor) else _step_float_lr)(*args, **kwargs)
+
+def ademamix_blockwise_step_(*lists: Sequence[Tensor], lr: Tensor | float, **options: Any) -> None:
+    """The op `ademamix_blockwise_step_`, which takes lists of one dtype and device, by the type of lr."""
+    if isinstance(lr, Tensor):
+        _blockwise_step_tensor_lr(*lists, _beside(lists[0], lr), **options)
+    else:
+        _blockwise_step(*lists, lr, **options)
+
+
+def _beside(params: Sequence[Tensor], lr: Tensor) -> Tensor:
+    return lr.to(params[0].device) if params else lr
+
+
+def quantize_blockwise(
+    x: Tensor, format: Format, *, seed: int | None = None, step: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    """:func:`torch_ademamix.blockwise.quantize` as an op, with native kernels."""
+    return _quantize(x, FORMATS.index(format), seed=seed, step=step, stream=stream)  # type: ignore[no-any-return]
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
+    """:func:`torch_ademamix.blockwise.dequantize` as an op, with native kernels."""
+    return _dequantize(codes, absmax, FORMATS.index(format))  # type: ignore[no-any-return]

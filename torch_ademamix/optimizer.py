@@ -1,7 +1,7 @@
 """The AdEMAMix optimizer (arXiv 2409.03137) and the variants that fix how its state is stored."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,11 +9,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import functional
+from torch_ademamix import functional, ops
 from torch_ademamix.check import PARAMETER_DTYPES
-from torch_ademamix.state import MOMENTS, loaded_state, mark_static, new_state
+from torch_ademamix.state import (
+    QUANTIZED_STATE,
+    STORAGE_OPTIONS,
+    loaded_state,
+    mark_static,
+    new_state,
+)
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
+
+Lists = tuple[list[Any], ...]
+Call = tuple[Callable[..., None], Sequence[Any], dict[str, Any]]  # an op, its lists and its options
 
 
 class AdEMAMix(Optimizer):
@@ -24,7 +33,9 @@ class AdEMAMix(Optimizer):
 
     State, per parameter, under torch's own names: `step` (float32, no dimensions, on the parameter's device),
     `exp_avg` (m1), `exp_avg_slow` (m2) and `exp_avg_sq` (ν), of the parameter's shape; float32, or float64 for
-    float64 parameters. It is made when a parameter's first gradient arrives, or by :meth:`init_state`.
+    float64 parameters. With `optim_bits=8` they hold codes, and `exp_avg_absmax` and so on the float32 scales,
+    one per block of 256 elements (:mod:`torch_ademamix.blockwise`). State is made when a parameter's first
+    gradient arrives, or by :meth:`init_state`.
 
     Args:
         params: tensors, named tensors, or groups (dicts), as in torch.optim.
@@ -36,9 +47,14 @@ class AdEMAMix(Optimizer):
         t_beta3: steps over which β3 rises from β1, linearly in the half-life; None for none.
         eps: added to the denominator.
         weight_decay: decoupled weight decay λ.
-        optim_bits: 32.
+        optim_bits: 32, or 8 for quantized state.
         min_8bit_size: tensors of fewer elements keep float32 state.
         is_paged: state may be paged out of GPU memory; without a GPU it is ordinary memory.
+        slow_ema_bits: of exp_avg_slow where state is quantized: 16, or 8, at which an average as slow as
+            β3 = 0.9999 loses most of its updates.
+        stochastic_rounding: of exp_avg_sq where state is quantized; unbiased, where rounding to nearest makes it
+            some 7% too large.
+        seed: of the stochastic rounding.
         maximize: ascend instead of descend.
         capturable: keep lr as a tensor on the parameters' device, so that a captured CUDA graph reads it anew
             at each replay.
@@ -71,6 +87,9 @@ class AdEMAMix(Optimizer):
         min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         *,
+        slow_ema_bits: Literal[8, 16] = 16,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -85,6 +104,9 @@ class AdEMAMix(Optimizer):
             optim_bits=optim_bits,
             min_8bit_size=min_8bit_size,
             is_paged=is_paged,
+            slow_ema_bits=slow_ema_bits,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
             maximize=maximize,
             capturable=capturable,
         )
@@ -114,10 +136,10 @@ class AdEMAMix(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and not self.state[p]:
-                    self._init_param_state(p)
+                    self._init_param_state(p, group)
 
-    def _init_param_state(self, p: Tensor) -> None:
-        state = new_state(p)
+    def _init_param_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = new_state(p, group)
         mark_static(state)
         self.state[p].update(state)
 
@@ -139,34 +161,52 @@ class AdEMAMix(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # All gradients are looked at before the first parameter changes.
-        batches = [
-            (batch, self._options(group)) for group in self.param_groups for batch in self._batches(group)
-        ]
-        for batch, options in batches:
-            functional.step_batch(batch, **options)
+        calls, first_stream = [], 0
+        for group in self.param_groups:
+            calls += self._calls(group, first_stream)
+            first_stream += len(group["params"])
+        for op, lists, options in calls:
+            op(*lists, **options)
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> list[functional.Batch]:
-        """The group's parameters that have a gradient, with their state, as the ops take them."""
-        params, grads, m1s, m2s, nus, steps = lists = ([], [], [], [], [], [])  # type: functional.Batch
-        for p in group["params"]:
+    def _calls(self, group: dict[str, Any], first_stream: int) -> list[Call]:
+        """The op calls that update those of the group's parameters that have a gradient."""
+        plain: Lists = ([], [], [], [], [], [])
+        blockwise: Lists = ([], [], [], [], [], [], [], [], [], [])
+        params, grads, m1s, m2s, nus, steps = plain
+        for stream, p in enumerate(group["params"], first_stream):
             grad = p.grad
             if grad is None:
                 continue
             state = self.state[p]
             if not state:
-                self._init_param_state(p)
-            params.append(p)
-            grads.append(grad)
-            m1s.append(state["exp_avg"])
-            m2s.append(state["exp_avg_slow"])
-            nus.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-        for layout in {grad.layout for grad in grads} - {torch.strided}:
-            raise RuntimeError(f"AdEMAMix takes dense gradients, but a gradient has layout {layout}")
-        for dtype in {grad.dtype for grad in grads}.difference(PARAMETER_DTYPES):
-            raise RuntimeError(f"AdEMAMix takes floating gradients, but a gradient has dtype {dtype}")
-        return functional.batch_by_dtype(*lists)
+                self._init_param_state(p, group)
+            if "exp_avg_absmax" in state:
+                items = (p, grad, *[state[name] for name in QUANTIZED_STATE], stream)
+                for target, item in zip(blockwise, items, strict=True):
+                    target.append(item)
+            else:
+                params.append(p)
+                grads.append(grad)
+                m1s.append(state["exp_avg"])
+                m2s.append(state["exp_avg_slow"])
+                nus.append(state["exp_avg_sq"])
+                steps.append(state["step"])
+        _check_grads(grads)
+        _check_grads(blockwise[1])
+        options = self._options(group)
+        calls: list[Call] = [
+            (ops.ademamix_step_, lists, options) for lists in functional.batch_by_dtype(*plain)
+        ]
+        for *lists, streams in functional.batch_by_dtype(*blockwise):
+            blockwise_options = {
+                **options,
+                "stochastic_rounding": group["stochastic_rounding"],
+                "seed": group["seed"],
+                "streams": streams,
+            }
+            calls.append((ops.ademamix_blockwise_step_, lists, blockwise_options))
+        return calls
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2, beta3 = group["betas"]
@@ -188,6 +228,9 @@ class AdEMAMix(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but state keeps its dtype, and is checked before anything changes.
 
+        How state is stored (`optim_bits`, `slow_ema_bits`, `min_8bit_size`, `is_paged`) is this optimizer's own
+        affair: state that was saved in another format is converted.
+
         Raises:
             ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of
                 range; the optimizer is as it was then.
@@ -196,7 +239,11 @@ class AdEMAMix(Optimizer):
         # torch casts state to the parameter's dtype. Called after any hook of the user's, this one hides the
         # checked state from that; __setstate__ brings it out again.
         def check_and_hide(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return {**state_dict, "state": self._checked_state(state_dict)}
+            groups = [
+                {**saved, **{name: group[name] for name in STORAGE_OPTIONS}}
+                for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
+            ]
+            return {"state": self._checked_state(state_dict), "param_groups": groups}
 
         handle = self.register_load_state_dict_pre_hook(check_and_hide)
         try:
@@ -207,20 +254,17 @@ class AdEMAMix(Optimizer):
     def _checked_state(self, state_dict: dict[str, Any]) -> dict[Any, Any]:
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return state_dict["state"]  # for torch to refuse
+            return state_dict["state"]  # type: ignore[no-any-return]  # for torch to refuse
         for saved, group in zip(groups, self.param_groups, strict=True):
             _check_options({**group, **saved})
-        params = dict(
-            zip(
-                (i for g in groups for i in g["params"]),
-                (p for g in self.param_groups for p in g["params"]),
-                strict=True,
-            )
-        )
-        return {
-            i: _Loaded(loaded_state(params[i], saved, f"state_dict['state'][{i}]")) if i in params else saved
-            for i, saved in state_dict["state"].items()
-        }
+        ids = (i for g in groups for i in g["params"])
+        owners = ((p, g) for g in self.param_groups for p in g["params"])
+        states = dict(state_dict["state"])
+        for i, (p, group) in zip(ids, owners, strict=True):
+            if i in states:
+                where = f"state_dict['state'][{i}]"
+                states[i] = _Loaded(loaded_state(p, states[i], group, where))
+        return states
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -301,8 +345,15 @@ def _check_options(options: dict[str, Any]) -> None:
     require(options["eps"] >= 0, "eps", "at least 0")
     require(options["weight_decay"] >= 0, "weight_decay", "at least 0")
     require(options["optim_bits"] in (8, 32), "optim_bits", "8 or 32")
-    require(options["optim_bits"] == 32, "optim_bits", "32: quantized state isn't available in this version")
+    require(options["slow_ema_bits"] in (8, 16), "slow_ema_bits", "8 or 16")
     require(options["min_8bit_size"] >= 0, "min_8bit_size", "at least 0")
+
+
+def _check_grads(grads: Iterable[Tensor]) -> None:
+    for layout in {grad.layout for grad in grads} - {torch.strided}:
+        raise RuntimeError(f"AdEMAMix takes dense gradients, but a gradient has layout {layout}")
+    for dtype in {grad.dtype for grad in grads}.difference(PARAMETER_DTYPES):
+        raise RuntimeError(f"AdEMAMix takes floating gradients, but a gradient has dtype {dtype}")
 
 
 def _check_params(params: Iterable[Tensor]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ademamix.blockwise import Format, dequantize, quantize
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
 
@@ -26,10 +27,10 @@ def step_scalars(
     t_beta3: float | None,
 ) -> dict[str, Tensor]:
     """What one step's update needs, in float64; `step` counts from 1."""
-    t = step.double()
+    t = step.double().reshape(())
     beta3_t = beta3_schedule(t, beta1, beta3, t_beta3)
     return {
-        "lr": torch.as_tensor(lr, dtype=torch.float64, device=t.device),
+        "lr": torch.as_tensor(lr, dtype=torch.float64, device=t.device).reshape(()),
         "alpha": alpha_schedule(t, alpha, t_alpha),
         "beta3": beta3_t,
         "one_minus_beta3": 1 - beta3_t,
@@ -92,14 +93,78 @@ def ademamix_step_(
         p = param.to(compute_dtype(param.dtype))
         g = grad.to(p.dtype)
         if grad_scale is not None:
-            g = g / grad_scale
+            g = g / grad_scale.reshape(())
         if maximize:
             g = -g
         new = (*ademamix_update(p, g, *state, step + 1, lr, **hyperparameters), step + 1)
         for old, value in zip((param, *state, step), new, strict=True):
             if found_inf is not None:
-                value = torch.where(found_inf.bool(), old.to(value.dtype), value)
+                value = torch.where(found_inf.bool().reshape(()), old.to(value.dtype), value)
             old.copy_(value)
+
+
+def ademamix_blockwise_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_absmaxs: Sequence[Tensor],
+    exp_avg_slows: Sequence[Tensor],
+    exp_avg_slow_absmaxs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_sq_absmaxs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    stochastic_rounding: bool,
+    seed: int,
+    streams: Sequence[int],
+    found_inf: Tensor | None,
+    **options: Any,
+) -> None:
+    """The op `ademamix_blockwise_step_`, of any device: a step on the dequantized state."""
+    lists = zip(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_absmaxs,
+        exp_avg_slows,
+        exp_avg_slow_absmaxs,
+        exp_avg_sqs,
+        exp_avg_sq_absmaxs,
+        steps,
+        streams,
+        strict=True,
+    )
+    for p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, stream in lists:
+        slow_format: Format = "linear_int16" if m2.dtype == torch.int16 else "signed_dynamic"
+        quantized: tuple[tuple[Tensor, Tensor, Format], ...] = (
+            (m1, m1_absmax, "signed_dynamic"),
+            (m2, m2_absmax, slow_format),
+            (nu, nu_absmax, "unsigned_dynamic"),
+        )
+        moments = [
+            dequantize(codes, absmax.view(-1), format).to(compute_dtype(p.dtype))
+            for codes, absmax, format in quantized
+        ]
+        ademamix_step_(
+            [p], [g], *([m] for m in moments), [step], lr, found_inf=found_inf, **options
+        )
+        # An element of which one moment isn't finite loses all three, and no more than that.
+        finite = torch.stack([m.float().isfinite() for m in moments]).all(0)
+        for (codes, absmax, format), m in zip(quantized, moments, strict=True):
+            stochastic = stochastic_rounding and format == "unsigned_dynamic"
+            new_codes, new_absmax = quantize(
+                torch.where(finite, m.float(), 0),
+                format,
+                seed=seed if stochastic else None,
+                step=step,
+                stream=stream,
+            )
+            if found_inf is not None:
+                new_codes = torch.where(found_inf.bool(), codes, new_codes)
+                new_absmax = torch.where(found_inf.bool(), absmax.view(-1), new_absmax)
+            codes.copy_(new_codes)
+            absmax.copy_(new_absmax.view_as(absmax))
 
 
 class ReferenceAdEMAMix(torch.optim.Optimizer):

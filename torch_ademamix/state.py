@@ -1,4 +1,4 @@
-"""What the optimizer keeps per parameter: names, shapes and dtypes, made and checked here."""
+"""What the optimizer keeps per parameter: names, shapes and dtypes, made, checked and converted here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,18 +6,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
 
+# The entries of a parameter's quantized state, in the order of ademamix_blockwise_step_'s lists.
+QUANTIZED_STATE = (*(entry for name in MOMENTS for entry in (name, f"{name}_absmax")), "step")
 
-def new_state(p: Tensor) -> dict[str, Tensor]:
+# The options of a group that say how state is stored. They are the optimizer's own: a checkpoint that was stored
+# otherwise is converted when it is loaded.
+STORAGE_OPTIONS = ("optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged")
+
+Formats = dict[str, Format | None]
+
+
+def formats(p: Tensor, group: Mapping[str, Any]) -> Formats:
+    """How each moment of a parameter is stored: None is unquantized."""
+    if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"]:
+        return dict.fromkeys(MOMENTS)
+    return {
+        "exp_avg": "signed_dynamic",
+        "exp_avg_slow": "linear_int16" if group["slow_ema_bits"] == 16 else "signed_dynamic",
+        "exp_avg_sq": "unsigned_dynamic",
+    }
+
+
+def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-    for name in MOMENTS:
-        state[name] = torch.zeros_like(
+    for name, format in formats(p, group).items():
+        zeros = torch.zeros_like(
             p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format
         )
+        state |= _stored(name, zeros, format)
     return state
 
 
@@ -27,31 +50,77 @@ def mark_static(state: Mapping[str, Tensor]) -> None:
         torch._dynamo.mark_static_address(tensor, guard=True)
 
 
-def loaded_state(p: Tensor, saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+def loaded_state(
+    p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str
+) -> dict[str, Tensor]:
     """A parameter's saved state as the optimizer keeps it: the saved values, on the parameter's device.
+
+    What was stored in another format is converted, rounding to nearest.
 
     Raises:
         ValueError: something is missing, unknown, or of another shape or dtype; `where` begins the text.
     """
-    expected = {"step", *MOMENTS}
+    quantized = "exp_avg_absmax" in saved
+    expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
-        hint = "; see torch_ademamix.checkpoint for bitsandbytes' format" if "state1" in saved else ""
-        raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{hint}")
+        hint = ""
+        if "__bnb_optimizer_quant_state__" in saved:
+            hint = "; load bitsandbytes' state with torch_ademamix.checkpoint.from_bitsandbytes"
+        raise ValueError(
+            f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{hint}"
+        )
     step = torch.as_tensor(saved["step"], dtype=torch.float32)
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
     state = {"step": step.reshape(()).to(p.device)}
-    for name in MOMENTS:
-        value = saved[name]
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{where}[{name!r}] is a {type(value).__name__}, but must be a tensor")
-        if value.shape != p.shape:
+    for name, format in formats(p, group).items():
+        value = _checked(saved[name], f"{where}[{name!r}]", p.shape)
+        if not quantized:
+            if value.dtype != compute_dtype(p.dtype):
+                raise ValueError(
+                    f"{where}[{name!r}] has dtype {value.dtype}, but must be {compute_dtype(p.dtype)}"
+                )
+            state |= _stored(name, value.to(p.device), format)
+            continue
+        saved_format = _format_of(name, value.dtype, f"{where}[{name!r}]")
+        blocks = torch.Size([block_count(p.numel())])
+        absmax = _checked(saved[f"{name}_absmax"], f"{where}['{name}_absmax']", blocks)
+        if absmax.dtype != torch.float32:
             raise ValueError(
-                f"{where}[{name!r}] has shape {list(value.shape)}, but its parameter has shape {list(p.shape)}"
+                f"{where}['{name}_absmax'] has dtype {absmax.dtype}, but must be torch.float32"
             )
-        if value.dtype != compute_dtype(p.dtype):
-            raise ValueError(
-                f"{where}[{name!r}] has dtype {value.dtype}, but must be {compute_dtype(p.dtype)}"
-            )
-        state[name] = value.to(p.device)
+        value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous()
+        if saved_format == format:
+            state |= {name: value, f"{name}_absmax": absmax}
+        else:
+            values = dequantize_blockwise(value, absmax, saved_format).to(compute_dtype(p.dtype))
+            state |= _stored(name, values, format)
     return state
+
+
+def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tensor]:
+    if format is None:
+        return {name: values}
+    codes, absmax = quantize_blockwise(values.float().contiguous(), format)
+    return {name: codes, f"{name}_absmax": absmax}
+
+
+def _format_of(name: str, dtype: torch.dtype, where: str) -> Format:
+    allowed: tuple[Format, ...] = {
+        "exp_avg": ("signed_dynamic",),
+        "exp_avg_slow": ("linear_int16", "signed_dynamic"),
+        "exp_avg_sq": ("unsigned_dynamic",),
+    }[name]
+    for format in allowed:
+        if CODE_DTYPES[format] == dtype:
+            return format
+    dtypes = " or ".join(str(CODE_DTYPES[format]) for format in allowed)
+    raise ValueError(f"{where} has dtype {dtype}, but must be {dtypes}")
+
+
+def _checked(value: Any, where: str, shape: torch.Size) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} is a {type(value).__name__}, but must be a tensor")
+    if value.shape != shape:
+        raise ValueError(f"{where} has shape {list(value.shape)}, but must have {list(shape)}")
+    return value

@@ -55,7 +55,7 @@ def compile_train_step(
     def step(*batch: Any) -> Tensor:
         for group in optimizer.param_groups:
             make_lr_tensor(group)  # also after load_state_dict
-        optimizer._opt_called = True  # what LR schedulers look at to see that a step came before theirs
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at to see that a step came before theirs
         with torch._dynamo.config.patch(trace_autograd_ops=True):  # .backward() inside the graph
             return compiled(*batch)
 

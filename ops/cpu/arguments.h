@@ -20,12 +20,9 @@ inline double read_scalar(const Tensor& t) {
 // state do, that order serves as well as the row-major one: marks them contiguous.
 inline void use_common_order(std::initializer_list<TensorView*> tensors) {
   const TensorView& first = **tensors.begin();
-  int64_t extent = 1;  // of the memory between the first and the last element
-  for (int64_t d = 0; d < first.dims; ++d) extent += (first.sizes[d] - 1) * first.strides[d];
-  if (extent != first.numel) return;
+  if (!fills_memory(first)) return;
   for (const TensorView* t : tensors)
-    for (int64_t d = 0; d < first.dims; ++d)
-      if (first.sizes[d] > 1 && t->strides[d] != first.strides[d]) return;
+    if (!same_strides(first, *t)) return;
   for (TensorView* t : tensors) t->contiguous = true;
 }
 

@@ -1,8 +1,8 @@
 // The formats of ../blockwise.h over whole blocks, for AVX-512 and AVX2; elsewhere, and for a ragged block's last
 // elements, element by element. The results are the same to the bit.
 //
-// No gathers, except for rounding to nearest in AVX2: they take longer than all the rest together. Tables of 16
-// entries are register permutations instead, and a map value is computed rather than looked up.
+// Gathers are slow, so tables of 16 entries are permutations of a register and map values are computed. Only rounding
+// to nearest with AVX2 gathers.
 #pragma once
 
 #include "../blockwise.h"
@@ -205,9 +205,7 @@ ADEMAMIX_INLINE Ints wide_multiply(Ints a, Ints b) { return _mm256_mul_epu32(a, 
 ADEMAMIX_INLINE Ints wide_upper(Ints a) { return _mm256_srli_epi64(a, 32); }
 ADEMAMIX_INLINE Ints wide_add(Ints a, Ints b) { return _mm256_add_epi64(a, b); }
 ADEMAMIX_INLINE Ints wide_count() { return _mm256_setr_epi64x(0, 2, 1, 3); }
-ADEMAMIX_INLINE Ints pair(Ints low, Ints high) {
-  return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
-}
+ADEMAMIX_INLINE Ints pair(Ints low, Ints high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
 ADEMAMIX_INLINE void store_groups(uint16_t* p, Ints first, Ints second) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi64(first, second));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm256_unpackhi_epi64(first, second));
@@ -218,8 +216,8 @@ ADEMAMIX_INLINE void store_groups(uint16_t* p, Ints first, Ints second) {
 // --------------------------------------------------------------------------------------------------------- the tables
 
 // With the odd number w = 2 position + 1, of exponent e + 1, map_dividend is 9 w - 8 * 2^(e+1). Multiplied by the
-// divisor's inverse, as a sum of two floats, it comes out rounded as the quotient is. Rank 0 has an exponent of its own,
-// the one below the first decade's, where the inverse is 0.
+// divisor's inverse, as a sum of two floats, it comes out rounded as the quotient is. Rank 0 has an exponent of its
+// own, the one below the first decade's, where the inverse is 0.
 template <bool SIGNED>
 struct DecodeTable {
   float inverse_high[16], inverse_low[16];  // by the lowest four bits of the exponent field, 127 + e + 1

@@ -1,15 +1,11 @@
 // ademamix_step_ on the CPU.
-#include "../check.h"
+#include "../step_arguments.h"
 #include "arguments.h"
 #include "step_kernel.h"
 #include "work.h"
 
 namespace ademamix {
 namespace {
-
-struct StepLists {
-  Views params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps;
-};
 
 template <class T>
 void run(const StepLists& lists, const Hyperparameters& h, double lr, double grad_scale) {
@@ -28,7 +24,6 @@ void run(const StepLists& lists, const Hyperparameters& h, double lr, double gra
   parallel_over_elements(numels, [&](size_t i, int64_t begin, int64_t end) { step_elements(tensors[i], begin, end); });
 }
 
-// Lr is double, or Tensor: a learning rate that a compiled or captured step reads anew each time.
 template <class Lr>
 void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows, TensorList exp_avg_sqs,
           TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha, std::optional<double> t_alpha,
@@ -37,14 +32,7 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
   const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay, maximize};
   const StepLists lists{views_of(params),        views_of(grads),       views_of(exp_avgs),
                         views_of(exp_avg_slows), views_of(exp_avg_sqs), views_of(steps)};
-  const Checker check("ademamix_step_", lists.params);
-  check.grads(lists.grads);
-  check.state("exp_avgs", lists.exp_avgs);
-  check.state("exp_avg_slows", lists.exp_avg_slows);
-  check.state("exp_avg_sqs", lists.exp_avg_sqs);
-  check.steps(lists.steps);
-  check.scalars(lr, grad_scale, found_inf);
-  check.hyperparameters(h);
+  check_step(lists, lr, h, grad_scale, found_inf);
 
   if (params.empty() || (found_inf && read_scalar(*found_inf) != 0)) return;
   const double scale = grad_scale ? read_scalar(*grad_scale) : 1;

@@ -1,0 +1,86 @@
+// From an op's arguments to what the CUDA kernels take.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../tensor_view.h"
+#include "prologue.cuh"
+
+namespace ademamix {
+
+inline Scalar scalar_of(double value) { return {value, nullptr, nullptr}; }
+
+inline Scalar scalar_of(const Tensor& t) {
+  const bool is_double = t.scalar_type() == ScalarType::Double;
+  const void* data = t.const_data_ptr();
+  return {0, is_double ? nullptr : static_cast<const float*>(data), is_double ? static_cast<const double*>(data) : nullptr};
+}
+
+inline const float* pointer_of(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+// Memory for this call's kernels: torch's allocator reuses it in the order of the stream, also within a captured graph.
+inline Tensor scratch_memory(const Tensor& like, size_t bytes) {
+  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+// The kernels take the tensors of a parameter as so many elements, one after another, in one order. Where a tensor
+// lies otherwise, a copy takes its place.
+class CommonOrder {
+ public:
+  // One list of a call with its views; those of the copies replace them. `written` is what the kernels change.
+  struct List {
+    TensorList tensors;
+    Views& views;
+    bool written;
+  };
+
+  // lists[0] has the parameters.
+  explicit CommonOrder(std::initializer_list<List> lists) {
+    const List& params = *lists.begin();
+    for (size_t i = 0; i < params.views.size(); ++i) {
+      const TensorView first = params.views[i];
+      const bool row_major = first.contiguous || !fills_memory(first);
+      for (const List& list : lists) {
+        TensorView& view = list.views[i];
+        if (row_major ? !view.contiguous : !same_strides(first, view))
+          replace(list.tensors[i], view, first, row_major, list.written);
+      }
+    }
+  }
+
+  void write_back() {
+    for (auto& [original, copy] : written_) torch::stable::copy_(original, copy);
+  }
+
+ private:
+  // By a copy in row-major order or in the order of `first`.
+  void replace(const Tensor& tensor, TensorView& view, const TensorView& first, bool row_major, bool written) {
+    std::vector<int64_t> strides(first.strides, first.strides + first.dims);
+    if (row_major)
+      for (int64_t d = first.dims - 1, stride = 1; d >= 0; stride *= first.sizes[d--]) strides[d] = stride;
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(first.dims, first.sizes, strides.data(), dtype,
+                                                           device_type(tensor), view.device_index, &handle));
+    Tensor copy(handle);
+    torch::stable::copy_(copy, tensor);
+    view = view_of(copy);
+    (written ? written_ : read_).emplace_back(tensor, copy);
+  }
+
+  static int32_t device_type(const Tensor& tensor) {
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    return type;
+  }
+
+  std::vector<std::pair<Tensor, Tensor>> written_, read_;  // tensors and their copies
+};
+
+}  // namespace ademamix

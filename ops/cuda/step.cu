@@ -1,0 +1,80 @@
+// ademamix_step_ on CUDA devices.
+#include "../step_arguments.h"
+#include "arguments.h"
+#include "runtime.h"
+#include "step_kernel.cuh"
+
+namespace ademamix {
+namespace {
+
+template <class P, class G>
+void launch_steps(cudaStream_t stream, const StepLists& lists, const TensorScalars<typename StepTypes<P, G>::T>* scalars,
+                  const float* found_inf) {
+  std::vector<StepRecord> records;
+  records.reserve(lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    StepRecord r{lists.params[i].data,        lists.grads[i].data,       lists.exp_avgs[i].data,
+                 lists.exp_avg_slows[i].data, lists.exp_avg_sqs[i].data, lists.params[i].numel};
+    r.head = step_head<P, G>(r);
+    records.push_back(r);
+  }
+  for_each_table(records, step_tiles, [&](const TensorTable<StepRecord>& table, uint32_t tiles) {
+    launch(stream, step_kernel<P, G>, tiles, STEP_THREADS, table, scalars, found_inf);
+  });
+}
+
+// Calls f with a value of the C++ type of a floating dtype.
+template <class F>
+void with_floating(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(c10::BFloat16{});
+    case ScalarType::Half: return f(c10::Half{});
+    default: return f(float{});
+  }
+}
+
+template <class T>
+void run(cudaStream_t stream, const StepLists& lists, const Tensor& param, const Hyperparameters& h, Scalar lr,
+         Scalar grad_scale, const float* found_inf) {
+  const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
+  auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
+  launch_prologues(stream, lists.steps, h, lr, grad_scale, found_inf, scalars);
+  with_floating(lists.params[0].dtype, [&](auto p) {
+    using P = decltype(p);
+    if constexpr (std::is_same_v<T, double> == std::is_same_v<P, double>)
+      with_floating(lists.grads[0].dtype,
+                    [&](auto g) { launch_steps<P, decltype(g)>(stream, lists, scalars, found_inf); });
+  });
+}
+
+template <class Lr>
+void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows, TensorList exp_avg_sqs,
+          TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha, std::optional<double> t_alpha,
+          std::optional<double> t_beta3, double eps, double weight_decay, bool maximize,
+          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay, maximize};
+  StepLists lists{views_of(params),        views_of(grads),       views_of(exp_avgs),
+                  views_of(exp_avg_slows), views_of(exp_avg_sqs), views_of(steps)};
+  check_step(lists, lr, h, grad_scale, found_inf);
+  if (params.empty()) return;
+
+  const CurrentDevice device(lists.params[0].device_index);
+  CommonOrder order{{params, lists.params, true},
+                    {grads, lists.grads, false},
+                    {exp_avgs, lists.exp_avgs, true},
+                    {exp_avg_slows, lists.exp_avg_slows, true},
+                    {exp_avg_sqs, lists.exp_avg_sqs, true}};
+  const auto run_in = lists.params[0].dtype == ScalarType::Double ? run<double> : run<float>;
+  run_in(device.stream(), lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
+         pointer_of(found_inf));
+  order.write_back();
+}
+
+}  // namespace
+}  // namespace ademamix
+
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
+  m.impl("ademamix_step_", TORCH_BOX(&ademamix::step<double>));
+  m.impl("ademamix_step_.tensor_lr", TORCH_BOX(&ademamix::step<torch::stable::Tensor>));
+}

@@ -1,0 +1,52 @@
+"""Prints versions, the build, and which kernels serve which device: `python -m torch_ademamix`."""
+
+import platform
+from collections.abc import Iterator
+
+import torch
+
+import torch_ademamix
+from torch_ademamix import ops
+
+
+def report() -> Iterator[tuple[str, str]]:
+    """What a bug report needs, as pairs of a name and a text."""
+    system = f"{platform.system()} {platform.machine()}"
+    yield "torch_ademamix", torch_ademamix.__version__
+    yield "Python", f"{platform.python_version()}, {system}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    yield "native build", _build()
+    yield "CPU", f"{_kernels('CPU')}, {torch.get_num_threads()} threads"
+    yield "CUDA", _kernels("CUDA") if torch.cuda.is_available() else "no device"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        yield f"CUDA device {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+    yield "other devices", "reference kernels"
+
+
+def _build() -> str:
+    if ops.native is None:
+        return "none"
+    built = f"torch {ops.native.built_with_torch}, {ops.native.compiler}"
+    return f"{built}, CPU kernels for {', '.join(ops.native.cpu_capabilities.split())}"
+
+
+def _kernels(dispatch_key: str) -> str:
+    """Asks the dispatcher, which knows what has been loaded."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not has_kernel("torch_ademamix::ademamix_step_", dispatch_key):
+        return "reference kernels"
+    if dispatch_key == "CPU" and ops.native is not None:
+        return f"native kernels for {ops.cpu_capability(ops.native)}"
+    return "native kernels"
+
+
+def main() -> None:
+    rows = list(report())
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
+
+
+if __name__ == "__main__":
+    main()
