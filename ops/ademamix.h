@@ -2,6 +2,7 @@
 // these same functions; T is float or double, V is T or a SIMD vector of T.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 
 #include "value.h"
@@ -12,9 +13,15 @@ namespace ademamix {
 struct Hyperparameters {
   double beta1, beta2, beta3, alpha;
   std::optional<double> t_alpha, t_beta3;  // steps of warm-up of alpha and beta3
+  int64_t schedule_start;                  // steps before the warm-ups begin
   double eps, weight_decay;
   bool maximize;
 };
+
+// The schedules' t. A tensor that has done fewer steps than schedule_start waits at 0.
+ADEMAMIX_INLINE double schedule_step(double step, const Hyperparameters& h) {
+  return ::fmax(step - static_cast<double>(h.schedule_start), 0.0);
+}
 
 // alpha(t): linear from 0 to alpha over t_alpha steps.
 ADEMAMIX_INLINE double alpha_schedule(double step, const Hyperparameters& h) {
@@ -52,13 +59,13 @@ struct StepScalars {
         one_minus_beta1(V(1 - h.beta1)),
         beta2(V(h.beta2)),
         one_minus_beta2(V(1 - h.beta2)),
-        alpha(V(alpha_schedule(step, h))),
+        alpha(V(alpha_schedule(schedule_step(step, h), h))),
         inv_bias1(V(1 / (1 - ::pow(h.beta1, step)))),
         inv_sqrt_bias2(V(1 / ::sqrt(1 - ::pow(h.beta2, step)))),
         eps(V(h.eps)),
         minus_lr(V(-lr)),
         weight_decay(V(h.weight_decay)) {
-    const double beta3_t = beta3_schedule(step, h);
+    const double beta3_t = beta3_schedule(schedule_step(step, h), h);
     beta3 = V(beta3_t);
     one_minus_beta3 = V(1 - beta3_t);
   }

@@ -178,6 +178,7 @@ class Checker {
     in_range("beta3", h.beta3, h.beta3 >= 0 && h.beta3 < 1, "in [0, 1)");
     if (h.t_alpha) in_range("t_alpha", *h.t_alpha, *h.t_alpha > 0, "positive or None");
     if (h.t_beta3) in_range("t_beta3", *h.t_beta3, *h.t_beta3 > 0, "positive or None");
+    in_range("schedule_start", static_cast<double>(h.schedule_start), h.schedule_start >= 0, "at least 0");
     in_range("eps", h.eps, h.eps >= 0, "at least 0");
   }
 

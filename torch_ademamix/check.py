@@ -109,6 +109,7 @@ class Checker:
         beta3: float,
         t_alpha: float | None,
         t_beta3: float | None,
+        schedule_start: int,
         eps: float,
     ) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2), ("beta3", beta3)):
@@ -116,6 +117,7 @@ class Checker:
         for name, steps in (("t_alpha", t_alpha), ("t_beta3", t_beta3)):
             if steps is not None:
                 self._in_range(name, steps, steps > 0, "positive or None")
+        self._in_range("schedule_start", schedule_start, schedule_start >= 0, "at least 0")
         self._in_range("eps", eps, eps >= 0, "at least 0")
 
     def _in_range(self, name: str, value: float, ok: bool, allowed: str) -> None:

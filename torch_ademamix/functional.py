@@ -25,6 +25,7 @@ def ademamix(
     alpha: float,
     t_alpha: float | None = None,
     t_beta3: float | None = None,
+    schedule_start: int = 0,
     eps: float,
     weight_decay: float,
     maximize: bool = False,
@@ -52,6 +53,7 @@ def ademamix(
         beta1, beta2, beta3: in [0, 1).
         alpha: the weight α of the slow EMA.
         t_alpha, t_beta3: steps over which α and β3 are warmed up; see :mod:`torch_ademamix.schedules`.
+        schedule_start: steps done before these warm-ups begin; at least 0.
         eps: ε, at least 0.
         weight_decay: λ, decoupled, applied to the parameter's old value.
         maximize: ascend instead of descend.
@@ -77,6 +79,7 @@ def ademamix(
         alpha=alpha,
         t_alpha=t_alpha,
         t_beta3=t_beta3,
+        schedule_start=schedule_start,
         eps=eps,
         weight_decay=weight_decay,
         maximize=maximize,
@@ -109,6 +112,7 @@ def ademamix_blockwise(
     alpha: float,
     t_alpha: float | None = None,
     t_beta3: float | None = None,
+    schedule_start: int = 0,
     eps: float,
     weight_decay: float,
     maximize: bool = False,
@@ -154,6 +158,7 @@ def ademamix_blockwise(
         alpha=alpha,
         t_alpha=t_alpha,
         t_beta3=t_beta3,
+        schedule_start=schedule_start,
         eps=eps,
         weight_decay=weight_decay,
         maximize=maximize,

@@ -31,8 +31,8 @@ _BLOCKWISE_LISTS = (
     "Tensor(g!)[] exp_avg_sq_absmaxs, Tensor(h!)[] steps"
 )
 _OPTIONS = (
-    "float beta1, float beta2, float beta3, float alpha, float? t_alpha, float? t_beta3, float eps, "
-    "float weight_decay, bool maximize"
+    "float beta1, float beta2, float beta3, float alpha, float? t_alpha, float? t_beta3, "
+    "int schedule_start, float eps, float weight_decay, bool maximize"
 )
 _BLOCKWISE_OPTIONS = f"{_OPTIONS}, bool stochastic_rounding, int seed, int[] streams"
 _SCALER = "Tensor? grad_scale=None, Tensor? found_inf=None"
@@ -54,6 +54,21 @@ def _load_native() -> ModuleType | None:
         return None
     torch.ops.load_library(Path(__file__).parent / f"_cpu_{cpu_capability(native)}.so")
     return native
+
+
+def _load_cuda() -> None:
+    """Loads the CUDA kernels where torch has what they link to; a GPU isn't asked for, which might start CUDA."""
+    library = Path(__file__).parent / "_cuda.so"
+    if not (library.is_file() and torch.backends.cuda.is_built()):
+        return
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        warnings.warn(
+            f"torch_ademamix's CUDA kernels could not be loaded ({error}); CUDA tensors are served by the reference "
+            "kernels, which are several times slower. Reinstall it beside this version of torch",
+            stacklevel=2,
+        )
 
 
 def cpu_capability(native: ModuleType) -> str:
@@ -116,6 +131,7 @@ def check_step(
     alpha: float,
     t_alpha: float | None,
     t_beta3: float | None,
+    schedule_start: int,
     eps: float,
     weight_decay: float,
     maximize: bool,
@@ -130,7 +146,13 @@ def check_step(
     check.steps(steps)
     check.scalars(lr, grad_scale, found_inf)
     check.hyperparameters(
-        beta1=beta1, beta2=beta2, beta3=beta3, t_alpha=t_alpha, t_beta3=t_beta3, eps=eps
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        t_alpha=t_alpha,
+        t_beta3=t_beta3,
+        schedule_start=schedule_start,
+        eps=eps,
     )
 
 
@@ -152,6 +174,7 @@ def check_blockwise_step(
     alpha: float,
     t_alpha: float | None,
     t_beta3: float | None,
+    schedule_start: int,
     eps: float,
     weight_decay: float,
     maximize: bool,
@@ -173,7 +196,13 @@ def check_blockwise_step(
     check.length("streams", streams)
     check.scalars(lr, grad_scale, found_inf)
     check.hyperparameters(
-        beta1=beta1, beta2=beta2, beta3=beta3, t_alpha=t_alpha, t_beta3=t_beta3, eps=eps
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        t_alpha=t_alpha,
+        t_beta3=t_beta3,
+        schedule_start=schedule_start,
+        eps=eps,
     )
 
 
@@ -238,6 +267,7 @@ _dequantize = _define(
     kernel=_reference_dequantize,
 )
 native = _load_native()
+_load_cuda()
 
 
 def ademamix_step_(*lists: Sequence[Tensor], lr: Tensor | float, **options: Any) -> None:

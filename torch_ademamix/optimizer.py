@@ -45,6 +45,8 @@ class AdEMAMix(Optimizer):
         alpha: the weight α of the slow average.
         t_alpha: steps over which α rises linearly from 0; None for none. Usually the whole run.
         t_beta3: steps over which β3 rises from β1, linearly in the half-life; None for none.
+        schedule_start: steps of a parameter before both warm-ups begin, where another optimizer did these steps
+            (:func:`torch_ademamix.checkpoint.from_adamw`); α is 0 and β3 is β1 till then.
         eps: added to the denominator.
         weight_decay: decoupled weight decay λ.
         optim_bits: 32, or 8 for quantized state.
@@ -87,6 +89,7 @@ class AdEMAMix(Optimizer):
         min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         *,
+        schedule_start: int = 0,
         slow_ema_bits: Literal[8, 16] = 16,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -99,6 +102,7 @@ class AdEMAMix(Optimizer):
             alpha=alpha,
             t_alpha=t_alpha,
             t_beta3=t_beta3,
+            schedule_start=schedule_start,
             eps=eps,
             weight_decay=weight_decay,
             optim_bits=optim_bits,
@@ -218,6 +222,7 @@ class AdEMAMix(Optimizer):
             alpha=group["alpha"],
             t_alpha=group["t_alpha"],
             t_beta3=group["t_beta3"],
+            schedule_start=group["schedule_start"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
@@ -342,6 +347,8 @@ def _check_options(options: dict[str, Any]) -> None:
     require(options["alpha"] >= 0, "alpha", "at least 0")
     for name in ("t_alpha", "t_beta3"):
         require(options[name] is None or options[name] > 0, name, "positive or None")
+    start = options["schedule_start"]
+    require(isinstance(start, int) and start >= 0, "schedule_start", "an int of at least 0")
     require(options["eps"] >= 0, "eps", "at least 0")
     require(options["weight_decay"] >= 0, "weight_decay", "at least 0")
     require(options["optim_bits"] in (8, 32), "optim_bits", "8 or 32")

@@ -25,13 +25,15 @@ def step_scalars(
     alpha: float,
     t_alpha: float | None,
     t_beta3: float | None,
+    schedule_start: int,
 ) -> dict[str, Tensor]:
     """What one step's update needs, in float64; `step` counts from 1."""
     t = step.double().reshape(())
-    beta3_t = beta3_schedule(t, beta1, beta3, t_beta3)
+    schedule_t = (t - schedule_start).clamp(min=0)
+    beta3_t = beta3_schedule(schedule_t, beta1, beta3, t_beta3)
     return {
         "lr": torch.as_tensor(lr, dtype=torch.float64, device=t.device).reshape(()),
-        "alpha": alpha_schedule(t, alpha, t_alpha),
+        "alpha": alpha_schedule(schedule_t, alpha, t_alpha),
         "beta3": beta3_t,
         "one_minus_beta3": 1 - beta3_t,
         "bias1": 1 - beta1**t,
@@ -54,6 +56,7 @@ def ademamix_update(
     alpha: float,
     t_alpha: float | None,
     t_beta3: float | None,
+    schedule_start: int,
     eps: float,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +65,15 @@ def ademamix_update(
     param and grad are already in the dtype of the arithmetic; `step` counts from 1.
     """
     scalars = step_scalars(
-        step, lr, beta1=beta1, beta2=beta2, beta3=beta3, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3
+        step,
+        lr,
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        alpha=alpha,
+        t_alpha=t_alpha,
+        t_beta3=t_beta3,
+        schedule_start=schedule_start,
     )
     s = {name: value.to(param.dtype) for name, value in scalars.items()}
     m1 = beta1 * exp_avg + (1 - beta1) * grad
@@ -180,6 +191,8 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
     ['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']
     """
 
+    _OPTIONS = ("lr", "alpha", "t_alpha", "t_beta3", "schedule_start", "eps", "weight_decay")
+
     def __init__(
         self,
         params: Iterable[Tensor],
@@ -191,6 +204,7 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        schedule_start: int = 0,
         maximize: bool = False,
     ) -> None:
         defaults = dict(
@@ -199,6 +213,7 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
             alpha=alpha,
             t_alpha=t_alpha,
             t_beta3=t_beta3,
+            schedule_start=schedule_start,
             eps=eps,
             weight_decay=weight_decay,
             maximize=maximize,
@@ -227,7 +242,7 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
                     p.to(compute_dtype(p.dtype)),
                     (-p.grad if group["maximize"] else p.grad).to(compute_dtype(p.dtype)),
                     *(state[name] for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")),
-                    **{k: group[k] for k in ("lr", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")},
+                    **{name: group[name] for name in self._OPTIONS},
                     step=state["step"],
                     beta1=beta1,
                     beta2=beta2,

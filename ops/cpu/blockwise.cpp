@@ -47,10 +47,11 @@ template <class Lr>
 void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
                     TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
                     TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
-                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, double eps,
-                    double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed,
-                    std::vector<int64_t> streams, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay, maximize};
+                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3,
+                    int64_t schedule_start, double eps, double weight_decay, bool maximize, bool stochastic_rounding,
+                    int64_t seed, std::vector<int64_t> streams, std::optional<Tensor> grad_scale,
+                    std::optional<Tensor> found_inf) {
+  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
   const BlockwiseLists lists{views_of(params),
                              views_of(grads),
                              views_of(exp_avgs),

@@ -44,6 +44,7 @@ ADEMAMIX_INLINE Ints maximum(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 ADEMAMIX_INLINE Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 ADEMAMIX_INLINE Ints bit_xor(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 ADEMAMIX_INLINE Ints absolute(Ints a) { return _mm512_abs_epi32(a); }
+ADEMAMIX_INLINE int largest(Ints a) { return _mm512_reduce_max_epi32(a); }
 template <int COUNT>
 ADEMAMIX_INLINE Ints shift_left(Ints a) {
   return _mm512_slli_epi32(a, COUNT);
@@ -143,6 +144,11 @@ ADEMAMIX_INLINE Ints maximum(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
 ADEMAMIX_INLINE Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 ADEMAMIX_INLINE Ints bit_xor(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
 ADEMAMIX_INLINE Ints absolute(Ints a) { return _mm256_abs_epi32(a); }
+ADEMAMIX_INLINE int largest(Ints a) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  half = _mm_max_epi32(half, _mm_unpackhi_epi64(half, half));
+  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 1)));
+}
 template <int COUNT>
 ADEMAMIX_INLINE Ints shift_left(Ints a) {
   return _mm256_slli_epi32(a, COUNT);

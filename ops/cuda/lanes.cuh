@@ -73,14 +73,14 @@ class Lanes {
     return static_cast<T>(element);
   }
 
-  // From the first element to the last.
   template <class T>
   __device__ __forceinline__ void set(int i, T value) {
     const S element = static_cast<S>(value);
     if constexpr (sizeof(S) == 2) {
       uint16_t bits;
       memcpy(&bits, &element, 2);
-      words_[i / 2] = i % 2 ? words_[i / 2] | static_cast<uint32_t>(bits) << 16 : bits;
+      const uint32_t other = words_[i / 2] & (i % 2 ? 0xffffu : 0xffff0000u);
+      words_[i / 2] = other | static_cast<uint32_t>(bits) << (i % 2 * 16);
     } else {
       memcpy(&words_[i], &element, sizeof(S));
     }
