@@ -58,8 +58,7 @@ def _decades(signed: bool) -> tuple[tuple[float, ...], ...]:
     exponents = range(7) if signed else range(1, 8)
     scale = 10.0 ** (7 if signed else 8)
     return tuple(
-        tuple((2 ** (e + 1) + 18 * j + 9) * 10**e / (scale * 2 ** (e + 1)) for j in range(2**e))
-        for e in exponents
+        tuple((2 ** (e + 1) + 18 * j + 9) * 10**e / (scale * 2 ** (e + 1)) for j in range(2**e)) for e in exponents
     )
 
 
@@ -283,9 +282,7 @@ def quantize(
     codes = encode(
         _normalized(blocks, absmax).view(-1)[: x.numel()],
         format,
-        None
-        if seed is None
-        else random_bits(x.numel(), seed=seed, step=step, stream=stream, device=x.device),
+        None if seed is None else random_bits(x.numel(), seed=seed, step=step, stream=stream, device=x.device),
     )
     if format == "unsigned_dynamic":  # positive values that vanish in the scaling
         positive = blocks.view(-1)[: x.numel()] > 0
@@ -319,8 +316,7 @@ def dequantize(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
     blocks = _blocks(decode(codes, format))
     if absmax.shape != blocks.shape[:1]:
         raise ValueError(
-            f"absmax must have shape {tuple(blocks.shape[:1])} for {codes.numel()} codes, "
-            f"not {tuple(absmax.shape)}"
+            f"absmax must have shape {tuple(blocks.shape[:1])} for {codes.numel()} codes, not {tuple(absmax.shape)}"
         )
     return (blocks * absmax[:, None]).view(-1)[: codes.numel()].view(codes.shape)
 

@@ -4,7 +4,7 @@ The native kernels ask the same, in the same words and order (ops/check.h).
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,8 +71,7 @@ class Checker:
             blocks = block_count(self._params[i].numel())
             if tensor.numel() != blocks:
                 self.refuse(
-                    f"{name}[{i}] has {tensor.numel()} elements, but must have {blocks}, "
-                    f"one per block of params[{i}]"
+                    f"{name}[{i}] has {tensor.numel()} elements, but must have {blocks}, one per block of params[{i}]"
                 )
             self._contiguous(name, i, tensor)
 
@@ -84,9 +83,7 @@ class Checker:
             if step.numel() != 1:
                 self.refuse(f"steps[{i}] has shape {list(step.shape)}, but must hold one element")
 
-    def scalars(
-        self, lr: Tensor | float, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def scalars(self, lr: Tensor | float, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """The scalars that may be tensors: one element each, on the parameters' device."""
         if isinstance(lr, Tensor):
             if lr.dtype not in (torch.float32, torch.float64):
@@ -111,6 +108,7 @@ class Checker:
         t_beta3: float | None,
         schedule_start: int,
         eps: float,
+        **_: Any,  # alpha, weight_decay and the flags may have any value
     ) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2), ("beta3", beta3)):
             self._in_range(name, beta, 0 <= beta < 1, "in [0, 1)")
@@ -145,15 +143,12 @@ class Checker:
 
     def _on_device(self, name: str, i: int, tensor: Tensor) -> None:
         if tensor.device != self._params[i].device:
-            self.refuse(
-                f"{name}[{i}] is on {tensor.device}, but params[{i}] is on {self._params[i].device}"
-            )
+            self.refuse(f"{name}[{i}] is on {tensor.device}, but params[{i}] is on {self._params[i].device}")
 
     def _shaped_as_param(self, name: str, i: int, tensor: Tensor) -> None:
         if tensor.shape != self._params[i].shape:
             self.refuse(
-                f"{name}[{i}] has shape {list(tensor.shape)}, "
-                f"but params[{i}] has shape {list(self._params[i].shape)}"
+                f"{name}[{i}] has shape {list(tensor.shape)}, but params[{i}] has shape {list(self._params[i].shape)}"
             )
 
     def _contiguous(self, name: str, i: int, tensor: Tensor) -> None:
@@ -171,6 +166,60 @@ class Checker:
             self.refuse(f"{name} is on {tensor.device}, but params are on {self._params[0].device}")
 
 
+def check_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_slows: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **options: Any,
+) -> None:
+    check = Checker("ademamix_step_", params)
+    check.grads(grads)
+    check.state("exp_avgs", exp_avgs)
+    check.state("exp_avg_slows", exp_avg_slows)
+    check.state("exp_avg_sqs", exp_avg_sqs)
+    check.steps(steps)
+    check.scalars(lr, grad_scale, found_inf)
+    check.hyperparameters(**options)
+
+
+def check_blockwise_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_absmaxs: Sequence[Tensor],
+    exp_avg_slows: Sequence[Tensor],
+    exp_avg_slow_absmaxs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_sq_absmaxs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    streams: Sequence[int],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **options: Any,
+) -> None:
+    check = Checker("ademamix_blockwise_step_", params)
+    check.grads(grads)
+    check.codes("exp_avgs", exp_avgs, torch.uint8)
+    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
+    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.uint8)
+    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
+    check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
+    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
+    check.steps(steps)
+    check.length("streams", streams)
+    check.scalars(lr, grad_scale, found_inf)
+    check.hyperparameters(**options)
+
+
 def checked_format(op: str, format: int) -> Format:
     formats = tuple(CODE_DTYPES)
     if not 0 <= format < len(formats):
@@ -185,9 +234,7 @@ def check_quantize(x: Tensor, format: int, stochastic: bool) -> Format:
     if x.dtype != torch.float32:
         raise RuntimeError(f"{op}: x has dtype {x.dtype}, but must be torch.float32")
     if stochastic and checked != "unsigned_dynamic":
-        raise RuntimeError(
-            f"{op}: seed is given, but only unsigned_dynamic is rounded stochastically"
-        )
+        raise RuntimeError(f"{op}: seed is given, but only unsigned_dynamic is rounded stochastically")
     return checked
 
 
@@ -195,9 +242,7 @@ def check_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Format:
     op = "dequantize_blockwise"
     checked = checked_format(op, format)
     if codes.dtype != CODE_DTYPES[checked]:
-        raise RuntimeError(
-            f"{op}: codes has dtype {codes.dtype}, but must be {CODE_DTYPES[checked]}"
-        )
+        raise RuntimeError(f"{op}: codes has dtype {codes.dtype}, but must be {CODE_DTYPES[checked]}")
     if absmax.dtype != torch.float32:
         raise RuntimeError(f"{op}: absmax has dtype {absmax.dtype}, but must be torch.float32")
     if absmax.device != codes.device:
@@ -205,7 +250,6 @@ def check_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Format:
     blocks = block_count(codes.numel())
     if absmax.shape != (blocks,):
         raise RuntimeError(
-            f"{op}: absmax has shape {list(absmax.shape)}, but must have shape [{blocks}], "
-            "one per block of codes"
+            f"{op}: absmax has shape {list(absmax.shape)}, but must have shape [{blocks}], one per block of codes"
         )
     return checked

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from torch_ademamix import blockwise, reference
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
-from torch_ademamix.check import Checker, check_dequantize, check_quantize
+from torch_ademamix.check import (
+    check_blockwise_step,
+    check_dequantize,
+    check_quantize,
+    check_step,
+)
 
 FORMATS = tuple(CODE_DTYPES)
 
@@ -35,7 +40,8 @@ _OPTIONS = (
     "int schedule_start, float eps, float weight_decay, bool maximize"
 )
 _BLOCKWISE_OPTIONS = f"{_OPTIONS}, bool stochastic_rounding, int seed, int[] streams"
-_SCALER = "Tensor? grad_scale=None, Tensor? found_inf=None"
+SCALER = ("grad_scale", "found_inf")
+_SCALER = ", ".join(f"Tensor? {name}=None" for name in SCALER)
 
 _library = torch.library.Library("torch_ademamix", "DEF")
 
@@ -116,100 +122,10 @@ def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -
     return op  # type: ignore[no-any-return]
 
 
-def check_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_slows: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: Tensor | float,
-    *,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    t_alpha: float | None,
-    t_beta3: float | None,
-    schedule_start: int,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    check = Checker("ademamix_step_", params)
-    check.grads(grads)
-    check.state("exp_avgs", exp_avgs)
-    check.state("exp_avg_slows", exp_avg_slows)
-    check.state("exp_avg_sqs", exp_avg_sqs)
-    check.steps(steps)
-    check.scalars(lr, grad_scale, found_inf)
-    check.hyperparameters(
-        beta1=beta1,
-        beta2=beta2,
-        beta3=beta3,
-        t_alpha=t_alpha,
-        t_beta3=t_beta3,
-        schedule_start=schedule_start,
-        eps=eps,
-    )
-
-
-def check_blockwise_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_absmaxs: Sequence[Tensor],
-    exp_avg_slows: Sequence[Tensor],
-    exp_avg_slow_absmaxs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_sq_absmaxs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: Tensor | float,
-    *,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    t_alpha: float | None,
-    t_beta3: float | None,
-    schedule_start: int,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic_rounding: bool,
-    seed: int,
-    streams: Sequence[int],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    check = Checker("ademamix_blockwise_step_", params)
-    check.grads(grads)
-    check.codes("exp_avgs", exp_avgs, torch.uint8)
-    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
-    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.uint8)
-    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
-    check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
-    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
-    check.steps(steps)
-    check.length("streams", streams)
-    check.scalars(lr, grad_scale, found_inf)
-    check.hyperparameters(
-        beta1=beta1,
-        beta2=beta2,
-        beta3=beta3,
-        t_alpha=t_alpha,
-        t_beta3=t_beta3,
-        schedule_start=schedule_start,
-        eps=eps,
-    )
-
-
 def _checked(check: Callable[..., None], step: Callable[..., None]) -> Callable[..., None]:
     def kernel(*args: Any, **kwargs: Any) -> None:
         check(*args, **kwargs)
-        step(*args, **{"grad_scale": None, "found_inf": None, **kwargs})
+        step(*args, **{**dict.fromkeys(SCALER), **kwargs})
 
     return kernel
 
@@ -270,24 +186,27 @@ native = _load_native()
 _load_cuda()
 
 
-def ademamix_step_(*lists: Sequence[Tensor], lr: Tensor | float, **options: Any) -> None:
+def ademamix_step_(*lists: Sequence[Any], lr: Tensor | float, **options: Any) -> None:
     """The op `ademamix_step_`, which takes lists of one dtype and device, by the type of lr."""
-    if isinstance(lr, Tensor):
-        _step_tensor_lr(*lists, _beside(lists[0], lr), **options)
-    else:
-        _step(*lists, lr, **options)
+    lr, options = _beside(lists[0], lr, options)
+    (_step_tensor_lr if isinstance(lr, Tensor) else _step)(*lists, lr, **options)
 
 
-def ademamix_blockwise_step_(*lists: Sequence[Tensor], lr: Tensor | float, **options: Any) -> None:
+def ademamix_blockwise_step_(*lists: Sequence[Any], lr: Tensor | float, **options: Any) -> None:
     """The op `ademamix_blockwise_step_`, which takes lists of one dtype and device, by the type of lr."""
-    if isinstance(lr, Tensor):
-        _blockwise_step_tensor_lr(*lists, _beside(lists[0], lr), **options)
-    else:
-        _blockwise_step(*lists, lr, **options)
+    lr, options = _beside(lists[0], lr, options)
+    (_blockwise_step_tensor_lr if isinstance(lr, Tensor) else _blockwise_step)(*lists, lr, **options)
 
 
-def _beside(params: Sequence[Tensor], lr: Tensor) -> Tensor:
-    return lr.to(params[0].device) if params else lr
+def _beside(
+    params: Sequence[Tensor], lr: Tensor | float, options: dict[str, Any]
+) -> tuple[Tensor | float, dict[str, Any]]:
+    """The scalars on the parameters' device: with several devices, lr and GradScaler's tensors are on one only."""
+    if not params:
+        return lr, options
+    device = params[0].device
+    scaler = {name: options[name].to(device) for name in SCALER if options.get(name) is not None}
+    return lr.to(device) if isinstance(lr, Tensor) else lr, {**options, **scaler}
 
 
 def quantize_blockwise(

@@ -148,7 +148,7 @@ class AdEMAMix(Optimizer):
         self.state[p].update(state)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:
@@ -199,9 +199,7 @@ class AdEMAMix(Optimizer):
         _check_grads(grads)
         _check_grads(blockwise[1])
         options = self._options(group)
-        calls: list[Call] = [
-            (ops.ademamix_step_, lists, options) for lists in functional.batch_by_dtype(*plain)
-        ]
+        calls: list[Call] = [(ops.ademamix_step_, lists, options) for lists in functional.batch_by_dtype(*plain)]
         for *lists, streams in functional.batch_by_dtype(*blockwise):
             blockwise_options = {
                 **options,
@@ -294,7 +292,7 @@ def _fixing(**fixed: Any) -> Callable[[type[AdEMAMix]], type[AdEMAMix]]:
             AdEMAMix.__init__(**signature.bind(*args, **kwargs).arguments, **fixed)
 
         __init__.__signature__ = signature  # type: ignore[attr-defined]
-        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+        cls.__init__ = __init__  # type: ignore[method-assign]
         return cls
 
     return decorate

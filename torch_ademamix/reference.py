@@ -98,17 +98,16 @@ def ademamix_step_(
     **hyperparameters: Any,
 ) -> None:
     """The op `ademamix_step_`, of any device; it reads no value back to the host."""
-    for param, grad, *state, step in zip(
-        params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, strict=True
-    ):
+    lists = zip(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, strict=True)
+    for param, grad, m1, m2, nu, step in lists:
         p = param.to(compute_dtype(param.dtype))
         g = grad.to(p.dtype)
         if grad_scale is not None:
             g = g / grad_scale.reshape(())
         if maximize:
             g = -g
-        new = (*ademamix_update(p, g, *state, step + 1, lr, **hyperparameters), step + 1)
-        for old, value in zip((param, *state, step), new, strict=True):
+        new = (*ademamix_update(p, g, m1, m2, nu, step + 1, lr, **hyperparameters), step + 1)
+        for old, value in zip((param, m1, m2, nu, step), new, strict=True):
             if found_inf is not None:
                 value = torch.where(found_inf.bool().reshape(()), old.to(value.dtype), value)
             old.copy_(value)
@@ -154,12 +153,10 @@ def ademamix_blockwise_step_(
             (nu, nu_absmax, "unsigned_dynamic"),
         )
         moments = [
-            dequantize(codes, absmax.view(-1), format).to(compute_dtype(p.dtype))
-            for codes, absmax, format in quantized
+            dequantize(codes, absmax.view(-1), format).to(compute_dtype(p.dtype)) for codes, absmax, format in quantized
         ]
-        ademamix_step_(
-            [p], [g], *([m] for m in moments), [step], lr, found_inf=found_inf, **options
-        )
+        a, b, c = moments
+        ademamix_step_([p], [g], [a], [b], [c], [step], lr, found_inf=found_inf, **options)
         # An element of which one moment isn't finite loses all three, and no more than that.
         finite = torch.stack([m.float().isfinite() for m in moments]).all(0)
         for (codes, absmax, format), m in zip(quantized, moments, strict=True):
@@ -191,7 +188,7 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
     ['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']
     """
 
-    _OPTIONS = ("lr", "alpha", "t_alpha", "t_beta3", "schedule_start", "eps", "weight_decay")
+    _OPTIONS = ("lr", "alpha", "t_alpha", "t_beta3", "schedule_start", "eps", "weight_decay", "maximize")
 
     def __init__(
         self,
@@ -221,7 +218,7 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -237,18 +234,18 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq"):
                         state[name] = torch.zeros_like(p, dtype=compute_dtype(p.dtype))
-                state["step"] += 1
-                new_p, *new_state = ademamix_update(
-                    p.to(compute_dtype(p.dtype)),
-                    (-p.grad if group["maximize"] else p.grad).to(compute_dtype(p.dtype)),
-                    *(state[name] for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")),
-                    **{name: group[name] for name in self._OPTIONS},
-                    step=state["step"],
+                ademamix_step_(
+                    [p],
+                    [p.grad],
+                    [state["exp_avg"]],
+                    [state["exp_avg_slow"]],
+                    [state["exp_avg_sq"]],
+                    [state["step"]],
                     beta1=beta1,
                     beta2=beta2,
                     beta3=beta3,
+                    grad_scale=None,
+                    found_inf=None,
+                    **{name: group[name] for name in self._OPTIONS},
                 )
-                p.copy_(new_p)
-                for name, value in zip(("exp_avg", "exp_avg_slow", "exp_avg_sq"), new_state, strict=True):
-                    state[name].copy_(value)
         return loss

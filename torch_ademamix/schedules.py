@@ -24,9 +24,7 @@ def alpha_schedule(step: Tensor | float, alpha: float, t_alpha: float | None) ->
     return (t * alpha / t_alpha).clamp(max=alpha)
 
 
-def beta3_schedule(
-    step: Tensor | float, beta1: float, beta3: float, t_beta3: float | None
-) -> Tensor:
+def beta3_schedule(step: Tensor | float, beta1: float, beta3: float, t_beta3: float | None) -> Tensor:
     """β3(t): from β1 to β3, linear in the half-life of the slow EMA.
 
     A half-life is proportional to 1/ln β, so with s = t/t_beta3 this is

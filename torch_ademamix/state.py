@@ -19,17 +19,20 @@ QUANTIZED_STATE = (*(entry for name in MOMENTS for entry in (name, f"{name}_absm
 # otherwise is converted when it is loaded.
 STORAGE_OPTIONS = ("optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged")
 
-Formats = dict[str, Format | None]
+# What quantized state may be stored as: first the default, then what `slow_ema_bits=8` gives.
+ALLOWED_FORMATS: dict[str, tuple[Format, ...]] = {
+    "exp_avg": ("signed_dynamic",),
+    "exp_avg_slow": ("linear_int16", "signed_dynamic"),
+    "exp_avg_sq": ("unsigned_dynamic",),
+}
 
 
-def formats(p: Tensor, group: Mapping[str, Any]) -> Formats:
+def formats(p: Tensor, group: Mapping[str, Any]) -> dict[str, Format | None]:
     """How each moment of a parameter is stored: None is unquantized."""
     if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"]:
         return dict.fromkeys(MOMENTS)
     return {
-        "exp_avg": "signed_dynamic",
-        "exp_avg_slow": "linear_int16" if group["slow_ema_bits"] == 16 else "signed_dynamic",
-        "exp_avg_sq": "unsigned_dynamic",
+        name: allowed[-1] if group["slow_ema_bits"] == 8 else allowed[0] for name, allowed in ALLOWED_FORMATS.items()
     }
 
 
@@ -37,9 +40,7 @@ def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for name, format in formats(p, group).items():
-        zeros = torch.zeros_like(
-            p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format
-        )
+        zeros = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)
         state |= _stored(name, zeros, format)
     return state
 
@@ -50,9 +51,7 @@ def mark_static(state: Mapping[str, Tensor]) -> None:
         torch._dynamo.mark_static_address(tensor, guard=True)
 
 
-def loaded_state(
-    p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str
-) -> dict[str, Tensor]:
+def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """A parameter's saved state as the optimizer keeps it: the saved values, on the parameter's device.
 
     What was stored in another format is converted, rounding to nearest.
@@ -66,9 +65,7 @@ def loaded_state(
         hint = ""
         if "__bnb_optimizer_quant_state__" in saved:
             hint = "; load bitsandbytes' state with torch_ademamix.checkpoint.from_bitsandbytes"
-        raise ValueError(
-            f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{hint}"
-        )
+        raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{hint}")
     step = torch.as_tensor(saved["step"], dtype=torch.float32)
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
@@ -77,18 +74,14 @@ def loaded_state(
         value = _checked(saved[name], f"{where}[{name!r}]", p.shape)
         if not quantized:
             if value.dtype != compute_dtype(p.dtype):
-                raise ValueError(
-                    f"{where}[{name!r}] has dtype {value.dtype}, but must be {compute_dtype(p.dtype)}"
-                )
+                raise ValueError(f"{where}[{name!r}] has dtype {value.dtype}, but must be {compute_dtype(p.dtype)}")
             state |= _stored(name, value.to(p.device), format)
             continue
         saved_format = _format_of(name, value.dtype, f"{where}[{name!r}]")
         blocks = torch.Size([block_count(p.numel())])
         absmax = _checked(saved[f"{name}_absmax"], f"{where}['{name}_absmax']", blocks)
         if absmax.dtype != torch.float32:
-            raise ValueError(
-                f"{where}['{name}_absmax'] has dtype {absmax.dtype}, but must be torch.float32"
-            )
+            raise ValueError(f"{where}['{name}_absmax'] has dtype {absmax.dtype}, but must be torch.float32")
         value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous()
         if saved_format == format:
             state |= {name: value, f"{name}_absmax": absmax}
@@ -106,15 +99,10 @@ def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tenso
 
 
 def _format_of(name: str, dtype: torch.dtype, where: str) -> Format:
-    allowed: tuple[Format, ...] = {
-        "exp_avg": ("signed_dynamic",),
-        "exp_avg_slow": ("linear_int16", "signed_dynamic"),
-        "exp_avg_sq": ("unsigned_dynamic",),
-    }[name]
-    for format in allowed:
+    for format in ALLOWED_FORMATS[name]:
         if CODE_DTYPES[format] == dtype:
             return format
-    dtypes = " or ".join(str(CODE_DTYPES[format]) for format in allowed)
+    dtypes = " or ".join(str(CODE_DTYPES[format]) for format in ALLOWED_FORMATS[name])
     raise ValueError(f"{where} has dtype {dtype}, but must be {dtypes}")
 
 
