@@ -1,0 +1,70 @@
+# Each target does its own set-up: .venv with the versions of constraints.txt, and the native libraries.
+# ARGS= goes to the program that the target runs.
+
+PYTHON ?= python3
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+ENVIRONMENT := $(VENV)/environment.stamp
+BUILD := $(VENV)/build.stamp
+NATIVE_SOURCES := setup.py $(shell find ops -type f)
+CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_SOURCES))
+
+OPTIMIZER ?= AdEMAMix
+STEPS ?=
+SIZE ?=
+OUT ?= out/demo
+
+.PHONY: demo test test-fast lint format bench wheel build clean
+
+demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
+	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
+	    $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
+
+test: $(BUILD)  ## all tests
+	$(PY) -m pytest $(ARGS)
+
+test-fast: $(BUILD)  ## all tests but the slow ones
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(ENVIRONMENT)  ## rewrite the sources as `make lint` wants them
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+bench: $(BUILD)  ## speed on the CPU, beside torch's own optimizers
+	$(PY) -m benchmarks.cpu $(ARGS)
+
+wheel: $(ENVIRONMENT)  ## dist/*.whl
+	rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+build: $(BUILD)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info torch_ademamix/*.so
+	find . -name __pycache__ -type d -exec rm -rf {} +
+
+$(ENVIRONMENT): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo "Setting up $(VENV) (the first time this takes minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) setuptools wheel ninja pybind11
+	TORCH_ADEMAMIX_NATIVE=0 TORCH_ADEMAMIX_CUDA=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# In place and by ninja, which compiles what has changed.
+$(BUILD): $(ENVIRONMENT) $(NATIVE_SOURCES)
+	@echo "Building the native libraries (log: build/log.txt)"
+	@mkdir -p build
+	@$(PY) setup.py build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
+	@touch $@
