@@ -117,10 +117,10 @@ struct TopBits {
   }
 };
 
-// -1 if x < limit, both nonnegative, else 0. Their bits are in the same order, and CUDA adds the sign of a difference
-// in one instruction, but takes two to add a comparison.
+// -1 if x < limit, else 0: the sign of the difference, which CUDA adds in one instruction, where it takes two to add a
+// comparison. Between numbers that differ the difference is never rounded to 0.
 ADEMAMIX_INLINE int minus_if_below(float x, float limit) {
-  return static_cast<int32_t>(float_bits(x) - float_bits(limit)) >> 31;
+  return static_cast<int32_t>(float_bits(x - limit)) >> 31;
 }
 
 // The table that replaces the search: |x| falls in a bucket with at most one boundary, and the bucket's entry has that
@@ -163,20 +163,21 @@ ADEMAMIX_INLINE int nearest_rank(float x, const NearestTable<SIGNED>& table) {
   return entry.rank + minus_if_below(x, entry.boundary);
 }
 
-// The encoders take finite values with |value| * inverse <= 1, inverse being inverse_absmax(absmax).
+// The encoders take finite values with |value| * inverse <= 1, inverse being inverse_absmax(absmax). The code is what
+// the result's lowest bits are: to cut off the others costs CUDA an instruction, and packing codes does it anyway.
 
-ADEMAMIX_INLINE uint8_t encode_signed(float value, float inverse, const NearestTable<true>& table) {
+ADEMAMIX_INLINE int encode_signed(float value, float inverse, const NearestTable<true>& table) {
   const float x = multiply(value, inverse);
   const int rank = nearest_rank(::fabsf(x), table);
-  const int code = x < 0 ? SIGNED_ZERO_CODE - rank : SIGNED_ZERO_CODE + rank;
-  return static_cast<uint8_t>(code < 0 ? 0 : code);  // the map has no -1
+  const int code = SIGNED_ZERO_CODE + (x < 0 ? -rank : rank);
+  return code < 0 ? 0 : code;  // the map has no -1
 }
 
 // A positive value never becomes code 0, for the next step may divide by its root: what is below the smallest positive
 // map value goes up to it.
-ADEMAMIX_INLINE uint8_t encode_unsigned(float value, float inverse, const NearestTable<false>& table) {
+ADEMAMIX_INLINE int encode_unsigned(float value, float inverse, const NearestTable<false>& table) {
   const int rank = nearest_rank(multiply(::fmaxf(value, 0.0f), inverse), table);
-  return static_cast<uint8_t>(value > 0 ? rank : 0);
+  return value > 0 ? rank : 0;
 }
 
 // --------------------------------------------------------------------------------------------- stochastically rounded
@@ -256,15 +257,17 @@ ADEMAMIX_INLINE uint32_t position_on(const Line& line, float x) {
 }
 
 // Unbiased between the two map values around x: goes up with probability (x - low) / (high - low), right to 3e-5;
-// `random` has 16 bits. As with rounding to nearest, a positive value never becomes code 0.
-ADEMAMIX_INLINE uint8_t encode_unsigned_stochastic(float value, float inverse, uint32_t random,
-                                                   const PositionTable& table) {
+// `random` has 16 bits. As with rounding to nearest, a positive value never becomes code 0. The code is in the bits from
+// STOCHASTIC_CODE_SHIFT on.
+constexpr int STOCHASTIC_CODE_SHIFT = 16;
+
+ADEMAMIX_INLINE uint32_t encode_unsigned_stochastic(float value, float inverse, uint32_t random,
+                                                    const PositionTable& table) {
   const float x = ::fmaxf(multiply(value, inverse), SMALLEST_UNSIGNED);
   const auto entry = table.entries[PositionTable::Buckets::index(x)];
   const uint32_t position = position_on(table.lines[entry.line + minus_if_below(x, entry.begin)], x);
-  // Twice the position has 16 bits after the rank; of the float's exponent nothing is left in the eight bits above.
-  const uint32_t rank = (2 * position + random) >> 16 & 0xff;
-  return static_cast<uint8_t>(value > 0 ? rank : 0);
+  // Twice the position has 16 bits after the rank; of the float's exponent nothing is left in the rank's eight bits.
+  return value > 0 ? 2 * position + random : 0;
 }
 
 // -------------------------------------------------------------------------------------------------------- random bits
@@ -288,6 +291,16 @@ struct RandomWords {
   uint32_t word[4];
 };
 
+ADEMAMIX_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // nvcc would multiply 64-bit numbers by a constant
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 ADEMAMIX_INLINE RandomWords random_words(const RandomKey& key, uint64_t group) {
   constexpr uint32_t multiplier0 = PHILOX_MULTIPLIER[0], multiplier1 = PHILOX_MULTIPLIER[1];
   constexpr uint32_t key_step0 = PHILOX_KEY_STEP[0], key_step1 = PHILOX_KEY_STEP[1];
@@ -297,8 +310,8 @@ ADEMAMIX_INLINE RandomWords random_words(const RandomKey& key, uint64_t group) {
 #pragma unroll
 #endif
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(multiplier0) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(multiplier1) * c2;
+    const uint64_t product0 = wide_product(multiplier0, c0);
+    const uint64_t product1 = wide_product(multiplier1, c2);
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
     c1 = static_cast<uint32_t>(product1);
     c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
@@ -322,8 +335,8 @@ constexpr float LINEAR_MAX = 32767;
 // added to it.
 constexpr float ROUNDING_MAGIC = 12582912;
 
-ADEMAMIX_INLINE int16_t encode_linear(float value, float inverse) {
-  return static_cast<int16_t>(float_bits(fma(multiply(value, inverse), LINEAR_MAX, ROUNDING_MAGIC)) & 0xffff);
+ADEMAMIX_INLINE uint32_t encode_linear(float value, float inverse) {
+  return float_bits(fma(multiply(value, inverse), LINEAR_MAX, ROUNDING_MAGIC));
 }
 
 // ----------------------------------------------------------------------------------------------------------- decoding

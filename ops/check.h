@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cctype>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -31,8 +32,15 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::Short: return "torch.int16";
     case ScalarType::Int: return "torch.int32";
     case ScalarType::Long: return "torch.int64";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::ComplexHalf: return "torch.complex32";
+    case ScalarType::ComplexFloat: return "torch.complex64";
+    case ScalarType::ComplexDouble: return "torch.complex128";
+    default: break;
   }
+  std::string name = torch::headeronly::toString(dtype);
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+  return "torch." + name;
 }
 
 inline std::string shape_name(const TensorView& t) {

@@ -1,5 +1,6 @@
 """AdEMAMix for PyTorch, made for torch.compile and CUDA graphs."""
 
+from torch_ademamix import checkpoint
 from torch_ademamix.functional import ademamix
 from torch_ademamix.optimizer import (
     AdEMAMix,
@@ -21,6 +22,7 @@ __all__ = [
     "PagedAdEMAMix32bit",
     "ReferenceAdEMAMix",
     "ademamix",
+    "checkpoint",
     "compile_train_step",
 ]
 

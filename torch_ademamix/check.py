@@ -15,6 +15,23 @@ from torch_ademamix.reference import compute_dtype
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def floating_problem(name: str, i: int, tensor: Tensor) -> str | None:
+    """Why a tensor can't be a parameter or a gradient."""
+    if tensor.layout != torch.strided:
+        return f"{name}[{i}] has layout {tensor.layout}; only dense tensors are allowed"
+    if tensor.dtype not in PARAMETER_DTYPES:
+        return f"{name}[{i}] has dtype {tensor.dtype}; allowed are {', '.join(map(str, PARAMETER_DTYPES))}"
+    return None
+
+
+def in_place_problem(name: str, i: int, tensor: Tensor) -> str | None:
+    """Why a tensor can't be updated in place."""
+    overlapping = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if overlapping and tensor.numel() > 0:
+        return f"{name}[{i}] has elements that share memory, so it can't be updated in place"
+    return None
+
+
 class Checker:
     """The checks of one op call; `op` begins every text."""
 
@@ -123,11 +140,8 @@ class Checker:
             self.refuse(f"{name} is {value:g}, but must be {allowed}")
 
     def _floating(self, name: str, i: int, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided:
-            self.refuse(f"{name}[{i}] has layout {tensor.layout}; only dense tensors are allowed")
-        if tensor.dtype not in PARAMETER_DTYPES:
-            allowed = ", ".join(map(str, PARAMETER_DTYPES))
-            self.refuse(f"{name}[{i}] has dtype {tensor.dtype}; allowed are {allowed}")
+        if problem := floating_problem(name, i, tensor):
+            self.refuse(problem)
 
     def _uniform(self, name: str, tensors: Sequence[Tensor], i: int) -> None:
         a, b = tensors[i], tensors[0]
@@ -156,8 +170,8 @@ class Checker:
             self.refuse(f"{name}[{i}] must be contiguous")
 
     def _in_place(self, name: str, i: int, tensor: Tensor) -> None:
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            self.refuse(f"{name}[{i}] has elements that share memory, so it can't be updated in place")
+        if problem := in_place_problem(name, i, tensor):
+            self.refuse(problem)
 
     def _one_element(self, name: str, tensor: Tensor) -> None:
         if tensor.numel() != 1:

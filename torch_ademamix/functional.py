@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_ademamix import ops
 from torch_ademamix.check import check_blockwise_step, check_step
 
 Batch = tuple[Any, ...]  # the lists of an op call
+
+# Of one op call in a traced step. Inductor's passes take time quadratic in it: 1,000 parameters compile in 75 s as
+# one call, in 51 s as two.
+MAX_TRACED_TENSORS = 512
 
 
 def ademamix(
@@ -90,7 +95,8 @@ def ademamix(
     batches = batch_by_dtype(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps)
     if len(batches) > 1:  # a call checks its own arguments; the first may not write where the second refuses
         for batch in batches:
-            check_step(*batch, lr=lr, **options)  # type: ignore[misc]
+            batch_lr, batch_options = ops.beside(batch[0], lr, options)
+            check_step(*batch, lr=batch_lr, **batch_options)  # type: ignore[misc]
     for batch in batches:
         ops.ademamix_step_(*batch, lr=lr, **options)
 
@@ -182,7 +188,8 @@ def ademamix_blockwise(
     )
     if len(batches) > 1:
         for *lists, batch_streams in batches:
-            check_blockwise_step(*lists, lr=lr, streams=batch_streams, **options)  # type: ignore[misc]
+            batch_lr, batch_options = ops.beside(lists[0], lr, options)
+            check_blockwise_step(*lists, lr=batch_lr, streams=batch_streams, **batch_options)  # type: ignore[misc]
     for *lists, batch_streams in batches:
         ops.ademamix_blockwise_step_(*lists, lr=lr, streams=batch_streams, **options)
 
@@ -195,12 +202,18 @@ def batch_by_dtype(*lists: Sequence[Any]) -> list[Batch]:
     params, grads, *_ = lists
     if any(len(items) != len(params) for items in lists):
         return [lists]  # for the op to refuse
-    if len({(p.device, p.dtype) for p in params}) <= 1 and len({g.dtype for g in grads}) <= 1:
-        return [lists] if len(params) else []
     batches: dict[object, Batch] = {}
-    for items in zip(*lists, strict=True):
-        p, g, *_ = items
-        batch = batches.setdefault((p.device, p.dtype, g.dtype), tuple([] for _ in lists))
-        for target, item in zip(batch, items, strict=True):
-            target.append(item)
-    return list(batches.values())
+    if len({(p.device, p.dtype) for p in params}) <= 1 and len({g.dtype for g in grads}) <= 1:
+        batches[None] = lists
+    else:
+        for items in zip(*lists, strict=True):
+            p, g, *_ = items
+            batch = batches.setdefault((p.device, p.dtype, g.dtype), tuple([] for _ in lists))
+            for target, item in zip(batch, items, strict=True):
+                target.append(item)
+    size = MAX_TRACED_TENSORS if torch.compiler.is_compiling() else max(len(params), 1)
+    return [
+        tuple(items[first : first + size] for items in batch)
+        for batch in batches.values()
+        for first in range(0, len(batch[0]), size)
+    ]

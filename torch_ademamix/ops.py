@@ -188,17 +188,17 @@ _load_cuda()
 
 def ademamix_step_(*lists: Sequence[Any], lr: Tensor | float, **options: Any) -> None:
     """The op `ademamix_step_`, which takes lists of one dtype and device, by the type of lr."""
-    lr, options = _beside(lists[0], lr, options)
+    lr, options = beside(lists[0], lr, options)
     (_step_tensor_lr if isinstance(lr, Tensor) else _step)(*lists, lr, **options)
 
 
 def ademamix_blockwise_step_(*lists: Sequence[Any], lr: Tensor | float, **options: Any) -> None:
     """The op `ademamix_blockwise_step_`, which takes lists of one dtype and device, by the type of lr."""
-    lr, options = _beside(lists[0], lr, options)
+    lr, options = beside(lists[0], lr, options)
     (_blockwise_step_tensor_lr if isinstance(lr, Tensor) else _blockwise_step)(*lists, lr, **options)
 
 
-def _beside(
+def beside(
     params: Sequence[Tensor], lr: Tensor | float, options: dict[str, Any]
 ) -> tuple[Tensor | float, dict[str, Any]]:
     """The scalars on the parameters' device: with several devices, lr and GradScaler's tensors are on one only."""

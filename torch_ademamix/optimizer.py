@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from torch_ademamix import functional, ops
-from torch_ademamix.check import PARAMETER_DTYPES
+from torch_ademamix.check import floating_problem, in_place_problem
 from torch_ademamix.state import (
     QUANTIZED_STATE,
     STORAGE_OPTIONS,
@@ -119,9 +119,8 @@ class AdEMAMix(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; refuses options out of range before the optimizer changes."""
-        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (Tensor, type(None))):
-            param_group = {**param_group, "params": list(param_group["params"])}
-        _check_options({**self.defaults, **param_group})
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -159,12 +158,16 @@ class AdEMAMix(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse or of a dtype that isn't supported; nothing has been written then.
+            ValueError: an option of a group has been set out of its range; nothing has been written either.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All gradients are looked at before the first parameter changes.
+        # Before the first state is made or parameter changed: a group refused later may not find others stepped.
+        for i, group in enumerate(self.param_groups):
+            _check_options(group)
+            _check_grads(group["params"], f"gradients of param_groups[{i}]")
         calls, first_stream = [], 0
         for group in self.param_groups:
             calls += self._calls(group, first_stream)
@@ -196,8 +199,6 @@ class AdEMAMix(Optimizer):
                 m2s.append(state["exp_avg_slow"])
                 nus.append(state["exp_avg_sq"])
                 steps.append(state["step"])
-        _check_grads(grads)
-        _check_grads(blockwise[1])
         options = self._options(group)
         calls: list[Call] = [(ops.ademamix_step_, lists, options) for lists in functional.batch_by_dtype(*plain)]
         for *lists, streams in functional.batch_by_dtype(*blockwise):
@@ -271,9 +272,13 @@ class AdEMAMix(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
+        for name, argument in inspect.signature(AdEMAMix).parameters.items():
+            if name == "params":
+                continue
+            default = self.defaults.setdefault(name, argument.default)  # where a pickle is older than the option
+            for group in self.param_groups:
                 group.setdefault(name, default)
+        for group in self.param_groups:
             if group["capturable"] and group["params"]:
                 make_lr_tensor(group)
         for p, saved in self.state.items():
@@ -331,41 +336,40 @@ class _Loaded:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    def require(ok: bool, name: str, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} is {options[name]!r}, but must be {allowed}")
+    def require(name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
+        try:
+            error: type[Exception] | None = None if ok(options[name]) else ValueError
+        except TypeError:
+            error = TypeError
+        if error is not None:
+            raise error(f"{name} is {options[name]!r}, but must be {allowed}")
 
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor):
-        ok = lr.numel() == 1 and lr.dtype in (torch.float32, torch.float64)
-        require(ok, "lr", "a number, or a float32 or float64 tensor of one element")
+    if isinstance(options["lr"], Tensor):
+        lr_dtypes = (torch.float32, torch.float64)
+        allowed = "a number, or a float32 or float64 tensor of one element"
+        require("lr", allowed, lambda lr: lr.numel() == 1 and lr.dtype in lr_dtypes)
     else:
-        require(lr >= 0, "lr", "at least 0")
-    require(len(betas) == 3 and all(0 <= beta < 1 for beta in betas), "betas", "three numbers in [0, 1)")
-    require(options["alpha"] >= 0, "alpha", "at least 0")
+        require("lr", "at least 0", lambda lr: lr >= 0)
+    for name in ("alpha", "eps", "weight_decay", "min_8bit_size"):
+        require(name, "at least 0", lambda value: value >= 0)
+    require("betas", "three numbers in [0, 1)", lambda betas: len(betas) == 3 and all(0 <= b < 1 for b in betas))
     for name in ("t_alpha", "t_beta3"):
-        require(options[name] is None or options[name] > 0, name, "positive or None")
-    start = options["schedule_start"]
-    require(isinstance(start, int) and start >= 0, "schedule_start", "an int of at least 0")
-    require(options["eps"] >= 0, "eps", "at least 0")
-    require(options["weight_decay"] >= 0, "weight_decay", "at least 0")
-    require(options["optim_bits"] in (8, 32), "optim_bits", "8 or 32")
-    require(options["slow_ema_bits"] in (8, 16), "slow_ema_bits", "8 or 16")
-    require(options["min_8bit_size"] >= 0, "min_8bit_size", "at least 0")
+        require(name, "positive or None", lambda steps: steps is None or steps > 0)
+    require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and start >= 0)
+    require("optim_bits", "8 or 32", lambda bits: bits in (8, 32))
+    require("slow_ema_bits", "8 or 16", lambda bits: bits in (8, 16))
 
 
-def _check_grads(grads: Iterable[Tensor]) -> None:
-    for layout in {grad.layout for grad in grads} - {torch.strided}:
-        raise RuntimeError(f"AdEMAMix takes dense gradients, but a gradient has layout {layout}")
-    for dtype in {grad.dtype for grad in grads}.difference(PARAMETER_DTYPES):
-        raise RuntimeError(f"AdEMAMix takes floating gradients, but a gradient has dtype {dtype}")
+def _check_grads(params: Iterable[Tensor], name: str) -> None:
+    for i, p in enumerate(params):
+        if p.grad is not None and (problem := floating_problem(name, i, p.grad)):
+            raise RuntimeError(problem)
 
 
 def _check_params(params: Iterable[Tensor]) -> None:
     for i, p in enumerate(params):
-        if p.dtype not in PARAMETER_DTYPES:
-            allowed = ", ".join(map(str, PARAMETER_DTYPES))
-            raise ValueError(f"params[{i}] has dtype {p.dtype}; allowed are {allowed}")
+        if problem := floating_problem("params", i, p) or in_place_problem("params", i, p):
+            raise ValueError(problem)
 
 
 def make_lr_tensor(group: dict[str, Any]) -> None:

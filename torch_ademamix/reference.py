@@ -169,8 +169,9 @@ def ademamix_blockwise_step_(
                 stream=stream,
             )
             if found_inf is not None:
-                new_codes = torch.where(found_inf.bool(), codes, new_codes)
-                new_absmax = torch.where(found_inf.bool(), absmax.view(-1), new_absmax)
+                skip = found_inf.bool().reshape(())
+                new_codes = torch.where(skip, codes, new_codes)
+                new_absmax = torch.where(skip, absmax.view(-1), new_absmax)
             codes.copy_(new_codes)
             absmax.copy_(new_absmax.view_as(absmax))
 

@@ -1,6 +1,6 @@
 """What the optimizer keeps per parameter: names, shapes and dtypes, made, checked and converted here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ QUANTIZED_STATE = (*(entry for name in MOMENTS for entry in (name, f"{name}_absm
 # The options of a group that say how state is stored. They are the optimizer's own: a checkpoint that was stored
 # otherwise is converted when it is loaded.
 STORAGE_OPTIONS = ("optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged")
+
+# An entry that only another implementation's state has, and what to do then.
+BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests most of a parameter's state
+FOREIGN_STATE = {
+    BITSANDBYTES_STATE: "; load bitsandbytes' state with torch_ademamix.checkpoint.from_bitsandbytes",
+    "exp_avg_fast": "; load Apple's state with torch_ademamix.checkpoint.from_apple",
+}
 
 # What quantized state may be stored as: first the default, then what `slow_ema_bits=8` gives.
 ALLOWED_FORMATS: dict[str, tuple[Format, ...]] = {
@@ -62,26 +69,22 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     quantized = "exp_avg_absmax" in saved
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
-        hint = ""
-        if "__bnb_optimizer_quant_state__" in saved:
-            hint = "; load bitsandbytes' state with torch_ademamix.checkpoint.from_bitsandbytes"
-        raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{hint}")
+        hints = [hint for entry, hint in FOREIGN_STATE.items() if entry in saved]
+        raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{''.join(hints[:1])}")
     step = torch.as_tensor(saved["step"], dtype=torch.float32)
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
     state = {"step": step.reshape(()).to(p.device)}
     for name, format in formats(p, group).items():
-        value = _checked(saved[name], f"{where}[{name!r}]", p.shape)
         if not quantized:
-            if value.dtype != compute_dtype(p.dtype):
-                raise ValueError(f"{where}[{name!r}] has dtype {value.dtype}, but must be {compute_dtype(p.dtype)}")
+            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
             state |= _stored(name, value.to(p.device), format)
             continue
-        saved_format = _format_of(name, value.dtype, f"{where}[{name!r}]")
-        blocks = torch.Size([block_count(p.numel())])
-        absmax = _checked(saved[f"{name}_absmax"], f"{where}['{name}_absmax']", blocks)
-        if absmax.dtype != torch.float32:
-            raise ValueError(f"{where}['{name}_absmax'] has dtype {absmax.dtype}, but must be torch.float32")
+        allowed = {CODE_DTYPES[allowed]: allowed for allowed in ALLOWED_FORMATS[name]}
+        value = checked(saved[name], f"{where}[{name!r}]", p.shape, *allowed)
+        saved_format = allowed[value.dtype]
+        absmax_name = f"{name}_absmax"
+        absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", (block_count(p.numel()),), torch.float32)
         value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous()
         if saved_format == format:
             state |= {name: value, f"{name}_absmax": absmax}
@@ -98,17 +101,12 @@ def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tenso
     return {name: codes, f"{name}_absmax": absmax}
 
 
-def _format_of(name: str, dtype: torch.dtype, where: str) -> Format:
-    for format in ALLOWED_FORMATS[name]:
-        if CODE_DTYPES[format] == dtype:
-            return format
-    dtypes = " or ".join(str(CODE_DTYPES[format]) for format in ALLOWED_FORMATS[name])
-    raise ValueError(f"{where} has dtype {dtype}, but must be {dtypes}")
-
-
-def _checked(value: Any, where: str, shape: torch.Size) -> Tensor:
+def checked(value: Any, where: str, shape: Sequence[int] | None, *dtypes: torch.dtype) -> Tensor:
+    """`value`, if it is a tensor of that shape and one of these dtypes (None and none are any); else a ValueError."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is a {type(value).__name__}, but must be a tensor")
-    if value.shape != shape:
+    if shape is not None and value.shape != tuple(shape):
         raise ValueError(f"{where} has shape {list(value.shape)}, but must have {list(shape)}")
+    if dtypes and value.dtype not in dtypes:
+        raise ValueError(f"{where} has dtype {value.dtype}, but must be {' or '.join(map(str, dtypes))}")
     return value

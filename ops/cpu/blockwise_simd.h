@@ -377,7 +377,7 @@ inline void encode_signed_block(const float* values, float absmax, int count, ui
     store_codes(codes + i, maximum(code, ints(0)));
   }
 #endif
-  for (; i < count; ++i) codes[i] = encode_signed(values[i], inverse, SIGNED_NEAREST);
+  for (; i < count; ++i) codes[i] = static_cast<uint8_t>(encode_signed(values[i], inverse, SIGNED_NEAREST));
 }
 
 inline void encode_unsigned_block(const float* values, float absmax, int count, uint8_t* codes) {
@@ -390,7 +390,7 @@ inline void encode_unsigned_block(const float* values, float absmax, int count, 
     store_codes(codes + i, zero_unless_positive(maximum(rank, ints(1)), value));
   }
 #endif
-  for (; i < count; ++i) codes[i] = encode_unsigned(values[i], inverse, UNSIGNED_NEAREST);
+  for (; i < count; ++i) codes[i] = static_cast<uint8_t>(encode_unsigned(values[i], inverse, UNSIGNED_NEAREST));
 }
 
 // random_half for the elements of a block, whose first one is a multiple of RANDOM_GROUP.
@@ -444,12 +444,15 @@ inline void encode_unsigned_block_stochastic(const float* values, float absmax, 
     store_codes(codes + i, zero_unless_positive(rank, value));
   }
 #endif
-  for (; i < count; ++i) codes[i] = encode_unsigned_stochastic(values[i], inverse, random[i], UNSIGNED_POSITION);
+  for (; i < count; ++i) {
+    const uint32_t word = encode_unsigned_stochastic(values[i], inverse, random[i], UNSIGNED_POSITION);
+    codes[i] = static_cast<uint8_t>(word >> STOCHASTIC_CODE_SHIFT);
+  }
 }
 
 inline void encode_linear_block(const float* values, float absmax, int count, int16_t* codes) {
   const float inverse = inverse_absmax(absmax);
-  for (int i = 0; i < count; ++i) codes[i] = encode_linear(values[i], inverse);
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<int16_t>(encode_linear(values[i], inverse) & 0xffff);
 }
 
 }  // namespace ademamix

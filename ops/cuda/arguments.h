@@ -6,6 +6,9 @@
 #include <utility>
 #include <vector>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "../tensor_view.h"
 #include "prologue.cuh"
 
@@ -23,13 +26,24 @@ inline const float* pointer_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
+// Calls f with a value of the C++ type of a floating dtype.
+template <class F>
+void with_floating(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(c10::BFloat16{});
+    case ScalarType::Half: return f(c10::Half{});
+    default: return f(float{});
+  }
+}
+
 // Memory for this call's kernels: torch's allocator reuses it in the order of the stream, also within a captured graph.
 inline Tensor scratch_memory(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-// The kernels take the tensors of a parameter as so many elements, one after another, in one order. Where a tensor
-// lies otherwise, a copy takes its place.
+// The kernels take the tensors of a parameter as so many elements, one after another, in one order: the row-major one,
+// or any that the parameter has. Where a tensor lies otherwise, a copy takes its place.
 class CommonOrder {
  public:
   // One list of a call with its views; those of the copies replace them. `written` is what the kernels change.
@@ -40,11 +54,11 @@ class CommonOrder {
   };
 
   // lists[0] has the parameters.
-  explicit CommonOrder(std::initializer_list<List> lists) {
+  CommonOrder(std::initializer_list<List> lists, bool any_order) {
     const List& params = *lists.begin();
     for (size_t i = 0; i < params.views.size(); ++i) {
       const TensorView first = params.views[i];
-      const bool row_major = first.contiguous || !fills_memory(first);
+      const bool row_major = first.contiguous || !any_order || !fills_memory(first);
       for (const List& list : lists) {
         TensorView& view = list.views[i];
         if (row_major ? !view.contiguous : !same_strides(first, view))

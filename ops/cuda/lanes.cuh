@@ -18,6 +18,8 @@ template <class S, int N>
 class Lanes {
   static constexpr int BYTES = N * static_cast<int>(sizeof(S));
   using Word = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+  static constexpr int PER_WORD = static_cast<int>(sizeof(Word) / sizeof(S));
+  static constexpr int BITS = 8 * static_cast<int>(sizeof(S));
 
  public:
   static constexpr int ALIGNMENT = BYTES < 16 ? BYTES : 16;
@@ -61,32 +63,73 @@ class Lanes {
     }
   }
 
+  // The first `count` elements, one by one; the others become `absent`.
+  __device__ __forceinline__ void load(const S* p, int count, S absent) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) set(i, i < count ? p[i] : absent);
+  }
+
+  __device__ __forceinline__ void store(S* p, int count) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) p[i] = get<S>(i);
+  }
+
   template <class T>
   __device__ __forceinline__ T get(int i) const {
+    if constexpr (std::is_same_v<S, c10::BFloat16> && std::is_same_v<T, float>)  // for nvcc two shifts, else
+      return float_from_bits(i % 2 ? words_[i / 2] & 0xffff0000 : words_[i / 2] << 16);
     S element;
-    if constexpr (sizeof(S) == 2) {
-      const uint16_t bits = static_cast<uint16_t>(words_[i / 2] >> (i % 2 * 16));
-      memcpy(&element, &bits, 2);
-    } else {
-      memcpy(&element, &words_[i], sizeof(S));
-    }
+    const auto bits = static_cast<Bits>(words_[i / PER_WORD] >> (i % PER_WORD * BITS));
+    memcpy(&element, &bits, sizeof element);
     return static_cast<T>(element);
   }
 
   template <class T>
   __device__ __forceinline__ void set(int i, T value) {
     const S element = static_cast<S>(value);
-    if constexpr (sizeof(S) == 2) {
-      uint16_t bits;
-      memcpy(&bits, &element, 2);
-      const uint32_t other = words_[i / 2] & (i % 2 ? 0xffffu : 0xffff0000u);
-      words_[i / 2] = other | static_cast<uint32_t>(bits) << (i % 2 * 16);
+    Bits bits;
+    memcpy(&bits, &element, sizeof bits);
+    Word& word = words_[i / PER_WORD];
+    const int shift = i % PER_WORD * BITS;
+    constexpr Word mask = static_cast<Word>(static_cast<Bits>(-1));
+    word = (word & ~(mask << shift)) | static_cast<Word>(bits) << shift;
+  }
+
+  // All elements; of whole numbers the lowest bits from SHIFT, in whole bytes, on.
+  template <int SHIFT = 0, class T>
+  __device__ __forceinline__ void set_all(const T (&values)[N]) {
+    if constexpr (std::is_integral_v<S> && sizeof(S) == 1) {
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) {
+        constexpr unsigned int PAIR = 0x40 + SHIFT / 8 * 0x11;
+        const T* v = values + 4 * i;
+        words_[i] = __byte_perm(__byte_perm(v[0], v[1], PAIR), __byte_perm(v[2], v[3], PAIR), 0x5410);
+      }
+    } else if constexpr (std::is_integral_v<S> && sizeof(S) == 2) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) words_[i] = __byte_perm(values[2 * i], values[2 * i + 1], 0x5410);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    } else if constexpr (std::is_same_v<S, c10::BFloat16>) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words_[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+    } else if constexpr (std::is_same_v<S, c10::Half>) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words_[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+#endif
     } else {
-      memcpy(&words_[i], &element, sizeof(S));
+#pragma unroll
+      for (int i = 0; i < N; ++i) set(i, values[i]);
     }
   }
 
  private:
+  using Bits = std::conditional_t<
+      sizeof(S) == 8, uint64_t,
+      std::conditional_t<sizeof(S) == 4, uint32_t, std::conditional_t<sizeof(S) == 2, uint16_t, uint8_t>>>;
+
   Word words_[BYTES / sizeof(Word)];
 };
 

@@ -35,6 +35,8 @@ struct TensorTable {
     uint32_t tile;  // of this tensor
   };
 
+  __device__ uint32_t tiles() const { return end_tile[count - 1]; }
+
   // The tensor that a tile lies in.
   __device__ Place find(uint32_t tile) const {
     int low = 0, high = count - 1;

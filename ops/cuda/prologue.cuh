@@ -22,13 +22,14 @@ struct Scalar {
 template <class T>
 struct alignas(16) TensorScalars {
   StepScalars<T> scalars;
+  uint32_t step;  // after its increment
 
-  __device__ __forceinline__ StepScalars<T> load() const {
+  __device__ __forceinline__ TensorScalars load() const {
     uint4 words[sizeof(TensorScalars) / 16];
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(TensorScalars) / 16); ++i)
       words[i] = __ldg(reinterpret_cast<const uint4*>(this) + i);
-    StepScalars<T> loaded;
+    TensorScalars loaded;
     memcpy(&loaded, words, sizeof loaded);
     return loaded;
   }
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(PROLOGUE_THREADS)
   const float step = *pointers.steps[i] + 1;
   *pointers.steps[i] = step;
   scalars[i].scalars = StepScalars<T>(h, step, lr.get(), grad_scale.get());
+  scalars[i].step = static_cast<uint32_t>(step);
 }
 
 template <class T>

@@ -33,6 +33,14 @@ class CurrentDevice {
   cudaStream_t stream_;
 };
 
+// Of the current device.
+inline int multiprocessors() {
+  int device, count;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(cudaStream_t stream, void (*kernel)(Parameters...), unsigned int blocks, unsigned int threads,
             const Arguments&... arguments) {

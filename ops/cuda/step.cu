@@ -23,19 +23,8 @@ void launch_steps(cudaStream_t stream, const StepLists& lists, const TensorScala
   });
 }
 
-// Calls f with a value of the C++ type of a floating dtype.
-template <class F>
-void with_floating(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{});
-    case ScalarType::Half: return f(c10::Half{});
-    default: return f(float{});
-  }
-}
-
 template <class T>
-void run(cudaStream_t stream, const StepLists& lists, const Tensor& param, const Hyperparameters& h, Scalar lr,
+void run_step(cudaStream_t stream, const StepLists& lists, const Tensor& param, const Hyperparameters& h, Scalar lr,
          Scalar grad_scale, const float* found_inf) {
   const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
   auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
@@ -60,13 +49,14 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
   if (params.empty()) return;
 
   const CurrentDevice device(lists.params[0].device_index);
-  CommonOrder order{{params, lists.params, true},
-                    {grads, lists.grads, false},
-                    {exp_avgs, lists.exp_avgs, true},
-                    {exp_avg_slows, lists.exp_avg_slows, true},
-                    {exp_avg_sqs, lists.exp_avg_sqs, true}};
-  const auto run_in = lists.params[0].dtype == ScalarType::Double ? run<double> : run<float>;
-  run_in(device.stream(), lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
+  CommonOrder order({{params, lists.params, true},
+                     {grads, lists.grads, false},
+                     {exp_avgs, lists.exp_avgs, true},
+                     {exp_avg_slows, lists.exp_avg_slows, true},
+                     {exp_avg_sqs, lists.exp_avg_sqs, true}},
+                    /*any_order=*/true);
+  const auto run = lists.params[0].dtype == ScalarType::Double ? run_step<double> : run_step<float>;
+  run(device.stream(), lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
          pointer_of(found_inf));
   order.write_back();
 }

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(STEP_THREADS)
   if (skipped(found_inf)) return;
   const auto place = table.find(blockIdx.x);
   const StepRecord& record = table.records[place.tensor];
-  const auto s = scalars[table.first + place.tensor].load();
+  const auto s = scalars[table.first + place.tensor].load().scalars;
   const int thread = static_cast<int>(threadIdx.x);
 
   const int head = static_cast<int>(record.head);

@@ -1,0 +1,182 @@
+// ademamix_blockwise_step_, quantize_blockwise and dequantize_blockwise on CUDA devices.
+#include <tuple>
+
+#include "../step_arguments.h"
+#include "arguments.h"
+#include "blockwise_kernel.cuh"
+#include "runtime.h"
+
+namespace ademamix {
+namespace {
+
+template <class S>
+bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % Lanes<S, LANE_ELEMENTS>::ALIGNMENT == 0;
+}
+
+template <class P, class G, class M2>
+std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std::vector<int64_t>& streams) {
+  std::vector<BlockwiseRecord> records;
+  records.reserve(lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    BlockwiseRecord r{lists.params[i].data,
+                      lists.grads[i].data,
+                      static_cast<uint8_t*>(lists.exp_avgs[i].data),
+                      lists.exp_avg_slows[i].data,
+                      static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
+                      static_cast<float*>(lists.exp_avg_absmaxs[i].data),
+                      static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
+                      static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data),
+                      lists.params[i].numel};
+    const bool wide = aligned<P>(r.param) && aligned<G>(r.grad) && aligned<uint8_t>(r.exp_avg) &&
+                      aligned<M2>(r.exp_avg_slow) && aligned<uint8_t>(r.exp_avg_sq);
+    r.blocks = static_cast<uint32_t>(block_count(r.numel));
+    r.wide_blocks = wide ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
+    r.stream = static_cast<uint32_t>(streams[i]);
+    records.push_back(r);
+  }
+  return records;
+}
+
+uint32_t tiles_of(const BlockwiseRecord& r) { return (r.blocks + TILE_BLOCKS - 1) / TILE_BLOCKS; }
+
+template <class P, class G, class M2, bool STOCHASTIC>
+void launch_steps(cudaStream_t stream, const std::vector<BlockwiseRecord>& records,
+                  const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed, const float* found_inf) {
+  const auto ctas = static_cast<uint32_t>(multiprocessors() * BlockwiseTypes<P>::CTAS_PER_SM);
+  for_each_table(records, tiles_of, [&](const TensorTable<BlockwiseRecord>& table, uint32_t tiles) {
+    launch(stream, blockwise_step_kernel<P, G, M2, STOCHASTIC>, std::min(tiles, ctas), BLOCKWISE_THREADS, table,
+           scalars, seed, found_inf);
+  });
+}
+
+template <class T>
+void run_blockwise_step(cudaStream_t stream, const BlockwiseLists& lists, const Tensor& param, const Hyperparameters& h, Scalar lr,
+         Scalar grad_scale, const float* found_inf, bool stochastic_rounding, uint64_t seed,
+         const std::vector<int64_t>& streams) {
+  const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
+  auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
+  launch_prologues(stream, lists.steps, h, lr, grad_scale, found_inf, scalars);
+  with_floating(lists.params[0].dtype, [&](auto p) {
+    using P = decltype(p);
+    if constexpr (std::is_same_v<T, double> == std::is_same_v<P, double>) {
+      with_floating(lists.grads[0].dtype, [&](auto g) {
+        using G = decltype(g);
+        const auto with_slow_codes = [&](auto code) {
+          using M2 = decltype(code);
+          const auto records = make_records<P, G, M2>(lists, streams);
+          if (stochastic_rounding)
+            launch_steps<P, G, M2, true>(stream, records, scalars, seed, found_inf);
+          else
+            launch_steps<P, G, M2, false>(stream, records, scalars, seed, found_inf);
+        };
+        if (lists.exp_avg_slows[0].dtype == ScalarType::Short)
+          with_slow_codes(int16_t{});
+        else
+          with_slow_codes(uint8_t{});
+      });
+    }
+  });
+}
+
+template <class Lr>
+void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
+                    TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
+                    TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
+                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start,
+                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed,
+                    std::vector<int64_t> streams, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
+  BlockwiseLists lists{views_of(params),
+                       views_of(grads),
+                       views_of(exp_avgs),
+                       views_of(exp_avg_absmaxs),
+                       views_of(exp_avg_slows),
+                       views_of(exp_avg_slow_absmaxs),
+                       views_of(exp_avg_sqs),
+                       views_of(exp_avg_sq_absmaxs),
+                       views_of(steps)};
+  check_blockwise_step(lists, streams.size(), lr, h, grad_scale, found_inf);
+  if (params.empty()) return;
+
+  const CurrentDevice device(lists.params[0].device_index);
+  CommonOrder order({{params, lists.params, true}, {grads, lists.grads, false}}, /*any_order=*/false);
+  const auto run = lists.params[0].dtype == ScalarType::Double ? run_blockwise_step<double> : run_blockwise_step<float>;
+  run(device.stream(), lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
+         pointer_of(found_inf), stochastic_rounding, static_cast<uint64_t>(seed), streams);
+  order.write_back();
+}
+
+template <BlockFormat FORMAT, bool STOCHASTIC = false>
+void launch_quantize(cudaStream_t stream, const Tensor& values, const Tensor& codes, const Tensor& absmax,
+                     const RandomKey& key) {
+  const auto tiles = static_cast<uint32_t>((absmax.numel() + TILE_BLOCKS - 1) / TILE_BLOCKS);
+  launch(stream, quantize_kernel<FORMAT, STOCHASTIC>, tiles, BLOCKWISE_THREADS,
+         static_cast<const float*>(values.const_data_ptr()), static_cast<CodeOf<FORMAT>*>(codes.data_ptr()),
+         static_cast<float*>(absmax.data_ptr()), values.numel(), key);
+}
+
+std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::optional<int64_t> seed, int64_t step,
+                                              int64_t stream) {
+  const BlockFormat block_format = check_quantize(view_of(x), format, seed.has_value());
+  const CurrentDevice device(x.get_device_index());
+  const Tensor values = torch::stable::contiguous(x);
+  Tensor codes = torch::stable::new_empty(values, values.sizes(), code_dtype(block_format));
+  Tensor absmax = torch::stable::new_empty(values, {block_count(values.numel())}, ScalarType::Float);
+  const RandomKey key{static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step),
+                      static_cast<uint32_t>(stream)};
+  if (values.numel() == 0) return {codes, absmax};
+  switch (block_format) {
+    case BlockFormat::SIGNED_DYNAMIC:
+      launch_quantize<BlockFormat::SIGNED_DYNAMIC>(device.stream(), values, codes, absmax, key);
+      break;
+    case BlockFormat::UNSIGNED_DYNAMIC:
+      if (seed)
+        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC, true>(device.stream(), values, codes, absmax, key);
+      else
+        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC>(device.stream(), values, codes, absmax, key);
+      break;
+    case BlockFormat::LINEAR_INT16:
+      launch_quantize<BlockFormat::LINEAR_INT16>(device.stream(), values, codes, absmax, key);
+      break;
+  }
+  return {codes, absmax};
+}
+
+template <BlockFormat FORMAT>
+void launch_dequantize(cudaStream_t stream, const Tensor& codes, const Tensor& absmax, const Tensor& values) {
+  const auto tiles = static_cast<uint32_t>((absmax.numel() + TILE_BLOCKS - 1) / TILE_BLOCKS);
+  launch(stream, dequantize_kernel<FORMAT>, tiles, BLOCKWISE_THREADS,
+         static_cast<const CodeOf<FORMAT>*>(codes.const_data_ptr()),
+         static_cast<const float*>(absmax.const_data_ptr()), static_cast<float*>(values.data_ptr()), values.numel());
+}
+
+Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
+  const BlockFormat block_format = check_dequantize(view_of(codes), view_of(absmax), format);
+  const CurrentDevice device(codes.get_device_index());
+  const Tensor source_codes = torch::stable::contiguous(codes), source_absmax = torch::stable::contiguous(absmax);
+  Tensor values = torch::stable::new_empty(source_codes, source_codes.sizes(), ScalarType::Float);
+  if (values.numel() == 0) return values;
+  switch (block_format) {
+    case BlockFormat::SIGNED_DYNAMIC:
+      launch_dequantize<BlockFormat::SIGNED_DYNAMIC>(device.stream(), source_codes, source_absmax, values);
+      break;
+    case BlockFormat::UNSIGNED_DYNAMIC:
+      launch_dequantize<BlockFormat::UNSIGNED_DYNAMIC>(device.stream(), source_codes, source_absmax, values);
+      break;
+    case BlockFormat::LINEAR_INT16:
+      launch_dequantize<BlockFormat::LINEAR_INT16>(device.stream(), source_codes, source_absmax, values);
+      break;
+  }
+  return values;
+}
+
+}  // namespace
+}  // namespace ademamix
+
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
+  m.impl("ademamix_blockwise_step_", TORCH_BOX(&ademamix::blockwise_step<double>));
+  m.impl("ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&ademamix::blockwise_step<torch::stable::Tensor>));
+  m.impl("quantize_blockwise", TORCH_BOX(&ademamix::quantize_blockwise));
+  m.impl("dequantize_blockwise", TORCH_BOX(&ademamix::dequantize_blockwise));
+}

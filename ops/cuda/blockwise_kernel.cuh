@@ -1,0 +1,333 @@
+// The step with quantized state, and quantization alone, on the device. A warp owns a quantization block, 8 elements a
+// lane; it takes the block's scales by shuffles, and nothing in its loop waits for another warp.
+#pragma once
+
+#include "../ademamix.h"
+#include "../blockwise.h"
+#include "approximate.cuh"
+#include "lanes.cuh"
+#include "multi_tensor.cuh"
+#include "prologue.cuh"
+
+namespace ademamix {
+
+constexpr int WARP = 32;
+constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
+static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
+
+// A fixed number of CTAs goes through all blocks, so that the tables are copied to shared memory once per CTA.
+constexpr int BLOCKWISE_THREADS = 256;
+constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
+
+// One parameter with its gradient and quantized state; param and grad are contiguous.
+struct BlockwiseRecord {
+  void* param;
+  const void* grad;
+  uint8_t* exp_avg;
+  void* exp_avg_slow;
+  uint8_t* exp_avg_sq;
+  float* exp_avg_absmax;
+  float* exp_avg_slow_absmax;
+  float* exp_avg_sq_absmax;
+  int64_t numel;
+  uint32_t blocks;
+  uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
+  uint32_t stream;       // of random bits
+};
+
+// ---------------------------------------------------------------------------------------------------------- the tables
+
+template <bool STOCHASTIC>
+struct StepTables {
+  MapTable signed_map, unsigned_map;
+  NearestTable<true> signed_nearest;
+  std::conditional_t<STOCHASTIC, PositionTable, NearestTable<false>> unsigned_encoder;
+};
+
+static __device__ const StepTables<false> NEAREST_STEP_TABLES = {make_map_table(true), make_map_table(false),
+                                                                 make_nearest_table<true>(), make_nearest_table<false>()};
+static __device__ const StepTables<true> STOCHASTIC_STEP_TABLES = {make_map_table(true), make_map_table(false),
+                                                                   make_nearest_table<true>(), make_position_table()};
+
+template <class Tables>
+__device__ __forceinline__ void copy_tables(Tables& shared, const Tables& global) {
+  static_assert(sizeof(Tables) % sizeof(uint2) == 0 && alignof(Tables) >= alignof(uint2));
+  constexpr int COUNT = static_cast<int>(sizeof(Tables) / sizeof(uint2));
+  for (int i = static_cast<int>(threadIdx.x); i < COUNT; i += BLOCKWISE_THREADS)
+    reinterpret_cast<uint2*>(&shared)[i] = reinterpret_cast<const uint2*>(&global)[i];
+  __syncthreads();
+}
+
+// ------------------------------------------------------------------------------------------------------- a lane's part
+
+using LaneFloats = float[LANE_ELEMENTS];
+using LaneCodes = uint32_t[LANE_ELEMENTS];
+
+// The larger of two magnitudes; NaN counts as the largest.
+__device__ __forceinline__ float larger(float magnitude, float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(magnitude), "f"(::fabsf(value)));
+  return result;
+#else
+  const uint32_t a = float_bits(magnitude), b = float_bits(::fabsf(value));
+  return float_from_bits(a > b ? a : b);
+#endif
+}
+
+__device__ __forceinline__ float largest(const LaneFloats& values) {
+  float result = ::fabsf(values[0]);
+#pragma unroll
+  for (int i = 1; i < LANE_ELEMENTS; ++i) result = larger(result, values[i]);
+  return result;
+}
+
+// Over the warp; of magnitudes, whose bits are in their own order, NaN above all.
+__device__ __forceinline__ float warp_largest(float magnitude) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return float_from_bits(__reduce_max_sync(0xffffffff, float_bits(magnitude)));
+#else
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2)
+    magnitude = larger(magnitude, __shfl_xor_sync(0xffffffff, magnitude, distance));
+  return magnitude;
+#endif
+}
+
+__device__ __forceinline__ bool is_finite(float magnitude) { return magnitude <= FLT_MAX; }
+
+__device__ __forceinline__ void decode(const Lanes<int16_t, LANE_ELEMENTS>& codes, const MapTable&, float absmax,
+                                       LaneFloats& values) {
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = decode_linear(codes.template get<int16_t>(i)) * absmax;
+}
+
+__device__ __forceinline__ void decode(const Lanes<uint8_t, LANE_ELEMENTS>& codes, const MapTable& map, float absmax,
+                                       LaneFloats& values) {
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = map.value[codes.template get<uint8_t>(i)] * absmax;
+}
+
+__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const NearestTable<true>& table,
+                                       Lanes<uint8_t, LANE_ELEMENTS>& result) {
+  LaneCodes codes;
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_signed(values[i], inverse, table);
+  result.set_all(codes);
+}
+
+__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const NearestTable<true>&,
+                                       Lanes<int16_t, LANE_ELEMENTS>& result) {
+  LaneCodes codes;
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_linear(values[i], inverse);
+  result.set_all(codes);
+}
+
+__device__ __forceinline__ void encode_sq(const LaneFloats& values, float inverse, const NearestTable<false>& table,
+                                          const RandomKey&, uint64_t, Lanes<uint8_t, LANE_ELEMENTS>& result) {
+  LaneCodes codes;
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_unsigned(values[i], inverse, table);
+  result.set_all(codes);
+}
+
+__device__ __forceinline__ void encode_sq(const LaneFloats& values, float inverse, const PositionTable& table,
+                                          const RandomKey& key, uint64_t group,
+                                          Lanes<uint8_t, LANE_ELEMENTS>& result) {
+  const RandomWords words = random_words(key, group);
+  LaneCodes codes;
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i)
+    codes[i] = encode_unsigned_stochastic(values[i], inverse, random_half(words, i), table);
+  result.template set_all<STOCHASTIC_CODE_SHIFT>(codes);
+}
+
+// ------------------------------------------------------------------------------------------------------------ the step
+
+// For parameters of dtype P: the type of the scalars, that of the arithmetic, and the CTAs that an SM's registers hold.
+template <class P>
+struct BlockwiseTypes {
+  using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
+  using V = std::conditional_t<std::is_same_v<P, double>, double, Approximate>;
+  static constexpr int CTAS_PER_SM = std::is_same_v<P, double> ? 1 : sizeof(P) == 4 ? 2 : 3;
+};
+
+__device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
+__device__ __forceinline__ float to_float(Approximate a) { return a.value; }
+__device__ __forceinline__ double to_param(double a) { return a; }
+__device__ __forceinline__ float to_param(Approximate a) { return a.value; }
+
+template <class P, class G, class M2, bool STOCHASTIC>
+__global__ void __launch_bounds__(BLOCKWISE_THREADS, BlockwiseTypes<P>::CTAS_PER_SM)
+    blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord> table,
+                          const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
+                          const float* found_inf) {
+  using T = typename BlockwiseTypes<P>::T;
+  using V = typename BlockwiseTypes<P>::V;
+  if (skipped(found_inf)) return;
+  __shared__ StepTables<STOCHASTIC> tables;
+  if constexpr (STOCHASTIC)
+    copy_tables(tables, STOCHASTIC_STEP_TABLES);
+  else
+    copy_tables(tables, NEAREST_STEP_TABLES);
+
+  const int lane = static_cast<int>(threadIdx.x % WARP);
+  const uint32_t warp = threadIdx.x / WARP;
+  uint32_t end_tile = 0, first_tile = 0;  // of the current tensor
+  int32_t tensor = 0;
+  StepScalars<V> s;
+  RandomKey key{seed, 0, 0};
+  float* absmax = nullptr;  // of the first three lanes, each has one state's scales
+
+  for (uint32_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    if (tile >= end_tile) {
+      const auto place = table.find(tile);
+      tensor = place.tensor;
+      first_tile = tile - place.tile;
+      end_tile = table.end_tile[tensor];
+      const TensorScalars<T> loaded = scalars[table.first + tensor].load();
+      s = StepScalars<V>(loaded.scalars);
+      const BlockwiseRecord& r = table.records[tensor];
+      key.step = loaded.step;
+      key.stream = r.stream;
+      absmax = lane == 0 ? r.exp_avg_absmax : lane == 1 ? r.exp_avg_slow_absmax : r.exp_avg_sq_absmax;
+    }
+    const BlockwiseRecord& r = table.records[tensor];
+    const uint32_t block = (tile - first_tile) * TILE_BLOCKS + warp;  // of the tensor, or past its end
+    const int64_t first = static_cast<int64_t>(block) * BLOCK_SIZE + lane * LANE_ELEMENTS;
+    const bool wide = block < r.wide_blocks;
+    const int64_t rest = r.numel - first;
+    const int count = rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;  // below 0 past the end
+    const bool has_scale = lane < 3 && block < r.blocks;
+    P* const param = static_cast<P*>(r.param) + first;
+    const G* const grad = static_cast<const G*>(r.grad) + first;
+    uint8_t* const m1_codes = r.exp_avg + first;
+    M2* const m2_codes = static_cast<M2*>(r.exp_avg_slow) + first;
+    uint8_t* const nu_codes = r.exp_avg_sq + first;
+
+    Lanes<P, LANE_ELEMENTS> p;
+    Lanes<G, LANE_ELEMENTS> g;
+    Lanes<uint8_t, LANE_ELEMENTS> m1_lanes, nu_lanes;
+    Lanes<M2, LANE_ELEMENTS> m2_lanes;
+    if (wide) {
+      p.load(param);
+      g.load(grad);
+      m1_lanes.load(m1_codes);
+      m2_lanes.load(m2_codes);
+      nu_lanes.load(nu_codes);
+    } else {  // zeros after the end change no scale
+      p.load(param, count, P(0));
+      g.load(grad, count, G(0));
+      m1_lanes.load(m1_codes, count, SIGNED_ZERO_CODE);
+      m2_lanes.load(m2_codes, count, std::is_same_v<M2, uint8_t> ? SIGNED_ZERO_CODE : 0);
+      nu_lanes.load(nu_codes, count, 0);
+    }
+    const float old_absmax = has_scale ? absmax[block] : 0;
+
+    LaneFloats m1, m2, nu;
+    decode(m1_lanes, tables.signed_map, __shfl_sync(0xffffffff, old_absmax, 0), m1);
+    decode(m2_lanes, tables.signed_map, __shfl_sync(0xffffffff, old_absmax, 1), m2);
+    decode(nu_lanes, tables.unsigned_map, __shfl_sync(0xffffffff, old_absmax, 2), nu);
+    T new_param[LANE_ELEMENTS];
+#pragma unroll
+    for (int i = 0; i < LANE_ELEMENTS; ++i) {
+      Element<V> e{V(p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
+      update(e, V(g.template get<T>(i)), s);
+      new_param[i] = to_param(e.param);
+      m1[i] = to_float(e.exp_avg);
+      m2[i] = to_float(e.exp_avg_slow);
+      nu[i] = to_float(e.exp_avg_sq);
+    }
+    p.set_all(new_param);
+    if (wide)
+      p.store(param);
+    else
+      p.store(param, count);
+
+    float m1_absmax = warp_largest(largest(m1)), m2_absmax = warp_largest(largest(m2)),
+          nu_absmax = warp_largest(largest(nu));
+    if (!(is_finite(m1_absmax) && is_finite(m2_absmax) && is_finite(nu_absmax))) {
+      // An element of which one moment isn't finite loses all three, and no more than that.
+#pragma unroll
+      for (int i = 0; i < LANE_ELEMENTS; ++i) {
+        const bool keep = is_finite(::fabsf(m1[i])) && is_finite(::fabsf(m2[i])) && is_finite(::fabsf(nu[i]));
+        if (!keep) m1[i] = m2[i] = nu[i] = 0;
+      }
+      m1_absmax = warp_largest(largest(m1));
+      m2_absmax = warp_largest(largest(m2));
+      nu_absmax = warp_largest(largest(nu));
+    }
+    const float new_absmax = lane == 0 ? m1_absmax : lane == 1 ? m2_absmax : nu_absmax;
+    if (has_scale) absmax[block] = new_absmax;
+    const float inverse = inverse_absmax(new_absmax);
+    encode(m1, __shfl_sync(0xffffffff, inverse, 0), tables.signed_nearest, m1_lanes);
+    encode(m2, __shfl_sync(0xffffffff, inverse, 1), tables.signed_nearest, m2_lanes);
+    const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
+    encode_sq(nu, __shfl_sync(0xffffffff, inverse, 2), tables.unsigned_encoder, key, group, nu_lanes);
+    if (wide) {
+      m1_lanes.store(m1_codes);
+      m2_lanes.store(m2_codes);
+      nu_lanes.store(nu_codes);
+    } else {
+      m1_lanes.store(m1_codes, count);
+      m2_lanes.store(m2_codes, count);
+      nu_lanes.store(nu_codes, count);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- quantization
+
+// To float32 and back, a block per warp.
+
+template <BlockFormat FORMAT>
+using CodeOf = std::conditional_t<FORMAT == BlockFormat::LINEAR_INT16, int16_t, uint8_t>;
+
+static __device__ const MapTable SIGNED_MAP_ON_DEVICE = make_map_table(true);
+static __device__ const MapTable UNSIGNED_MAP_ON_DEVICE = make_map_table(false);
+
+template <BlockFormat FORMAT, bool STOCHASTIC>
+__global__ void __launch_bounds__(BLOCKWISE_THREADS)
+    quantize_kernel(const float* values, CodeOf<FORMAT>* codes, float* absmax, int64_t numel, RandomKey key) {
+  const int lane = static_cast<int>(threadIdx.x % WARP);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * TILE_BLOCKS + threadIdx.x / WARP;
+  const int64_t first = block * BLOCK_SIZE + lane * LANE_ELEMENTS;
+  if (first - lane * LANE_ELEMENTS >= numel) return;
+  const int count = numel - first < LANE_ELEMENTS ? static_cast<int>(numel - first) : LANE_ELEMENTS;
+
+  LaneFloats x;
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i) x[i] = finite_or_zero(i < count ? values[first + i] : 0.0f);
+  const float scale = warp_largest(largest(x));
+  if (lane == 0) absmax[block] = scale;
+  const float inverse = inverse_absmax(scale);
+
+  Lanes<CodeOf<FORMAT>, LANE_ELEMENTS> lanes;
+  if constexpr (FORMAT != BlockFormat::UNSIGNED_DYNAMIC)
+    encode(x, inverse, NEAREST_STEP_TABLES.signed_nearest, lanes);
+  else if constexpr (STOCHASTIC)
+    encode_sq(x, inverse, STOCHASTIC_STEP_TABLES.unsigned_encoder, key, static_cast<uint64_t>(first / RANDOM_GROUP),
+              lanes);
+  else
+    encode_sq(x, inverse, NEAREST_STEP_TABLES.unsigned_encoder, key, 0, lanes);
+  lanes.store(codes + first, count);
+}
+
+template <BlockFormat FORMAT>
+__global__ void __launch_bounds__(BLOCKWISE_THREADS)
+    dequantize_kernel(const CodeOf<FORMAT>* codes, const float* absmax, float* values, int64_t numel) {
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * BLOCKWISE_THREADS + threadIdx.x) * LANE_ELEMENTS;
+  if (first >= numel) return;
+  const int count = numel - first < LANE_ELEMENTS ? static_cast<int>(numel - first) : LANE_ELEMENTS;
+  Lanes<CodeOf<FORMAT>, LANE_ELEMENTS> lanes;
+  lanes.load(codes + first, count, 0);
+  LaneFloats x;
+  decode(lanes, FORMAT == BlockFormat::UNSIGNED_DYNAMIC ? UNSIGNED_MAP_ON_DEVICE : SIGNED_MAP_ON_DEVICE,
+         absmax[first / BLOCK_SIZE], x);
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i)
+    if (i < count) values[first + i] = x[i];
+}
+
+}  // namespace ademamix
