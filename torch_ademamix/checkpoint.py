@@ -6,8 +6,8 @@ shares no memory with it; tensors stay on their devices. Keys of ``state`` are p
 as well as numbers. Tensors must be whole: gather the state of sharded parameters first.
 
 Group entries that no table here names, such as an LR scheduler's ``initial_lr``, are passed through too. Options of
-AdEMAMix that the source doesn't have are left out, and so become those of the optimizer that loads the result: how
-state is stored (``optim_bits`` and so on), ``stochastic_rounding``, ``seed``, ``capturable``.
+AdEMAMix that the source doesn't have are left out: how state is stored (``optim_bits`` and so on) stays each group's
+own in the optimizer that loads the result, ``stochastic_rounding``, ``seed`` and ``capturable`` become its defaults.
 """
 
 import copy

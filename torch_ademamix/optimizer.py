@@ -128,7 +128,7 @@ class AdEMAMix(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if group["capturable"] and group["params"]:
+        if group["capturable"]:
             make_lr_tensor(group)
 
     def init_state(self) -> None:
@@ -279,7 +279,7 @@ class AdEMAMix(Optimizer):
             for group in self.param_groups:
                 group.setdefault(name, default)
         for group in self.param_groups:
-            if group["capturable"] and group["params"]:
+            if group["capturable"]:
                 make_lr_tensor(group)
         for p, saved in self.state.items():
             if isinstance(saved, _Loaded):
@@ -374,8 +374,11 @@ def _check_params(params: Iterable[Tensor]) -> None:
 
 def make_lr_tensor(group: dict[str, Any]) -> None:
     """Turns a group's lr into a tensor on its parameters' device: a compiled or captured step reads it anew."""
-    if isinstance(group["lr"], Tensor) and group["lr"].device == group["params"][0].device:
+    if not group["params"]:
         return
     device = group["params"][0].device
+    if isinstance(group["lr"], Tensor) and group["lr"].device == device:
+        return
     dtype = torch.float32 if device.type == "mps" else torch.float64  # as exact as a float, where there is one
-    group["lr"] = torch.as_tensor(group["lr"], dtype=dtype).to(device)
+    # Of a float64 CPU tensor without dimensions, Dynamo would track the value, and trace everything twice.
+    group["lr"] = torch.as_tensor(group["lr"], dtype=dtype).reshape(1).to(device)

@@ -54,6 +54,8 @@ def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def mark_static(state: Mapping[str, Tensor]) -> None:
     """Tells torch.compile that these tensors keep their addresses, so that a CUDA graph may write to them."""
+    if torch.compiler.is_compiling():  # state that a traced step makes has no address yet
+        return
     for tensor in state.values():
         torch._dynamo.mark_static_address(tensor, guard=True)
 
