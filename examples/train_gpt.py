@@ -132,6 +132,7 @@ def plot(path: Path, title: str, losses: Tensor, validation: dict[int, float]) -
     )
     axes.plot(*zip(*validation.items(), strict=True), "o", color="#d94801", label="validation")
     # The fall from ln 256 = 5.5 takes a few dozen steps and would flatten all that follows.
+    axes.set_xlim(0, len(losses) * 1.01)
     axes.set_ylim(losses.min().item() - 0.1, 3.5)
     axes.set(title=title, xlabel="step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)

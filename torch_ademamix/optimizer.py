@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import functional, ops
+from torch_ademamix import functional, ops, paging
 from torch_ademamix.check import floating_problem, in_place_problem
 from torch_ademamix.state import (
     QUANTIZED_STATE,
@@ -164,6 +164,10 @@ class AdEMAMix(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
         # Before the first state is made or parameter changed: a group refused later may not find others stepped.
         for i, group in enumerate(self.param_groups):
             _check_options(group)
@@ -174,7 +178,6 @@ class AdEMAMix(Optimizer):
             first_stream += len(group["params"])
         for op, lists, options in calls:
             op(*lists, **options)
-        return loss
 
     def _calls(self, group: dict[str, Any], first_stream: int) -> list[Call]:
         """The op calls that update those of the group's parameters that have a gradient."""
@@ -281,10 +284,15 @@ class AdEMAMix(Optimizer):
         for group in self.param_groups:
             if group["capturable"]:
                 make_lr_tensor(group)
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, saved in self.state.items():
             if isinstance(saved, _Loaded):
-                mark_static(saved.state)
                 self.state[p] = saved.state
+            elif p in groups and paging.is_paged(p, groups[p]):  # a copied or unpickled tensor is an ordinary one
+                self.state[p] = paging.placed(saved, p, groups[p])
+            else:
+                continue
+            mark_static(self.state[p])
 
 
 def _fixing(**fixed: Any) -> Callable[[type[AdEMAMix]], type[AdEMAMix]]:

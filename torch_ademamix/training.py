@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_ademamix.optimizer import AdEMAMix, make_lr_tensor
 
@@ -41,10 +42,14 @@ def compile_train_step(
     """
     optimizer.init_state()
 
-    def train_step(*batch: Any) -> Tensor:
+    def train_step(has_hooks: bool, *batch: Any) -> Tensor:
         loss = loss_fn(model, *batch)
         loss.backward()
-        type(optimizer).step(optimizer)  # a scheduler hides optimizer.step behind a wrapper that can't be traced
+        if has_hooks:
+            type(optimizer).step(optimizer)  # an LR scheduler hides optimizer.step behind what can't be traced
+        else:  # without torch's profiling around it, of which Dynamo warns
+            with torch.no_grad():
+                optimizer._update()
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
@@ -55,8 +60,17 @@ def compile_train_step(
     def step(*batch: Any) -> Tensor:
         for group in optimizer.param_groups:
             make_lr_tensor(group)  # also after load_state_dict
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at to see that a step came before theirs
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
         with torch._dynamo.config.patch(trace_autograd_ops=True):  # .backward() inside the graph
-            return compiled(*batch)
+            return compiled(_has_step_hooks(optimizer), *batch)
 
     return step
+
+
+def _has_step_hooks(optimizer: AdEMAMix) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
