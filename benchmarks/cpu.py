@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from benchmarks.rounds import Times, take_turns
-from torch_ademamix import AdEMAMix
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
 Step = Callable[[], object]
 
@@ -34,6 +34,26 @@ def ademamix_compiled(params: list[Tensor]) -> Step:
     optimizer = AdEMAMix(params)
     optimizer.init_state()
     return torch.compile(optimizer.step, fullgraph=True)
+
+
+def ademamix_8bit(params: list[Tensor]) -> Step:
+    return AdEMAMix8bit(params).step
+
+
+def ademamix_8bit_slow_8(params: list[Tensor]) -> Step:
+    return AdEMAMix8bit(params, slow_ema_bits=8).step
+
+
+def bitsandbytes_8bit(params: list[Tensor]) -> Step:
+    from bitsandbytes.optim import AdEMAMix8bit as Peer
+
+    return Peer(params).step
+
+
+def torchao_8bit(params: list[Tensor]) -> Step:
+    from torchao.optim import AdamW8bit as Peer
+
+    return Peer(params).step
 
 
 def plain_compiled(params: list[Tensor]) -> Step:
@@ -73,7 +93,7 @@ def multiply_in_place(params: list[Tensor]) -> Step:
 @dataclass(frozen=True)
 class Competitor:
     make: Callable[[list[Tensor]], Step]  # raises ImportError where the peer isn't installed
-    bytes_per_param: int  # read and written, all float32
+    bytes_per_param: int  # read and written; parameters and gradients are float32
 
 
 COMPETITORS = {
@@ -82,6 +102,10 @@ COMPETITORS = {
     "plain formula, compiled": Competitor(plain_compiled, 36),
     "AdamW, fused": Competitor(adamw_fused, 28),
     "in-place multiply": Competitor(multiply_in_place, 8),
+    "AdEMAMix8bit": Competitor(ademamix_8bit, 20),
+    "AdEMAMix8bit, slow 8": Competitor(ademamix_8bit_slow_8, 18),
+    "bitsandbytes 8-bit": Competitor(bitsandbytes_8bit, 18),
+    "torchao AdamW8bit": Competitor(torchao_8bit, 16),
 }
 
 
@@ -100,14 +124,18 @@ class Case:
 
 HOST = ("AdEMAMix", "AdEMAMix, compiled", "AdamW, fused")
 
+LARGE = ("AdEMAMix", "AdEMAMix, compiled", "plain formula, compiled", "AdamW, fused", "in-place multiply")
+QUANTIZED = ("AdEMAMix8bit", "AdEMAMix8bit, slow 8", "AdamW, fused", "bitsandbytes 8-bit", "torchao AdamW8bit")
+
 # The first case finds the compiler's caches cold.
 CASES = {
     "host 1000": Case(1000, (1,), HOST, rounds=200, calls=5),
     "host 400": Case(400, (1,), HOST, rounds=300, calls=10),
     "small": Case(400, (1000,), HOST, rounds=300, calls=10),
-    "large": Case(32, (2048, 1024), tuple(COMPETITORS), rounds=100),
+    "large": Case(32, (2048, 1024), LARGE, rounds=100),
+    "quantized": Case(16, (2048, 1024), QUANTIZED, rounds=30),
 }
-QUICK = ("host 400", "small", "large")
+QUICK = ("host 400", "small", "large", "quantized")
 QUICK_ROUNDS = 20
 
 
@@ -145,6 +173,12 @@ REQUIREMENTS = (
         "large",
         lambda t: traffic("AdEMAMix") / traffic("AdamW, fused") / t.ratio("AdEMAMix", "AdamW, fused"),
         at_least=0.95,
+    ),
+    Requirement(
+        "parameters/s of AdEMAMix8bit, over fused AdamW's",
+        "quantized",
+        lambda t: 1 / t.ratio("AdEMAMix8bit", "AdamW, fused"),
+        at_least=0.5,
     ),
     Requirement(
         "time, over fused AdamW's",
@@ -222,6 +256,7 @@ def machine() -> dict[str, object]:
 def main(arguments: list[str] | None = None) -> Mapping[str, Times]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--threads", type=int, help="threads that torch uses (its own choice)")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="only this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="few rounds, and no compile time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there as well")
     args = parser.parse_args(arguments)
@@ -232,7 +267,7 @@ def main(arguments: list[str] | None = None) -> Mapping[str, Times]:
     print(", ".join(f"{name}: {value}" for name, value in host.items()))
     results: dict[str, Times] = {}
     with fresh_cache():
-        for name in QUICK if args.quick else CASES:
+        for name in args.case or (QUICK if args.quick else CASES):
             case = CASES[name]
             results[name] = run_case(case, QUICK_ROUNDS if args.quick else case.rounds)
             print("\n".join(table(case, results[name])), flush=True)

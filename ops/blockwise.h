@@ -119,9 +119,7 @@ struct TopBits {
 
 // -1 if x < limit, else 0: the sign of the difference, which CUDA adds in one instruction, where it takes two to add a
 // comparison. Between numbers that differ the difference is never rounded to 0.
-ADEMAMIX_INLINE int minus_if_below(float x, float limit) {
-  return static_cast<int32_t>(float_bits(x - limit)) >> 31;
-}
+ADEMAMIX_INLINE int minus_if_below(float x, float limit) { return static_cast<int32_t>(float_bits(x - limit)) >> 31; }
 
 // The table that replaces the search: |x| falls in a bucket with at most one boundary, and the bucket's entry has that
 // boundary and the rank above it. Buckets go by the top bits of |x| + LOWEST, which covers all small |x| in few buckets
@@ -257,8 +255,8 @@ ADEMAMIX_INLINE uint32_t position_on(const Line& line, float x) {
 }
 
 // Unbiased between the two map values around x: goes up with probability (x - low) / (high - low), right to 3e-5;
-// `random` has 16 bits. As with rounding to nearest, a positive value never becomes code 0. The code is in the bits from
-// STOCHASTIC_CODE_SHIFT on.
+// `random` has 16 bits. As with rounding to nearest, a positive value never becomes code 0. The code is in the bits
+// from STOCHASTIC_CODE_SHIFT on.
 constexpr int STOCHASTIC_CODE_SHIFT = 16;
 
 ADEMAMIX_INLINE uint32_t encode_unsigned_stochastic(float value, float inverse, uint32_t random,

@@ -11,8 +11,8 @@ struct StepLists {
 
 // Lr is double, or Tensor: a learning rate that a compiled or captured step reads anew each time.
 template <class Lr>
-void check_step(const StepLists& lists, const Lr& lr, const Hyperparameters& h,
-                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+void check_step(const StepLists& lists, const Lr& lr, const Hyperparameters& h, const std::optional<Tensor>& grad_scale,
+                const std::optional<Tensor>& found_inf) {
   const Checker check("ademamix_step_", lists.params);
   check.grads(lists.grads);
   check.state("exp_avgs", lists.exp_avgs);

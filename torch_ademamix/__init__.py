@@ -11,7 +11,7 @@ from torch_ademamix.optimizer import (
     PagedAdEMAMix32bit,
 )
 from torch_ademamix.reference import ReferenceAdEMAMix
-from torch_ademamix.training import compile_train_step
+from torch_ademamix.training import capture_train_step, compile_train_step
 
 __all__ = [
     "AdEMAMix",
@@ -22,6 +22,7 @@ __all__ = [
     "PagedAdEMAMix32bit",
     "ReferenceAdEMAMix",
     "ademamix",
+    "capture_train_step",
     "checkpoint",
     "compile_train_step",
 ]

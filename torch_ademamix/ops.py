@@ -143,6 +143,10 @@ def _fake_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
+def _ordinary_empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(like, dtype=dtype)
+
+
 def _reference_quantize(
     x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -181,6 +185,17 @@ _dequantize = _define(
     "dequantize_blockwise(Tensor codes, Tensor absmax, int format) -> Tensor",
     fake=_fake_dequantize,
     kernel=_reference_dequantize,
+)
+# In managed memory, where a device has it; elsewhere it is torch.empty_like.
+paged_empty_like = _define(
+    "paged_empty_like(Tensor like, ScalarType dtype) -> Tensor",
+    fake=_ordinary_empty_like,
+    kernel=_ordinary_empty_like,
+)
+page_out = _define(
+    "page_out(Tensor tensor) -> ()",
+    fake=lambda tensor: None,
+    kernel=lambda tensor: None,
 )
 native = _load_native()
 _load_cuda()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ademamix import paging
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
@@ -47,8 +48,9 @@ def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for name, format in formats(p, group).items():
-        zeros = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)
-        state |= _stored(name, zeros, format)
+        zeros = paging.zeros_like(p, compute_dtype(p.dtype), group)
+        stored = _stored(name, zeros, format)
+        state |= stored if format is None else paging.placed(stored, p, group)
     return state
 
 
@@ -93,7 +95,7 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
         else:
             values = dequantize_blockwise(value, absmax, saved_format).to(compute_dtype(p.dtype))
             state |= _stored(name, values, format)
-    return state
+    return paging.placed(state, p, group)
 
 
 def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tensor]:

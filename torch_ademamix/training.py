@@ -1,11 +1,13 @@
-"""Whole training steps as one compiled graph."""
+"""Whole training steps as one graph: compiled, or captured on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_ademamix.optimizer import AdEMAMix, make_lr_tensor
 
@@ -74,3 +76,133 @@ def _has_step_hooks(optimizer: AdEMAMix) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
+
+
+WARM_UP_STEPS = 3  # what torch.cuda.make_graphed_callables does: libraries choose kernels and make their workspaces
+
+
+def capture_train_step(
+    model: nn.Module, optimizer: AdEMAMix, loss_fn: Callable[..., Tensor], sample_batch: Sequence[Any]
+) -> Callable[..., Tensor]:
+    """Captures forward, backward, update and the clearing of gradients in one CUDA graph, and replays it.
+
+    Nothing is trained by this call: the warm-up before the capture leaves parameters, buffers, state and random
+    numbers as they are. Learning rates become tensors, so that LR schedulers, made before or after, change them
+    between replays, and the schedules of α and β3 advance with the replays; every other option is captured as it
+    is. After `load_state_dict` the next step captures anew. Step hooks run while the graph is captured, only.
+
+    Args:
+        model: the module to train, on one CUDA device.
+        optimizer: an optimizer of parameters of `model`.
+        loss_fn: `loss_fn(model, *batch)` returns the loss, a tensor of one element, without waiting for the GPU.
+        sample_batch: arguments like those of every later batch: the same shapes and dtypes, and what isn't a
+            tensor is equal.
+
+    Returns:
+        `step(*batch)`, which trains on one batch and returns the loss, detached.
+
+    Raises:
+        ValueError: the parameters are not on one CUDA device, or a batch isn't like the sample.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+    return _CapturedTrainStep(model, optimizer, loss_fn, sample_batch)
+
+
+class _CapturedTrainStep:
+    def __init__(
+        self, model: nn.Module, optimizer: AdEMAMix, loss_fn: Callable[..., Tensor], sample_batch: Sequence[Any]
+    ) -> None:
+        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+        if len(devices) != 1 or (device := devices.pop()).type != "cuda":
+            raise ValueError("capture_train_step needs all parameters on one CUDA device; see compile_train_step")
+        self._model, self._optimizer, self._loss_fn, self._device = model, optimizer, loss_fn, device
+        leaves, self._spec = tree_flatten(tuple(sample_batch))
+        self._inputs = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._graph: torch.cuda.CUDAGraph | None = self._capture()
+        optimizer.register_load_state_dict_post_hook(self._forget)
+
+    def __call__(self, *batch: Any) -> Tensor:
+        self._take(*tree_flatten(batch))
+        graph = self._graph = self._graph or self._capture()
+        self._take_lrs()
+        graph.replay()
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
+        return self._loss.clone()
+
+    def _take(self, leaves: list[Any], spec: TreeSpec) -> None:
+        if spec != self._spec:
+            raise ValueError(f"the batch is {spec}, but the sample was {self._spec}")
+        for i, (leaf, expected) in enumerate(zip(leaves, self._inputs, strict=True)):
+            if not isinstance(expected, Tensor):
+                if leaf != expected:
+                    raise ValueError(f"leaf {i} of the batch is {leaf!r}, but was {expected!r} in the sample")
+            elif not isinstance(leaf, Tensor) or leaf.shape != expected.shape or leaf.dtype != expected.dtype:
+                raise ValueError(f"leaf {i} of the batch is {_kind(leaf)}, but was {_kind(expected)} in the sample")
+        for leaf, target in zip(leaves, self._inputs, strict=True):
+            if isinstance(target, Tensor):
+                target.copy_(leaf, non_blocking=True)
+
+    def _take_lrs(self) -> None:
+        """Brings learning rates that were replaced, not filled, into the tensors that the graph reads."""
+        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
+            if group["lr"] is not lr:
+                lr.copy_(torch.as_tensor(group["lr"]).reshape(lr.shape), non_blocking=True)
+                group["lr"] = lr
+
+    def _forget(self, optimizer: Any) -> None:
+        self._graph = None  # its state tensors are no longer the optimizer's
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        optimizer = self._optimizer
+        optimizer.init_state()
+        for group in optimizer.param_groups:
+            make_lr_tensor(group)
+        self._lrs = [group["lr"] for group in optimizer.param_groups]
+        self._clear_grads()
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), self._without_effect():
+                for _ in range(WARM_UP_STEPS):
+                    self._forward_and_backward()
+                    with torch.no_grad():
+                        optimizer._update()
+                    self._clear_grads()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._loss = self._forward_and_backward()
+                type(optimizer).step(optimizer)
+                self._clear_grads()
+        return graph
+
+    def _forward_and_backward(self) -> Tensor:
+        loss = self._loss_fn(self._model, *tree_unflatten(self._inputs, self._spec))
+        loss.backward()
+        return loss.detach()
+
+    def _clear_grads(self) -> None:
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    @contextmanager
+    def _without_effect(self) -> Iterator[None]:
+        """Steps change nothing, as GradScaler prevents them; buffers and random numbers are put back."""
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        self._optimizer.found_inf = torch.ones((), device=self._device)  # type: ignore[attr-defined]
+        try:
+            with torch.random.fork_rng(devices=[self._device]):
+                yield
+        finally:
+            del self._optimizer.found_inf  # type: ignore[attr-defined]
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return repr(value)

@@ -13,7 +13,9 @@ struct Approximate {
   __host__ __device__ __forceinline__ explicit Approximate(float v) : value(v) {}
 };
 
-__device__ __forceinline__ Approximate operator*(Approximate a, Approximate b) { return Approximate(a.value * b.value); }
+__device__ __forceinline__ Approximate operator*(Approximate a, Approximate b) {
+  return Approximate(a.value * b.value);
+}
 
 __device__ __forceinline__ Approximate fma(Approximate a, Approximate b, Approximate c) {
   return Approximate(fma(a.value, b.value, c.value));

@@ -19,7 +19,8 @@ inline Scalar scalar_of(double value) { return {value, nullptr, nullptr}; }
 inline Scalar scalar_of(const Tensor& t) {
   const bool is_double = t.scalar_type() == ScalarType::Double;
   const void* data = t.const_data_ptr();
-  return {0, is_double ? nullptr : static_cast<const float*>(data), is_double ? static_cast<const double*>(data) : nullptr};
+  return {0, is_double ? nullptr : static_cast<const float*>(data),
+          is_double ? static_cast<const double*>(data) : nullptr};
 }
 
 inline const float* pointer_of(const std::optional<Tensor>& t) {

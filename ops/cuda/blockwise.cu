@@ -4,6 +4,7 @@
 #include "../step_arguments.h"
 #include "arguments.h"
 #include "blockwise_kernel.cuh"
+#include "paging.h"
 #include "runtime.h"
 
 namespace ademamix {
@@ -41,22 +42,25 @@ std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std
 uint32_t tiles_of(const BlockwiseRecord& r) { return (r.blocks + TILE_BLOCKS - 1) / TILE_BLOCKS; }
 
 template <class P, class G, class M2, bool STOCHASTIC>
-void launch_steps(cudaStream_t stream, const std::vector<BlockwiseRecord>& records,
+void launch_steps(const CurrentDevice& device, const std::vector<BlockwiseRecord>& records,
                   const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed, const float* found_inf) {
-  const auto ctas = static_cast<uint32_t>(multiprocessors() * BlockwiseTypes<P>::CTAS_PER_SM);
-  for_each_table(records, tiles_of, [&](const TensorTable<BlockwiseRecord>& table, uint32_t tiles) {
-    launch(stream, blockwise_step_kernel<P, G, M2, STOCHASTIC>, std::min(tiles, ctas), BLOCKWISE_THREADS, table,
-           scalars, seed, found_inf);
+  const auto ctas = static_cast<uint32_t>(multiprocessors(device.index()) * BlockwiseTypes<P>::CTAS_PER_SM);
+  const auto state_of = [](const BlockwiseRecord& r) {
+    return std::array<const void*, 3>{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq};
+  };
+  for_each_launch(device, records, tiles_of, state_of, [&](const TensorTable<BlockwiseRecord>& table, uint32_t tiles) {
+    launch(device.stream(), blockwise_step_kernel<P, G, M2, STOCHASTIC>, std::min(tiles, ctas), BLOCKWISE_THREADS,
+           table, scalars, seed, found_inf);
   });
 }
 
 template <class T>
-void run_blockwise_step(cudaStream_t stream, const BlockwiseLists& lists, const Tensor& param, const Hyperparameters& h, Scalar lr,
-         Scalar grad_scale, const float* found_inf, bool stochastic_rounding, uint64_t seed,
-         const std::vector<int64_t>& streams) {
+void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists, const Tensor& param,
+                        const Hyperparameters& h, Scalar lr, Scalar grad_scale, const float* found_inf,
+                        bool stochastic_rounding, uint64_t seed, const std::vector<int64_t>& streams) {
   const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
   auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
-  launch_prologues(stream, lists.steps, h, lr, grad_scale, found_inf, scalars);
+  launch_prologues(device.stream(), lists.steps, h, lr, grad_scale, found_inf, scalars);
   with_floating(lists.params[0].dtype, [&](auto p) {
     using P = decltype(p);
     if constexpr (std::is_same_v<T, double> == std::is_same_v<P, double>) {
@@ -66,9 +70,9 @@ void run_blockwise_step(cudaStream_t stream, const BlockwiseLists& lists, const 
           using M2 = decltype(code);
           const auto records = make_records<P, G, M2>(lists, streams);
           if (stochastic_rounding)
-            launch_steps<P, G, M2, true>(stream, records, scalars, seed, found_inf);
+            launch_steps<P, G, M2, true>(device, records, scalars, seed, found_inf);
           else
-            launch_steps<P, G, M2, false>(stream, records, scalars, seed, found_inf);
+            launch_steps<P, G, M2, false>(device, records, scalars, seed, found_inf);
         };
         if (lists.exp_avg_slows[0].dtype == ScalarType::Short)
           with_slow_codes(int16_t{});
@@ -87,14 +91,10 @@ void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, Te
                     double eps, double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed,
                     std::vector<int64_t> streams, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
-  BlockwiseLists lists{views_of(params),
-                       views_of(grads),
-                       views_of(exp_avgs),
-                       views_of(exp_avg_absmaxs),
-                       views_of(exp_avg_slows),
-                       views_of(exp_avg_slow_absmaxs),
-                       views_of(exp_avg_sqs),
-                       views_of(exp_avg_sq_absmaxs),
+  BlockwiseLists lists{views_of(params),        views_of(grads),
+                       views_of(exp_avgs),      views_of(exp_avg_absmaxs),
+                       views_of(exp_avg_slows), views_of(exp_avg_slow_absmaxs),
+                       views_of(exp_avg_sqs),   views_of(exp_avg_sq_absmaxs),
                        views_of(steps)};
   check_blockwise_step(lists, streams.size(), lr, h, grad_scale, found_inf);
   if (params.empty()) return;
@@ -102,16 +102,16 @@ void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, Te
   const CurrentDevice device(lists.params[0].device_index);
   CommonOrder order({{params, lists.params, true}, {grads, lists.grads, false}}, /*any_order=*/false);
   const auto run = lists.params[0].dtype == ScalarType::Double ? run_blockwise_step<double> : run_blockwise_step<float>;
-  run(device.stream(), lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
-         pointer_of(found_inf), stochastic_rounding, static_cast<uint64_t>(seed), streams);
+  run(device, lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
+      pointer_of(found_inf), stochastic_rounding, static_cast<uint64_t>(seed), streams);
   order.write_back();
 }
 
 template <BlockFormat FORMAT, bool STOCHASTIC = false>
-void launch_quantize(cudaStream_t stream, const Tensor& values, const Tensor& codes, const Tensor& absmax,
+void launch_quantize(const CurrentDevice& device, const Tensor& values, const Tensor& codes, const Tensor& absmax,
                      const RandomKey& key) {
   const auto tiles = static_cast<uint32_t>((absmax.numel() + TILE_BLOCKS - 1) / TILE_BLOCKS);
-  launch(stream, quantize_kernel<FORMAT, STOCHASTIC>, tiles, BLOCKWISE_THREADS,
+  launch(device.stream(), quantize_kernel<FORMAT, STOCHASTIC>, tiles, BLOCKWISE_THREADS,
          static_cast<const float*>(values.const_data_ptr()), static_cast<CodeOf<FORMAT>*>(codes.data_ptr()),
          static_cast<float*>(absmax.data_ptr()), values.numel(), key);
 }
@@ -128,27 +128,27 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   if (values.numel() == 0) return {codes, absmax};
   switch (block_format) {
     case BlockFormat::SIGNED_DYNAMIC:
-      launch_quantize<BlockFormat::SIGNED_DYNAMIC>(device.stream(), values, codes, absmax, key);
+      launch_quantize<BlockFormat::SIGNED_DYNAMIC>(device, values, codes, absmax, key);
       break;
     case BlockFormat::UNSIGNED_DYNAMIC:
       if (seed)
-        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC, true>(device.stream(), values, codes, absmax, key);
+        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC, true>(device, values, codes, absmax, key);
       else
-        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC>(device.stream(), values, codes, absmax, key);
+        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC>(device, values, codes, absmax, key);
       break;
     case BlockFormat::LINEAR_INT16:
-      launch_quantize<BlockFormat::LINEAR_INT16>(device.stream(), values, codes, absmax, key);
+      launch_quantize<BlockFormat::LINEAR_INT16>(device, values, codes, absmax, key);
       break;
   }
   return {codes, absmax};
 }
 
 template <BlockFormat FORMAT>
-void launch_dequantize(cudaStream_t stream, const Tensor& codes, const Tensor& absmax, const Tensor& values) {
+void launch_dequantize(const CurrentDevice& device, const Tensor& codes, const Tensor& absmax, const Tensor& values) {
   const auto tiles = static_cast<uint32_t>((absmax.numel() + TILE_BLOCKS - 1) / TILE_BLOCKS);
-  launch(stream, dequantize_kernel<FORMAT>, tiles, BLOCKWISE_THREADS,
-         static_cast<const CodeOf<FORMAT>*>(codes.const_data_ptr()),
-         static_cast<const float*>(absmax.const_data_ptr()), static_cast<float*>(values.data_ptr()), values.numel());
+  launch(device.stream(), dequantize_kernel<FORMAT>, tiles, BLOCKWISE_THREADS,
+         static_cast<const CodeOf<FORMAT>*>(codes.const_data_ptr()), static_cast<const float*>(absmax.const_data_ptr()),
+         static_cast<float*>(values.data_ptr()), values.numel());
 }
 
 Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
@@ -159,13 +159,13 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
   if (values.numel() == 0) return values;
   switch (block_format) {
     case BlockFormat::SIGNED_DYNAMIC:
-      launch_dequantize<BlockFormat::SIGNED_DYNAMIC>(device.stream(), source_codes, source_absmax, values);
+      launch_dequantize<BlockFormat::SIGNED_DYNAMIC>(device, source_codes, source_absmax, values);
       break;
     case BlockFormat::UNSIGNED_DYNAMIC:
-      launch_dequantize<BlockFormat::UNSIGNED_DYNAMIC>(device.stream(), source_codes, source_absmax, values);
+      launch_dequantize<BlockFormat::UNSIGNED_DYNAMIC>(device, source_codes, source_absmax, values);
       break;
     case BlockFormat::LINEAR_INT16:
-      launch_dequantize<BlockFormat::LINEAR_INT16>(device.stream(), source_codes, source_absmax, values);
+      launch_dequantize<BlockFormat::LINEAR_INT16>(device, source_codes, source_absmax, values);
       break;
   }
   return values;

@@ -16,7 +16,7 @@ constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
 static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
 
 // A fixed number of CTAs goes through all blocks, so that the tables are copied to shared memory once per CTA.
-constexpr int BLOCKWISE_THREADS = 256;
+constexpr int BLOCKWISE_THREADS = 128;
 constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
 
 // One parameter with its gradient and quantized state; param and grad are contiguous.
@@ -44,8 +44,8 @@ struct StepTables {
   std::conditional_t<STOCHASTIC, PositionTable, NearestTable<false>> unsigned_encoder;
 };
 
-static __device__ const StepTables<false> NEAREST_STEP_TABLES = {make_map_table(true), make_map_table(false),
-                                                                 make_nearest_table<true>(), make_nearest_table<false>()};
+static __device__ const StepTables<false> NEAREST_STEP_TABLES = {
+    make_map_table(true), make_map_table(false), make_nearest_table<true>(), make_nearest_table<false>()};
 static __device__ const StepTables<true> STOCHASTIC_STEP_TABLES = {make_map_table(true), make_map_table(false),
                                                                    make_nearest_table<true>(), make_position_table()};
 
@@ -133,8 +133,7 @@ __device__ __forceinline__ void encode_sq(const LaneFloats& values, float invers
 }
 
 __device__ __forceinline__ void encode_sq(const LaneFloats& values, float inverse, const PositionTable& table,
-                                          const RandomKey& key, uint64_t group,
-                                          Lanes<uint8_t, LANE_ELEMENTS>& result) {
+                                          const RandomKey& key, uint64_t group, Lanes<uint8_t, LANE_ELEMENTS>& result) {
   const RandomWords words = random_words(key, group);
   LaneCodes codes;
 #pragma unroll
@@ -150,7 +149,7 @@ template <class P>
 struct BlockwiseTypes {
   using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
   using V = std::conditional_t<std::is_same_v<P, double>, double, Approximate>;
-  static constexpr int CTAS_PER_SM = std::is_same_v<P, double> ? 1 : sizeof(P) == 4 ? 2 : 3;
+  static constexpr int CTAS_PER_SM = std::is_same_v<P, double> ? 3 : 5;
 };
 
 __device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }

@@ -51,14 +51,15 @@ struct TensorTable {
   }
 };
 
-// Calls run(table, tiles) for tables that together hold all records; a table without tiles is left out.
+// Calls run(table, tiles) for tables that together hold the records [begin, end); a table without tiles is left out.
 template <class Record, class Tiles, class Run>
-void for_each_table(const std::vector<Record>& records, const Tiles& tiles_of, const Run& run) {
+void for_each_table(const std::vector<Record>& records, size_t begin, size_t end, const Tiles& tiles_of,
+                    const Run& run) {
   using Table = TensorTable<Record>;
-  for (size_t first = 0; first < records.size(); first += Table::CAPACITY) {
+  for (size_t first = begin; first < end; first += Table::CAPACITY) {
     Table table;
     table.first = static_cast<int32_t>(first);
-    table.count = static_cast<int32_t>(std::min<size_t>(records.size() - first, Table::CAPACITY));
+    table.count = static_cast<int32_t>(std::min<size_t>(end - first, Table::CAPACITY));
     uint32_t tiles = 0;
     for (int32_t i = 0; i < table.count; ++i) {
       table.records[i] = records[first + i];

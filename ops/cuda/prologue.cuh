@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(PROLOGUE_THREADS)
 }
 
 template <class T>
-void launch_prologues(cudaStream_t stream, const std::vector<TensorView>& steps, const Hyperparameters& h, Scalar lr, Scalar grad_scale,
-                      const float* found_inf, TensorScalars<T>* scalars) {
+void launch_prologues(cudaStream_t stream, const std::vector<TensorView>& steps, const Hyperparameters& h, Scalar lr,
+                      Scalar grad_scale, const float* found_inf, TensorScalars<T>* scalars) {
   for (size_t first = 0; first < steps.size(); first += StepPointers::CAPACITY) {
     StepPointers pointers;
     pointers.count = static_cast<int32_t>(std::min<size_t>(steps.size() - first, StepPointers::CAPACITY));

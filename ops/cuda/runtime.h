@@ -20,24 +20,24 @@ inline void check_cuda(cudaError_t error, const char* what) {
 // The device of a call's tensors made current, and torch's current stream of it.
 class CurrentDevice {
  public:
-  explicit CurrentDevice(int32_t device_index) : guard_(device_index) {
+  explicit CurrentDevice(int32_t device_index) : guard_(device_index), index_(device_index) {
     void* stream;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  int32_t index() const { return index_; }
   cudaStream_t stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  int32_t index_;
   cudaStream_t stream_;
 };
 
-// Of the current device.
-inline int multiprocessors() {
-  int device, count;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+inline int multiprocessors(int32_t device_index) {
+  int count;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index), "cudaDeviceGetAttribute");
   return count;
 }
 

@@ -1,6 +1,7 @@
 // ademamix_step_ on CUDA devices.
 #include "../step_arguments.h"
 #include "arguments.h"
+#include "paging.h"
 #include "runtime.h"
 #include "step_kernel.cuh"
 
@@ -8,8 +9,8 @@ namespace ademamix {
 namespace {
 
 template <class P, class G>
-void launch_steps(cudaStream_t stream, const StepLists& lists, const TensorScalars<typename StepTypes<P, G>::T>* scalars,
-                  const float* found_inf) {
+void launch_steps(const CurrentDevice& device, const StepLists& lists,
+                  const TensorScalars<typename StepTypes<P, G>::T>* scalars, const float* found_inf) {
   std::vector<StepRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
@@ -18,30 +19,31 @@ void launch_steps(cudaStream_t stream, const StepLists& lists, const TensorScala
     r.head = step_head<P, G>(r);
     records.push_back(r);
   }
-  for_each_table(records, step_tiles, [&](const TensorTable<StepRecord>& table, uint32_t tiles) {
-    launch(stream, step_kernel<P, G>, tiles, STEP_THREADS, table, scalars, found_inf);
+  const auto state_of = [](const StepRecord& r) { return std::array{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq}; };
+  for_each_launch(device, records, step_tiles, state_of, [&](const TensorTable<StepRecord>& table, uint32_t tiles) {
+    launch(device.stream(), step_kernel<P, G>, tiles, STEP_THREADS, table, scalars, found_inf);
   });
 }
 
 template <class T>
-void run_step(cudaStream_t stream, const StepLists& lists, const Tensor& param, const Hyperparameters& h, Scalar lr,
-         Scalar grad_scale, const float* found_inf) {
+void run_step(const CurrentDevice& device, const StepLists& lists, const Tensor& param, const Hyperparameters& h,
+              Scalar lr, Scalar grad_scale, const float* found_inf) {
   const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
   auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
-  launch_prologues(stream, lists.steps, h, lr, grad_scale, found_inf, scalars);
+  launch_prologues(device.stream(), lists.steps, h, lr, grad_scale, found_inf, scalars);
   with_floating(lists.params[0].dtype, [&](auto p) {
     using P = decltype(p);
     if constexpr (std::is_same_v<T, double> == std::is_same_v<P, double>)
       with_floating(lists.grads[0].dtype,
-                    [&](auto g) { launch_steps<P, decltype(g)>(stream, lists, scalars, found_inf); });
+                    [&](auto g) { launch_steps<P, decltype(g)>(device, lists, scalars, found_inf); });
   });
 }
 
 template <class Lr>
 void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows, TensorList exp_avg_sqs,
-          TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha, std::optional<double> t_alpha,
-          std::optional<double> t_beta3, int64_t schedule_start, double eps, double weight_decay, bool maximize,
-          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+          TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha,
+          std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start, double eps,
+          double weight_decay, bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
   StepLists lists{views_of(params),        views_of(grads),       views_of(exp_avgs),
                   views_of(exp_avg_slows), views_of(exp_avg_sqs), views_of(steps)};
@@ -56,8 +58,8 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
                      {exp_avg_sqs, lists.exp_avg_sqs, true}},
                     /*any_order=*/true);
   const auto run = lists.params[0].dtype == ScalarType::Double ? run_step<double> : run_step<float>;
-  run(device.stream(), lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
-         pointer_of(found_inf));
+  run(device, lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
+      pointer_of(found_inf));
   order.write_back();
 }
 

@@ -1,0 +1,76 @@
+"""State that may leave the GPU when that is full: CUDA managed memory, behind ordinary CUDA tensors.
+
+It stays on the GPU while there is room, and moves to the host's memory page by page when others need the room. A
+step brings it back ahead of the kernels that use it, on a stream of its own; a captured one leaves that to the
+kernels' accesses. The memory is freed with its tensor. On a machine without CUDA, paged state is ordinary memory.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torch_ademamix import ops
+
+# bitsandbytes' bound. An allocation takes whole pages of up to 2 MB, and a prefetch some microseconds.
+MIN_PAGED_SIZE = 100_000  # elements
+
+
+class Statistics(NamedTuple):
+    """Of the process: tensors in managed memory, their bytes, and the bytes asked to be on a GPU in advance."""
+
+    tensors: int
+    bytes: int
+    prefetched_bytes: int
+
+
+def statistics() -> Statistics:
+    """How much managed memory there is; all 0 where CUDA isn't in use.
+
+    >>> statistics()
+    Statistics(tensors=0, bytes=0, prefetched_bytes=0)
+    """
+    library = str(Path(__file__).parent / "_cuda.so")
+    return Statistics(*(ops.native.managed_memory(library) if ops.native is not None else (0, 0, 0)))
+
+
+def is_paged(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the state of a parameter, in a group of options, belongs into managed memory.
+
+    That of a DTensor doesn't: its shards are ordinary tensors.
+    """
+    return (
+        bool(group["is_paged"])
+        and p.device.type == "cuda"
+        and p.numel() >= MIN_PAGED_SIZE
+        and not is_traceable_wrapper_subclass(p)
+    )
+
+
+def zeros_like(p: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
+    """Zeros in the parameter's shape and order, where its state belongs."""
+    if is_paged(p, group):
+        return _empty(p.detach(), dtype).zero_()
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def placed(state: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state with its large tensors copied to where they belong."""
+    if not is_paged(p, group):
+        return dict(state)
+    return {name: _empty(t, t.dtype).copy_(t) if t.numel() >= MIN_PAGED_SIZE else t for name, t in state.items()}
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return ops.paged_empty_like(like, dtype)  # type: ignore[no-any-return]
+
+
+def page_out(tensor: Tensor) -> None:
+    """Moves a paged state tensor to the host's memory now, for a phase without steps; ordinary ones stay.
+
+    >>> page_out(torch.zeros(3))
+    """
+    ops.page_out(tensor)
