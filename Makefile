@@ -17,7 +17,7 @@ STEPS ?=
 SIZE ?=
 OUT ?= out/demo
 
-.PHONY: demo test test-fast lint format bench wheel build clean
+.PHONY: demo test test-fast lint format bench gpu-check cuda-load-check wheel build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -42,6 +42,21 @@ format: $(ENVIRONMENT)  ## rewrite the sources as `make lint` wants them
 
 bench: $(BUILD)  ## speed on the CPU, beside torch's own optimizers
 	$(PY) -m benchmarks.cpu $(ARGS)
+
+gpu-check:  ## on a machine with an NVIDIA GPU and nvcc, with its own Python: build, tests, benchmarks; FOLDER=
+	$(PYTHON) -m benchmarks.gpu_check $(FOLDER)
+
+# Several GB: a torch with CUDA, of the oldest version that is served, in an environment and a copy of its own.
+CUDA_CHECK := build/cuda-load-check
+cuda-load-check:  ## without a GPU, but with nvcc: the CUDA library is built, loaded, and traced
+	$(PYTHON) -m venv $(CUDA_CHECK)/venv
+	$(CUDA_CHECK)/venv/bin/python -m pip --disable-pip-version-check install --quiet \
+	    torch==2.11.0 'setuptools>=77' ninja pybind11 pytest expecttest numpy
+	rm -rf $(CUDA_CHECK)/sources && mkdir $(CUDA_CHECK)/sources
+	cp -r setup.py pyproject.toml README.md LICENSE ops torch_ademamix tests compile_tests $(CUDA_CHECK)/sources
+	rm -f $(CUDA_CHECK)/sources/torch_ademamix/*.so
+	cd $(CUDA_CHECK)/sources && TORCH_ADEMAMIX_CUDA=1 ../venv/bin/python setup.py --quiet build_ext --inplace
+	cd $(CUDA_CHECK)/sources && ../venv/bin/python -m pytest -q compile_tests/test_fake_cuda.py
 
 wheel: $(ENVIRONMENT)  ## dist/*.whl
 	rm -rf build/lib* build/bdist*

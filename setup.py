@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.modified import newer_group
 
 try:
     import torch
@@ -105,11 +104,13 @@ class CudaLibrary(Extension):
         super().__init__(f"{PACKAGE}._cuda", [], depends=sorted(headers))
 
     def build(self, target, folder, force):
-        if not (force or newer_group([*self.kernels, *self.depends, "setup.py"], target)):
+        target = Path(target)
+        sources = [*self.kernels, *self.depends, __file__]
+        if not force and target.exists() and all(os.path.getmtime(s) < target.stat().st_mtime for s in sources):
             return
         folder = Path(folder, self.name)
         folder.mkdir(parents=True, exist_ok=True)
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         flags = [*NVCC_FLAGS, *architecture_flags(), f"--threads={os.cpu_count()}"]
         flags += [f"-I{path}" for path in include_paths()]
         objects = []
@@ -120,7 +121,7 @@ class CudaLibrary(Extension):
         libraries = ["torch", "torch_cpu", *(["torch_cuda"] if torch.version.cuda else []), "c10"]
         torch_libraries = [*(f"-L{path}" for path in library_paths()), *(f"-l{name}" for name in libraries)]
         link = ["-shared", "-cudart=shared", "-Xlinker=--no-as-needed"]
-        self.run([nvcc(), *link, *objects, *torch_libraries, "-o", target])
+        self.run([nvcc(), *link, *objects, *torch_libraries, "-o", str(target)])
 
     @staticmethod
     def run(command):

@@ -22,16 +22,16 @@ inline TensorView view_of(const Tensor& tensor) {
   TensorView view{};
   int32_t dtype, device;
   int64_t *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &view.dims));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &view.data));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &view.dims));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &view.data));
   view.dtype = scalar_type_of(dtype);
   view.device = device == cpu ? Device::CPU : device == cuda ? Device::CUDA : Device::OTHER;
   if (view.device != Device::CPU)
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &view.device_index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &view.device_index));
   view.sizes = sizes;
   view.strides = strides;
   view.numel = 1;

@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from config import native_built
+from quantized import neighbours, with_absmax_one
 
-from torch_ademamix import blockwise
+from torch_ademamix import blockwise, ops
 from torch_ademamix.blockwise import BLOCK_SIZE, dequantize, dynamic_map, quantize
 
 # Each as blockwise.quantize and blockwise.dequantize.
-IMPLEMENTATIONS = {"reference": (quantize, dequantize)}
+IMPLEMENTATIONS = {
+    "reference": (quantize, dequantize),
+    **({"native": (ops.quantize_blockwise, ops.dequantize_blockwise)} if native_built() else {}),
+}
 
 FORMATS = ("signed_dynamic", "unsigned_dynamic", "linear_int16")
 MAPS = {"signed_dynamic": True, "unsigned_dynamic": False}
@@ -25,32 +30,11 @@ def implementation(request):
     return IMPLEMENTATIONS[request.param]
 
 
-def with_absmax_one(values):
-    """The values in full blocks whose first element is 1, and which elements they are."""
-    rows = -(-values.numel() // (BLOCK_SIZE - 1))
-    blocks = torch.zeros(rows, BLOCK_SIZE)
-    blocks[:, 0] = 1
-    is_value = torch.ones(rows, BLOCK_SIZE, dtype=torch.bool)
-    is_value[:, 0] = False
-    padded = torch.zeros(rows * (BLOCK_SIZE - 1))
-    padded[: values.numel()] = values
-    blocks[:, 1:] = padded.view(rows, -1)
-    return blocks.view(-1), is_value.view(-1).nonzero().view(-1)[: values.numel()]
-
-
 def codes_of(values, format, quantize, **options):
     x, is_value = with_absmax_one(values)
     codes, absmax = quantize(x, format, **options)
     assert (absmax == 1).all()
     return codes[is_value].int()
-
-
-def neighbours(values, ulps):
-    """The values in [0, 1] and the floats up to so many ulps beside them."""
-    bits = values.view(torch.int32)
-    shifts = torch.arange(-ulps, ulps + 1, dtype=torch.int32)
-    one = torch.tensor(1.0).view(torch.int32).item()
-    return (bits[:, None] + shifts).clamp(0, one).view(-1).view(torch.float32)
 
 
 def assert_nearest(values, codes, signed):

@@ -79,9 +79,9 @@ class CommonOrder {
     if (row_major)
       for (int64_t d = first.dims - 1, stride = 1; d >= 0; stride *= first.sizes[d--]) strides[d] = stride;
     int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(first.dims, first.sizes, strides.data(), dtype,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(first.dims, first.sizes, strides.data(), dtype,
                                                            device_type(tensor), view.device_index, &handle));
     Tensor copy(handle);
     torch::stable::copy_(copy, tensor);
@@ -91,7 +91,7 @@ class CommonOrder {
 
   static int32_t device_type(const Tensor& tensor) {
     int32_t type;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     return type;
   }
 

@@ -22,7 +22,7 @@ class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device_index) : guard_(device_index), index_(device_index) {
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

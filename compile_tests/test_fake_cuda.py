@@ -1,0 +1,54 @@
+"""The step on CUDA tensors, traced without a GPU: what a CUDA build of torch shows anywhere; `make cuda-load-check`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from graphs import describe
+from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import torch_ademamix
+from torch_ademamix import ops
+
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+
+CLASSES = ("AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix", "PagedAdEMAMix8bit")
+OPS = (
+    "ademamix_step_",
+    "ademamix_step_.tensor_lr",
+    "ademamix_blockwise_step_",
+    "ademamix_blockwise_step_.tensor_lr",
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "paged_empty_like",
+    "page_out",
+)
+
+
+def graph_of(name: str, device: str) -> str:
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(shape, device=device)) for shape in ((500, 400), (400,), (70, 60))]
+        optimizer = getattr(torch_ademamix, name)(params, lr=torch.empty((), device=device), t_alpha=9, t_beta3=9)
+        optimizer.init_state()
+        for p in params:
+            p.grad = torch.empty_like(p)
+        backend = EagerAndRecordGraphs()
+        torch.compile(optimizer.step, fullgraph=True, backend=backend)()
+    (module,) = backend.graphs
+    return describe(module.graph)
+
+
+def test_cuda_kernels_are_registered() -> None:
+    assert Path(ops.__file__).with_name("_cuda.so").is_file()
+    for op in OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_ademamix::{op}", "CUDA"), op
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_graph_is_the_cpus(name: str) -> None:
+    on_cuda = graph_of(name, "cuda")
+    torch._dynamo.reset()
+    assert on_cuda.replace("cuda:0", "cpu").replace("type='cuda', index=0", "type='cpu'") == graph_of(name, "cpu")
+    assert on_cuda.count("step_.tensor_lr") == (2 if name.endswith("8bit") else 1)  # one op per kind of state

@@ -1,0 +1,290 @@
+"""torch.compile of the optimizer's step: the graph, the generated code, and what compiles it again."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from config import assert_identical
+from expecttest import assert_expected_inline
+from graphs import assert_only_op_calls, describe
+from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
+from torch._inductor.utils import run_and_get_code
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
+
+SCHEDULES = dict(t_alpha=20, t_beta3=20)
+
+
+def make_params(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 3), (4,), (), (70, 60)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    params[0].data = params[0].mT.contiguous().mT
+    return params
+
+
+def set_grads(params, step):
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def make(cls=AdEMAMix, dtype=torch.float32, **options):
+    params = make_params(dtype)
+    optimizer = cls(params, **{"lr": torch.tensor(1e-2), **SCHEDULES, **options})
+    optimizer.init_state()
+    set_grads(params, 0)
+    return params, optimizer
+
+
+def traced(optimizer):
+    backend = EagerAndRecordGraphs()
+    torch.compile(optimizer.step, fullgraph=True, backend=backend)()
+    (module,) = backend.graphs
+    return describe(module.graph)
+
+
+def test_graph():
+    _, optimizer = make()
+    assert_expected_inline(
+        traced(optimizer),
+        """\
+_set_grad_enabled(
+    False)
+to(
+    f32[]
+    device(type='cpu'))
+ademamix_step_.tensor_lr(
+    [f32[5, 3], f32[4], f32[], f32[70, 60]]
+    [f32[5, 3], f32[4], f32[], f32[70, 60]]
+    [f32[5, 3], f32[4], f32[], f32[70, 60]]
+    [f32[5, 3], f32[4], f32[], f32[70, 60]]
+    [f32[5, 3], f32[4], f32[], f32[70, 60]]
+    [f32[], f32[], f32[], f32[]]
+    f32[]
+    beta1=0.9
+    beta2=0.999
+    beta3=0.9999
+    alpha=5.0
+    t_alpha=20
+    t_beta3=20
+    schedule_start=0
+    eps=1e-08
+    weight_decay=0.01
+    maximize=False
+    grad_scale=None
+    found_inf=None)
+_set_grad_enabled(
+    True)""",
+    )
+
+
+def test_graph_of_two_dtypes():
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3).bfloat16()), nn.Parameter(torch.ones(4))]
+    set_grads(params, 0)
+    optimizer = AdEMAMix(params, maximize=True)
+    optimizer.init_state()
+    assert_expected_inline(
+        traced(optimizer),
+        """\
+_set_grad_enabled(
+    False)
+ademamix_step_.default(
+    [f32[2], f32[4]]
+    [f32[2], f32[4]]
+    [f32[2], f32[4]]
+    [f32[2], f32[4]]
+    [f32[2], f32[4]]
+    [f32[], f32[]]
+    0.001
+    beta1=0.9
+    beta2=0.999
+    beta3=0.9999
+    alpha=5.0
+    t_alpha=None
+    t_beta3=None
+    schedule_start=0
+    eps=1e-08
+    weight_decay=0.01
+    maximize=True
+    grad_scale=None
+    found_inf=None)
+ademamix_step_.default(
+    [bf16[3]]
+    [bf16[3]]
+    [f32[3]]
+    [f32[3]]
+    [f32[3]]
+    [f32[]]
+    0.001
+    beta1=0.9
+    beta2=0.999
+    beta3=0.9999
+    alpha=5.0
+    t_alpha=None
+    t_beta3=None
+    schedule_start=0
+    eps=1e-08
+    weight_decay=0.01
+    maximize=True
+    grad_scale=None
+    found_inf=None)
+_set_grad_enabled(
+    True)""",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"lr": 1e-3}, {"maximize": True, "capturable": True}], ids=repr)
+def test_generated_code(options, dtype):
+    _, optimizer = make(dtype=dtype, **options)
+    _, (code,) = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
+    assert_only_op_calls(code, 1)
+
+
+def test_generated_code_of_groups_and_dtypes():
+    first, second, third = make_params(), make_params(torch.bfloat16), make_params()
+    optimizer = AdEMAMix([{"params": first + second}, {"params": third, "weight_decay": 0.0}], lr=torch.tensor(1e-2))
+    optimizer.init_state()
+    set_grads(first + second + third, 0)
+    _, (code,) = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
+    assert_only_op_calls(code, 3)
+
+
+@pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
+def test_compiles_once(counter, cls):
+    """Over 50 steps with a scheduler, past the warm-ups; with the same bits as eager."""
+    params, optimizer = make(cls)
+    expected, eager = make(cls)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    schedulers = [CosineAnnealingLR(o, 50) for o in (optimizer, eager)]
+    for i in range(50):
+        set_grads(params, i)
+        set_grads(expected, i)
+        optimizer._opt_called = True  # the compiled step isn't the one that the scheduler watches
+        compiled()
+        eager.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert counter.frame_count == 1
+    assert_identical((params, optimizer.state_dict()), (expected, eager.state_dict()))
+
+
+def test_scheduler_made_first(counter):
+    """It wraps optimizer.step in what can't be traced; the class's step is as it was."""
+    params, optimizer = make()
+    scheduler = CosineAnnealingLR(optimizer, 10)
+    compiled = torch.compile(lambda: type(optimizer).step(optimizer), fullgraph=True, backend=counter)
+    for i in range(10):
+        set_grads(params, i)
+        optimizer._opt_called = True
+        compiled()
+        scheduler.step()
+    assert counter.frame_count == 1
+    assert optimizer.state[params[0]]["step"] == 10
+
+
+def test_one_graph_per_set_of_gradients(counter):
+    params, optimizer = make()
+    expected, eager = make()
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    for i in range(12):
+        set_grads(params, i)
+        set_grads(expected, i)
+        if i % 3 == 2:
+            params[1].grad = expected[1].grad = None
+        compiled()
+        eager.step()
+    assert counter.frame_count == 2
+    assert optimizer.state[params[1]]["step"] == 8
+    assert_identical(params, expected)
+
+
+def test_without_init_state(counter):
+    """State that is made while the first step is traced costs one recompilation."""
+    params = make_params()
+    expected, eager = make()
+    optimizer = AdEMAMix(params, lr=torch.tensor(1e-2), **SCHEDULES)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    for i in range(5):
+        set_grads(params, i)
+        set_grads(expected, i)
+        compiled()
+        eager.step()
+    assert counter.frame_count == 2
+    assert_identical(params, expected)
+
+
+def test_load_state_dict_between_steps(counter):
+    params, optimizer = make()
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+
+    def run():
+        for i in range(4):
+            set_grads(params, i)
+            compiled()
+        return copy.deepcopy((params, optimizer.state_dict()))
+
+    run()
+    saved = copy.deepcopy((params, optimizer.state_dict()))
+    expected = run()
+    with torch.no_grad():
+        for p, value in zip(params, saved[0], strict=True):
+            p.copy_(value)
+    optimizer.load_state_dict(saved[1])
+    assert_identical(run(), expected)
+    assert counter.frame_count <= 2
+
+
+def test_skipped_step(counter):
+    """found_inf is read at each call."""
+    params, optimizer = make()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    compiled()
+    before = copy.deepcopy((params, optimizer.state_dict()))
+    optimizer.found_inf.fill_(1)
+    compiled()
+    assert_identical((params, optimizer.state_dict()), before)
+    assert counter.frame_count == 1
+
+
+def test_backward_after_a_compiled_step_raises(counter):
+    params, optimizer = make()
+    loss = sum(p.square().sum() for p in params)
+    torch.compile(optimizer.step, fullgraph=True, backend=counter)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+COMPILE_1000 = """
+import time, torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch_ademamix import AdEMAMix
+params = [nn.Parameter(torch.ones(8)) for _ in range(1000)]
+for p in params:
+    p.grad = torch.ones(8)
+optimizer = AdEMAMix(params, lr=torch.tensor(1e-3))
+optimizer.init_state()
+counter = CompileCounterWithBackend("inductor")
+step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+start = time.perf_counter()
+step()
+print(f"{time.perf_counter() - start:.1f} s to compile a step of 1,000 parameters")
+step()
+assert counter.frame_count == 1
+assert optimizer.state[params[-1]]["step"] == 2
+"""
+
+
+@pytest.mark.slow
+def test_compile_1000_parameters():
+    """The time is printed (-s shows it); it should stay below 60 s on two cores."""
+    caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    subprocess.run([sys.executable, "-c", COMPILE_1000], env={**os.environ, **caches}, check=True, timeout=600)

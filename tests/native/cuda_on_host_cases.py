@@ -1,0 +1,268 @@
+"""The CUDA ops, run on the host, against the CPU ops: what test_cuda_on_host.py runs under the sanitizers.
+
+``CUDA_ON_HOST`` is the library that it built.
+"""
+
+import ctypes
+import os
+from typing import Any
+
+import pytest
+import torch
+from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, StepLists, assert_identical, make_lists
+from quantized import SEED, BlockwiseLists, make_blockwise, neighbours, with_absmax_one
+from torch import Tensor
+
+from torch_ademamix import ops
+from torch_ademamix.blockwise import CODE_DTYPES, dynamic_map
+
+SLOW_BITS = pytest.mark.parametrize("slow_ema_bits", [8, 16])
+STOCHASTIC = pytest.mark.parametrize("stochastic_rounding", [True, False], ids=["stochastic", "nearest"])
+SAME_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+TILE = 2048  # elements that one CTA does at a time
+
+OPS = (
+    "ademamix_step_",
+    "ademamix_blockwise_step_",
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "paged_empty_like",
+    "page_out",
+)
+library = torch.library.Library("cuda_on_host", "DEF")
+for name in OPS:
+    packet = getattr(torch.ops.torch_ademamix, name)
+    for overload in packet.overloads():
+        library.define(str(getattr(packet, overload)._schema).removeprefix("torch_ademamix::"))
+torch.ops.load_library(os.environ["CUDA_ON_HOST"])
+host = ctypes.CDLL(os.environ["CUDA_ON_HOST"])
+host.take_log.restype = ctypes.c_char_p
+
+Lists = StepLists | BlockwiseLists
+
+
+def assert_within_ulp(actual: Tensor, expected: Tensor) -> None:
+    low = torch.nextafter(expected, torch.full_like(expected, -torch.inf))
+    high = torch.nextafter(expected, torch.full_like(expected, torch.inf))
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert bool((same | ((actual >= low) & (actual <= high))).all())
+
+
+def take_log() -> list[str]:
+    """What the streams were told to do since the last call."""
+    log: bytes = host.take_log()
+    return log.decode().split()
+
+
+def managed_memory() -> list[int]:
+    """Tensors, bytes, and prefetched bytes."""
+    values = (ctypes.c_int64 * 3)()
+    host.ademamix_managed_memory(values)
+    return list(values)
+
+
+def check_step(lists: Lists, lr: float | Tensor = 1e-2, **options: Any) -> int:
+    """Compares a step of both ops, and leaves its result in the lists; the number of launches."""
+    options = {**HYPERPARAMETERS, **options}
+    lr = options.pop("lr", lr)
+    name = "ademamix_step_"
+    if isinstance(lists, BlockwiseLists):
+        name = "ademamix_blockwise_step_"
+        options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
+    expected = lists.clone()
+    getattr(torch.ops.torch_ademamix, name)(*expected, lr, **options)
+    take_log()
+    getattr(torch.ops.cuda_on_host, name)(*lists, lr, **options)
+    (params, *others), (expected_params, *expected_others) = lists, expected
+    for actual, wanted in zip(params, expected_params, strict=True):
+        assert_within_ulp(actual, wanted)
+    assert_identical(others, expected_others)
+    log = take_log()
+    assert set(log) <= {"launch"}
+    return len(log)
+
+
+def make(kind: str, *args: Any, **kwargs: Any) -> Lists:
+    return make_lists(*args, **kwargs) if kind == "32" else make_blockwise(*args, **kwargs)
+
+
+KINDS = pytest.mark.parametrize("kind", ["32", "blockwise"])
+
+
+def contiguous(*sizes: int) -> list[Any]:
+    return [((n,), *["contiguous"] * 3) for n in sizes]
+
+
+EDGES = contiguous(1, 7, 8, 9, 31, 256, TILE - 1, TILE, TILE + 1, 13 * TILE + 13)
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+def test_dtypes_layouts_and_sizes(param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    launches = check_step(make_lists([*MIXED, *EDGES], param_dtype, grad_dtype))
+    assert launches == 2
+
+
+@STOCHASTIC
+@SLOW_BITS
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+def test_blockwise_dtypes_layouts_and_sizes(
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, slow_ema_bits: int, stochastic_rounding: bool
+) -> None:
+    lists = make_blockwise([*MIXED[8:], *EDGES], param_dtype, grad_dtype, slow_ema_bits=slow_ema_bits)
+    assert check_step(lists, stochastic_rounding=stochastic_rounding) == 2
+
+
+@KINDS
+def test_several_steps(kind: str) -> None:
+    lists = make(kind, contiguous(5000, 700))
+    for _ in range(5):
+        check_step(lists, t_alpha=3, t_beta3=4)
+
+
+@KINDS
+@pytest.mark.parametrize("past_the_limit", [0, 1])
+def test_lists_past_one_launch(kind: str, past_the_limit: int) -> None:
+    limit = host.tensors_of_a_launch() if kind == "32" else host.blockwise_tensors_of_a_launch()
+    lists = make(kind, contiguous(*(1 + i % 3 for i in range(limit + past_the_limit))))
+    assert check_step(lists) == 2 + past_the_limit
+
+
+def test_steps_past_one_launch() -> None:
+    count = host.steps_of_a_launch() + 1
+    lists = make_lists(contiguous(*(5 if i % 500 == 1 else 0 for i in range(count))))
+    assert check_step(lists) == 2 + -(-count // host.tensors_of_a_launch())
+
+
+@KINDS
+def test_only_empty_tensors(kind: str) -> None:
+    lists = make(kind, contiguous(0, 0))
+    assert check_step(lists) == 1
+    assert [step.item() for step in lists.steps] == [1, 2]
+
+
+@KINDS
+@SAME_DTYPES
+def test_misaligned(kind: str, dtype: torch.dtype) -> None:
+    """Views into flat buffers: parameters and gradients shifted alike with the state, and differently."""
+    for shift in (1, 2, 3, 5, 8):
+        for others in (shift, 0, 1):
+            lists = make(kind, contiguous(2 * TILE + 5, 3, 600), dtype)
+            for i, tensors in enumerate(lists):
+                if i < len(list(lists)) - 1:
+                    for j, tensor in enumerate(tensors):
+                        at = shift if i == 0 else others
+                        tensors[j] = torch.cat((tensor.new_zeros(at), tensor))[at:]
+            check_step(lists)
+
+
+@KINDS
+@SAME_DTYPES
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(kind: str, options: str, dtype: torch.dtype) -> None:
+    check_step(make(kind, contiguous(700, 5), dtype), **OPTIONS[options])
+
+
+@KINDS
+@pytest.mark.parametrize("found_inf", [1.0, torch.nan])
+def test_found_inf(kind: str, found_inf: float) -> None:
+    lists = make(kind, contiguous(700, 5))
+    before = lists.clone()
+    check_step(lists, grad_scale=torch.tensor(128.0), found_inf=torch.tensor(found_inf))
+    assert_identical(list(lists), list(before))
+
+
+@KINDS
+@SAME_DTYPES
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 3e38])
+def test_elements_that_are_not_finite(kind: str, dtype: torch.dtype, value: float) -> None:
+    lists = make(kind, contiguous(700, 256), dtype, torch.float32)
+    lists.grads[0][[3, 300, 301, 699]] = value
+    lists.grads[1][:] = value
+    check_step(lists)
+
+
+def test_blocks_of_zeros_and_of_denormal_numbers() -> None:
+    lists = make_blockwise(contiguous(1024))
+    for tensors in (lists.exp_avg_absmaxs, lists.exp_avg_slow_absmaxs, lists.exp_avg_sq_absmaxs):
+        tensors[0][:] = torch.tensor([0, 1e-42, 1e-38, 3e38])
+    lists.grads[0][:512] = 0
+    check_step(lists)
+
+
+@pytest.mark.parametrize("format", CODE_DTYPES)
+def test_quantize_and_dequantize(format: str) -> None:
+    number = ops.FORMATS.index(format)
+    values = dynamic_map(format == "signed_dynamic")
+    edges = (values[1:] + values[:-1]) / 2
+    near_edges, _ = with_absmax_one(neighbours(edges.abs(), 2))
+    inputs = [near_edges, -near_edges, *(torch.randn(n).exp() for n in (0, 1, 255, 257, 3000))]
+    inputs.append(torch.tensor([1.0, torch.inf, torch.nan, -torch.inf, 0.5, -1.0]))
+    inputs.append(torch.randn(40, 30).t())
+    for x in inputs:
+        for seed in (None, SEED) if format == "unsigned_dynamic" else (None,):
+            options = {"seed": seed, "step": 5, "stream": 3}
+            quantized = torch.ops.cuda_on_host.quantize_blockwise(x, number, **options)
+            assert_identical(list(quantized), list(torch.ops.torch_ademamix.quantize_blockwise(x, number, **options)))
+            assert_identical(
+                torch.ops.cuda_on_host.dequantize_blockwise(*quantized, number),
+                torch.ops.torch_ademamix.dequantize_blockwise(*quantized, number),
+            )
+
+
+@KINDS
+@pytest.mark.parametrize("position", [1, 2, -1])
+def test_refuses_before_writing(kind: str, position: int) -> None:
+    lists = make(kind, contiguous(700, 5))
+    before = lists.clone()
+    arguments = list(lists)
+    arguments[position] = arguments[position][:1]
+    options = {**HYPERPARAMETERS}
+    op = torch.ops.cuda_on_host.ademamix_step_
+    if isinstance(lists, BlockwiseLists):
+        op = torch.ops.cuda_on_host.ademamix_blockwise_step_
+        options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+    with pytest.raises(RuntimeError, match="has length 1, but params has length 2"):
+        op(*arguments, 1e-2, **options)
+    assert_identical(list(lists), list(before))
+
+
+@KINDS
+def test_paged_state(kind: str) -> None:
+    """In chunks of at least 256 MB, each of which is fetched while the one before it is computed."""
+    chunk = 2**28 // (4 if kind == "32" else 1)  # elements of one state tensor
+    lists = make(kind, contiguous(300, 300, 300, 300))
+    state = list(lists)[2:-1]
+    expected = lists.clone()
+    for tensors in state:
+        if tensors[0].numel() == 300:
+            for i in (0, 1, 3):
+                whole = torch.ops.cuda_on_host.paged_empty_like(tensors[i].new_empty(1).expand(chunk), tensors[i].dtype)
+                whole[:300] = tensors[i]
+                tensors[i] = whole[:300]
+    assert managed_memory()[:2] == [9, 9 * chunk * 4 if kind == "32" else chunk * (6 + 3 * 2)]
+    options = {**HYPERPARAMETERS}
+    name = "ademamix_step_"
+    if isinstance(lists, BlockwiseLists):
+        name = "ademamix_blockwise_step_"
+        options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+    getattr(torch.ops.torch_ademamix, name)(*expected, 1e-2, **options)
+    take_log()
+    getattr(torch.ops.cuda_on_host, name)(*lists, 1e-2, **options)
+    assert_identical(list(lists), list(expected))
+    fetch = ["main-records", "side-waits", *["prefetch"] * 3]  # after what is being computed
+    join = ["side-records", "main-waits"]
+    kernel = ["launch"]
+    prologue = kernel
+    assert take_log() == [*prologue, *fetch, *join, *fetch, *kernel, *join, *fetch, *kernel, *join, *kernel]
+
+    host.set_capturing(True)
+    getattr(torch.ops.cuda_on_host, name)(*lists, 1e-2, **options)
+    host.set_capturing(False)
+    assert take_log() == ["launch", "launch"]
+    getattr(torch.ops.torch_ademamix, name)(*expected, 1e-2, **options)
+    assert_identical(list(lists), list(expected))
+    del lists, state, tensors, whole
+    assert managed_memory()[:2] == [0, 0]

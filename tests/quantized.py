@@ -1,0 +1,188 @@
+"""What the tests of quantized state share: the lists of the blockwise op, and what it must give."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from config import HYPERPARAMETERS, KERNELS, MIXED, StepLists, make_lists, step
+from torch import Tensor, nn
+from torch._C import DispatchKeySet
+
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
+from torch_ademamix.blockwise import BLOCK_SIZE, dequantize, quantize
+from torch_ademamix.reference import compute_dtype
+
+PACKET = torch.ops.torch_ademamix.ademamix_blockwise_step_
+
+SEED = -(2**62) - 12345  # both words of the key count, and so does the sign
+SLOW_FORMATS = {8: "signed_dynamic", 16: "linear_int16"}
+
+SMALL = [entry for entry in MIXED if entry[0] not in ((65537,), (3, 63, 65))]
+
+
+@dataclass
+class BlockwiseLists:
+    """The lists of one op call, in its order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_absmaxs: list[Tensor]
+    exp_avg_slows: list[Tensor]
+    exp_avg_slow_absmaxs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    exp_avg_sq_absmaxs: list[Tensor]
+    steps: list[Tensor]
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (getattr(self, field.name) for field in fields(self))
+
+    def clone(self) -> "BlockwiseLists":
+        return copy.deepcopy(self)
+
+    @property
+    def streams(self) -> list[int]:
+        """As an optimizer numbers them, but from another number on and with gaps."""
+        return [3 * i + 7 for i in range(len(self.params))]
+
+
+def stored(slow_ema_bits: int) -> tuple[str, str, str]:
+    """The formats of exp_avg, exp_avg_slow and exp_avg_sq."""
+    return "signed_dynamic", SLOW_FORMATS[slow_ema_bits], "unsigned_dynamic"
+
+
+def quantized(lists: StepLists, slow_ema_bits: int = 16) -> BlockwiseLists:
+    params, grads, *moments, steps = lists
+    result = BlockwiseLists(params, grads, [], [], [], [], [], [], steps)
+    _, _, *targets, _ = result
+    for i, (tensors, format) in enumerate(zip(moments, stored(slow_ema_bits), strict=True)):
+        for tensor in tensors:
+            codes, absmax = quantize(tensor.float().contiguous(), format)
+            targets[2 * i].append(codes)
+            targets[2 * i + 1].append(absmax)
+    return result
+
+
+def dequantized(lists: BlockwiseLists) -> StepLists:
+    """The same parameters, gradients and steps, with unquantized moments."""
+    params, grads, *_, steps = lists
+    result = StepLists(params, grads, [], [], [], steps)
+    for i, p in enumerate(params):
+        slow = 16 if lists.exp_avg_slows[i].dtype == torch.int16 else 8
+        for (codes, absmax), format, target in zip(
+            moments_of(lists, i),
+            stored(slow),
+            (result.exp_avgs, result.exp_avg_slows, result.exp_avg_sqs),
+            strict=True,
+        ):
+            target.append(dequantize(codes, absmax, format).to(compute_dtype(p.dtype)))
+    return result
+
+
+def moments_of(lists: BlockwiseLists, i: int) -> list[tuple[Tensor, Tensor]]:
+    """Codes and absmax of the three moments of parameter i."""
+    _, _, *state, _ = lists
+    return [(state[j][i], state[j + 1][i]) for j in (0, 2, 4)]
+
+
+def make_blockwise(entries: Any = MIXED, *args: Any, slow_ema_bits: int = 16, **kwargs: Any) -> BlockwiseLists:
+    """Arguments as in mid-training; see `make_lists`."""
+    return quantized(make_lists(entries, *args, **kwargs), slow_ema_bits)
+
+
+def blockwise_call(
+    lists: BlockwiseLists, lr: Tensor | float = 1e-2, **options: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The overload of the op, and its positional and keyword arguments."""
+    op = PACKET.tensor_lr if isinstance(lr, Tensor) else PACKET.default
+    defaults = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+    return op, (*lists, lr), {**HYPERPARAMETERS, **defaults, **options}
+
+
+def blockwise_step(kernel: str, lists: BlockwiseLists, **options: Any) -> None:
+    """One op call served by `kernel`, as in `config.step`."""
+    op, args, kwargs = blockwise_call(lists, **options)
+    op.redispatch(DispatchKeySet(KERNELS[kernel]), *args, **kwargs)
+
+
+def expected_blockwise_step(
+    kernel: str,
+    before: BlockwiseLists,
+    *,
+    stochastic_rounding: bool = True,
+    seed: int = SEED,
+    **options: Any,
+) -> BlockwiseLists:
+    """What a step must give, bit for bit: the same kernel's step of the dequantized state, quantized anew."""
+    after = before.clone()
+    plain = dequantized(after)
+    step(kernel, plain, **options)
+    for i, stream in enumerate(after.streams):
+        values = [moments[i].float() for moments in (plain.exp_avgs, plain.exp_avg_slows, plain.exp_avg_sqs)]
+        # An element of which one moment isn't finite loses all three.
+        finite = torch.stack([value.isfinite() for value in values]).all(0)
+        slow = 16 if after.exp_avg_slows[i].dtype == torch.int16 else 8
+        for value, (codes, absmax), format in zip(values, moments_of(after, i), stored(slow), strict=True):
+            key = {}
+            if stochastic_rounding and format == "unsigned_dynamic":
+                key = {"seed": seed, "step": plain.steps[i], "stream": stream}
+            new_codes, new_absmax = quantize(torch.where(finite, value, 0), format, **key)
+            codes.copy_(new_codes)
+            absmax.copy_(new_absmax)
+    return after
+
+
+def with_absmax_one(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The values in full blocks whose first element is 1, and which elements they are."""
+    rows = -(-values.numel() // (BLOCK_SIZE - 1))
+    blocks = torch.zeros(rows, BLOCK_SIZE)
+    blocks[:, 0] = 1
+    is_value = torch.ones(rows, BLOCK_SIZE, dtype=torch.bool)
+    is_value[:, 0] = False
+    padded = torch.zeros(rows * (BLOCK_SIZE - 1))
+    padded[: values.numel()] = values
+    blocks[:, 1:] = padded.view(rows, -1)
+    return blocks.view(-1), is_value.view(-1).nonzero().view(-1)[: values.numel()]
+
+
+def neighbours(values: Tensor, ulps: int) -> Tensor:
+    """The values in [0, 1] and the floats up to so many ulps beside them."""
+    bits = values.view(torch.int32)
+    shifts = torch.arange(-ulps, ulps + 1, dtype=torch.int32)
+    one = torch.tensor(1.0).view(torch.int32).item()
+    return (bits[:, None] + shifts).clamp(0, one).view(-1).view(torch.float32)
+
+
+# Optimizers with quantized state.
+
+MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+ABSMAXS = tuple(f"{name}_absmax" for name in MOMENTS)
+SIZES = (5000, 4096, 4095, 300)  # two quantized, ragged and not, and two below min_8bit_size
+
+
+def make_optimizer(
+    dtype: torch.dtype = torch.float32, cls: type = AdEMAMix8bit, **options: Any
+) -> tuple[list[nn.Parameter], AdEMAMix]:
+    """Parameters in two groups, the second of which stores exp_avg_slow in 8 bits if not told otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in SIZES]
+    second = {"params": [params[1], params[3]], "slow_ema_bits": 8, "weight_decay": 0.1, **options}
+    defaults = dict(lr=1e-2, betas=(0.9, 0.99, 0.999), t_alpha=30, t_beta3=30, seed=9)
+    return params, cls([{"params": [params[0], params[2]]}, second], **{**defaults, **options})
+
+
+def train(params: list[nn.Parameter], optimizer: AdEMAMix, steps: int) -> None:
+    """The gradients depend on the step and on the parameters."""
+    for _ in range(steps):
+        for p in params:
+            state = optimizer.state.get(p)
+            t = int(state["step"]) if state else 0
+            generator = torch.Generator().manual_seed(1000 * t + p.numel())
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype) + p.detach()
+        optimizer.step()
+
+
+def everything(params: list[nn.Parameter], optimizer: AdEMAMix) -> tuple[list[Tensor], dict[str, Any]]:
+    return [p.detach() for p in params], optimizer.state_dict()

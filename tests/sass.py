@@ -1,0 +1,73 @@
+"""Reads the machine code of CUDA kernels, as cuobjdump prints it, and counts the instructions of a loop."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def find_cuobjdump() -> str | None:
+    """CUDA's own on PATH, or the one that comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if bundled.is_file():
+            return str(bundled)
+    return shutil.which("cuobjdump")
+
+
+class Kernel:
+    """One kernel's instructions, by their order."""
+
+    def __init__(self, name: str, listing: str) -> None:
+        self.name = name
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);", listing)
+        self._index = {int(address, 16): i for i, (address, _) in enumerate(found)}
+        self.instructions = [text.strip() for _, text in found]
+
+    def _next(self, i: int) -> Iterator[int]:
+        text = self.instructions[i]
+        operation = re.sub(r"^@!?U?P\w+\s+", "", text)
+        conditional = text.startswith("@") or re.match(r"BRA(\.\w+)*\s+!?U?P\d", operation) is not None
+        if operation.startswith("BRA"):
+            target = re.search(r"0x([0-9a-f]+)", operation)
+            if target and int(target[1], 16) in self._index:
+                yield self._index[int(target[1], 16)]
+        if conditional or not operation.startswith(("BRA", "EXIT", "RET")):
+            yield from range(i + 1, min(i + 2, len(self.instructions)))
+
+    def _distance(self, start: int, end: int) -> int:
+        distances = {start: 0}
+        queue = deque([start])
+        while queue:
+            i = queue.popleft()
+            for j in self._next(i):
+                if j == end:
+                    return distances[i] + 1
+                if j not in distances:
+                    distances[j] = distances[i] + 1
+                    queue.append(j)
+        raise ValueError(f"{self.name}: no way from instruction {start} to {end}")
+
+    def positions(self, pattern: str) -> list[int]:
+        return [i for i, text in enumerate(self.instructions) if re.search(pattern, text)]
+
+    def loop_length(self, *patterns: str) -> int:
+        """Instructions on the shortest way around the loop that passes the first match of each pattern.
+
+        A branch that is seldom taken, to a ragged tail, say, or to the slow part of a reciprocal, isn't on it.
+        """
+        stations = [self.positions(pattern)[0] for pattern in patterns]
+        return sum(self._distance(a, b) for a, b in zip(stations, [*stations[1:], stations[0]], strict=True))
+
+
+def kernels(library: Path, architecture: str, wanted: Callable[[str], bool]) -> Iterator[Kernel]:
+    command = [str(find_cuobjdump()), "--dump-sass", "--gpu-architecture", architecture, str(library)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for listing in re.split(r"\n\s*Function : ", text)[1:]:
+        name = listing.split(maxsplit=1)[0]
+        if wanted(name):
+            yield Kernel(name, listing)

@@ -1,0 +1,168 @@
+"""What the op refuses: in which words, and that nothing has been written then."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from config import CONTIGUOUS, HYPERPARAMETERS, assert_identical, make_lists, step
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from torch_ademamix import ademamix
+
+NAN = float("nan")
+STATE = ("exp_avgs", "exp_avg_slows", "exp_avg_sqs")
+SCALARS = ("lr", "grad_scale", "found_inf")
+PARAMETER_DTYPES = "torch.float32, torch.bfloat16, torch.float16, torch.float64"
+OTHER_DTYPES = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.bool),
+    *(torch.complex32, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2),
+)
+
+
+def replace(name, i, change):
+    """Changes one tensor of a list."""
+
+    def bend(lists, options):
+        tensors = getattr(lists, name)
+        tensors[i] = change(tensors[i])
+
+    return bend
+
+
+def convert(name, i, dtype_or_device):
+    return replace(name, i, lambda tensor: tensor.to(dtype_or_device))
+
+
+def shorten(name):
+    return lambda lists, options: getattr(lists, name).pop()
+
+
+def give(**values):
+    return lambda lists, options: options.update(values)
+
+
+def expand(tensor):
+    return tensor[:1].expand(tensor.shape)
+
+
+# How good arguments of an op call (vectors of 0, 1, 3 and 255 elements) are bent, and what is said then.
+REFUSALS = {
+    **{f"{x} has length 3, but params has length 4": shorten(x) for x in ("grads", *STATE, "steps")},
+    **{
+        f"{x}[0] has dtype {dtype}; allowed are {PARAMETER_DTYPES}": convert(x, 0, dtype)
+        for x in ("params", "grads")
+        for dtype in OTHER_DTYPES
+    },
+    "grads[2] has layout torch.sparse_coo; only dense tensors are allowed": replace("grads", 2, torch.Tensor.to_sparse),
+    **{
+        f"{x}[3] has shape [255, 1], but params[3] has shape [255]": replace(x, 3, lambda tensor: tensor.view(255, 1))
+        for x in ("grads", *STATE)
+    },
+    "grads[3] has shape [], but params[3] has shape [255]": replace("grads", 3, lambda g: g[0]),
+    **{
+        f"{x}[2] has dtype torch.bfloat16, but must be torch.float32": convert(x, 2, torch.bfloat16)
+        for x in (*STATE, "steps")
+    },
+    "steps[2] has dtype torch.int64, but must be torch.float32": convert("steps", 2, torch.int64),
+    **{f"{x}[1] is on meta, but params[1] is on cpu": convert(x, 1, "meta") for x in (*STATE, "steps")},
+    **{
+        f"{x}[2] has elements that share memory, so it can't be updated in place": replace(x, 2, expand)
+        for x in ("params", *STATE)
+    },
+    "steps[3] has shape [2], but must hold one element": replace("steps", 3, lambda t: t.repeat(2)),
+    "lr is -0.001, but must be at least 0": give(lr=-1e-3),
+    "lr is nan, but must be at least 0": give(lr=NAN),
+    "lr has dtype torch.int64, but must be torch.float32 or torch.float64": give(lr=torch.tensor(1)),
+    **{
+        f"{x} has dtype torch.float64, but must be torch.float32": give(**{x: torch.ones(1).double()})
+        for x in ("grad_scale", "found_inf")
+    },
+    **{f"{x} has shape [2], but must hold one element": give(**{x: torch.ones(2)}) for x in SCALARS},
+    **{
+        f"{x} is {value:g}, but must be in [0, 1)": give(**{x: value})
+        for x in ("beta1", "beta2", "beta3")
+        for value in (1.0, -0.1, NAN)
+    },
+    **{
+        f"{x} is {value:g}, but must be positive or None": give(**{x: value})
+        for x in ("t_alpha", "t_beta3")
+        for value in (0.0, -100.0)
+    },
+    "schedule_start is -1, but must be at least 0": give(schedule_start=-1),
+    "eps is -1e-08, but must be at least 0": give(eps=-1e-8),
+}
+# The function makes several calls of mixed lists, and moves scalars to their parameters.
+ONE_CALL = "one call takes one dtype and one device"
+OP_REFUSALS = {
+    **REFUSALS,
+    **{
+        f"{x}[1] is torch.bfloat16 on cpu, but {x}[0] is torch.float32 on cpu; {ONE_CALL}": convert(
+            x, 1, torch.bfloat16
+        )
+        for x in ("params", "grads")
+    },
+    f"params[1] is torch.float32 on meta, but params[0] is torch.float32 on cpu; {ONE_CALL}": convert(
+        "params", 1, "meta"
+    ),
+    **{f"{x} is on meta, but params are on cpu": give(**{x: torch.ones((), device="meta")}) for x in SCALARS},
+}
+
+
+def call_op(lists, lr, **options):
+    packet = torch.ops.torch_ademamix.ademamix_step_
+    op = packet.tensor_lr if isinstance(lr, torch.Tensor) else packet.default
+    op(*lists, lr, **options)
+
+
+def call_fake(lists, lr, **options):
+    with FakeTensorMode() as mode:
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, (list(lists), lr, options))
+        call_op(fakes[0], fakes[1], **fakes[2])
+
+
+def call_function(lists, lr, **options):
+    ademamix(*lists, lr=lr, **options)
+
+
+CALLS = {
+    "op": call_op,
+    "reference": partial(step, "reference"),
+    "fake": call_fake,
+    "function": call_function,
+}
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [(c, text) for c in CALLS for text in (REFUSALS if c == "function" else OP_REFUSALS)],
+)
+def test_op(call, text):
+    lists, options = make_lists(CONTIGUOUS[:4]), {"lr": 1e-2, **HYPERPARAMETERS}
+    OP_REFUSALS[text](lists, options)
+    written = [tensors for tensors in lists if tensors is not lists.grads]
+    written = [tensor for tensors in written for tensor in tensors if not tensor.is_meta]
+    before = [tensor.clone() for tensor in written]
+    with pytest.raises(RuntimeError) as raised:
+        CALLS[call](lists, **options)
+    assert str(raised.value) == f"ademamix_step_: {text}"
+    assert_identical(written, before)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_empty_tensors_share_no_memory(call):
+    lists = make_lists([((0, 5), "contiguous", "contiguous", "contiguous")])
+    lists.params[0] = lists.exp_avgs[0] = torch.zeros(0, 1).expand(0, 5)
+    CALLS[call](lists, 1e-2, **HYPERPARAMETERS)
+
+
+def test_second_op_call_is_checked_before_the_first_writes():
+    lists = make_lists(CONTIGUOUS[1:4])
+    lists.grads[2] = lists.grads[2].bfloat16()
+    lists.exp_avg_sqs[2] = lists.exp_avg_sqs[2][1:]
+    before = lists.clone()
+    with pytest.raises(RuntimeError, match=re.escape("exp_avg_sqs[0] has shape [254]")):
+        ademamix(*lists, lr=1e-2, **HYPERPARAMETERS)
+    assert_identical(list(lists), list(before))

@@ -1,0 +1,25 @@
+"""The examples in the docstrings of all public modules."""
+
+import doctest
+import pkgutil
+from importlib import import_module
+
+import pytest
+
+import torch_ademamix
+
+MODULES = [
+    f"torch_ademamix.{module.name}"
+    for module in pkgutil.iter_modules(torch_ademamix.__path__)
+    if not module.name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    assert doctest.testmod(import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("name", torch_ademamix.__all__)
+def test_public_names_have_docstrings(name):
+    assert getattr(torch_ademamix, name).__doc__

@@ -1,0 +1,171 @@
+"""What the optimizer refuses: by which error, in which words, and that nothing has changed then."""
+
+import copy
+
+import pytest
+import torch
+from config import assert_identical
+
+from torch_ademamix import AdEMAMix, AdEMAMix32bit, PagedAdEMAMix
+
+NAN = float("nan")
+
+# Options of the optimizer, each with what the refusal says.
+BAD_OPTIONS = [
+    *[({"lr": lr}, "lr is") for lr in (-1e-3, NAN, torch.ones(2), torch.tensor(1))],
+    *[
+        ({"betas": betas}, r"betas is .* three numbers in \[0, 1\)")
+        for betas in (
+            *((0.9, 0.999), (0.9, 0.999, 0.9999, 0.99999)),
+            *((1.0, 0.9, 0.9), (0.9, -0.1, 0.9), (0.9, 0.9, 1.0), (0.9, NAN, 0.9)),
+        )
+    ],
+    *[({x: -0.1}, f"{x} is -0.1, but must be at least 0") for x in ("alpha", "eps", "weight_decay")],
+    *[
+        ({x: value}, f"{x} is {value}, but must be positive or None")
+        for x in ("t_alpha", "t_beta3")
+        for value in (0, -100)
+    ],
+    *[({"schedule_start": value}, "schedule_start is") for value in (-1, 0.5)],
+    *[({"optim_bits": bits}, "optim_bits is .* 8 or 32") for bits in (4, 16, "8")],
+    ({"slow_ema_bits": 4}, "slow_ema_bits is 4, but must be 8 or 16"),
+    ({"min_8bit_size": -1}, "min_8bit_size is -1, but must be at least 0"),
+]
+WRONG_TYPES = [
+    ({x: "high"}, f"{x} is 'high', but must be") for x in ("lr", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")
+] + [({"betas": betas}, "betas is .* three numbers") for betas in (0.9, ("a", "b", "c"), None)]
+REFUSED_OPTIONS = [(ValueError, *row) for row in BAD_OPTIONS] + [(TypeError, *row) for row in WRONG_TYPES]
+
+
+@pytest.fixture
+def trained():
+    """An optimizer of two groups after two steps, with gradients for a third."""
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 2), (300,), (5,), (4, 4))]
+    optimizer = AdEMAMix([{"params": params[:2]}, {"params": params[2:]}])
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.step()
+    return optimizer
+
+
+def snapshot(optimizer):
+    """All that a refusal may not change."""
+    params = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return params, copy.deepcopy(optimizer.state_dict()), dict(optimizer.defaults)
+
+
+def assert_refused(optimizer, call, error, match):
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=match):
+        call()
+    assert_identical(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize(("error", "options", "match"), REFUSED_OPTIONS, ids=repr)
+def test_options(trained, error, options, match):
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(error, match=match):
+        AdEMAMix([p], **options)
+    with pytest.raises(error, match=match):
+        AdEMAMix([{"params": [p]}, {"params": [q], **options}])
+    assert_refused(trained, lambda: trained.add_param_group({"params": [p], **options}), error, match)
+    state_dict = copy.deepcopy(trained.state_dict())
+    if not options.keys() & {"optim_bits", "slow_ema_bits", "min_8bit_size"}:  # these aren't loaded
+        state_dict["param_groups"][1].update(options)
+        assert_refused(trained, lambda: trained.load_state_dict(state_dict), error, match)
+        # A scheduler or a user may write to a group at any time; the first group may not have moved then.
+        trained.param_groups[1].update(options)
+        assert_refused(trained, trained.step, (error, RuntimeError), match.split(" ")[0].rstrip("s"))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "match"),
+    [
+        ([1.0], TypeError, "can only optimize Tensors"),
+        ([torch.ones(2, requires_grad=True) * 2], ValueError, "non-leaf"),
+        ([torch.ones(2), torch.ones(2, dtype=torch.int64)], ValueError, r"params\[1\] has dtype torch.int64"),
+        ([torch.ones(2, dtype=torch.complex64)], ValueError, r"params\[0\] has dtype torch.complex64"),
+        ([torch.ones(2).to_sparse()], ValueError, r"params\[0\] has layout torch.sparse_coo"),
+        ([torch.ones(1).expand(2)], ValueError, r"params\[0\] has elements that share memory"),
+    ],
+)
+def test_parameters(trained, params, error, match):
+    with pytest.raises(error, match=match):
+        AdEMAMix(params)
+    with pytest.raises(error, match=match):
+        AdEMAMix([{"params": torch.ones(3)}, {"params": params}])
+    assert_refused(trained, lambda: trained.add_param_group({"params": params}), error, match)
+
+
+@pytest.mark.parametrize(("params", "match"), [([], "empty parameter list"), (torch.ones(2), "params argument")])
+def test_parameter_lists(params, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        AdEMAMix(params)
+
+
+def test_groups(trained):
+    p = trained.param_groups[0]["params"][0]
+    for group, error, match in (
+        ({"params": [p]}, ValueError, "more than one parameter group"),
+        ({"params": {torch.ones(2)}}, TypeError, "ordered collections"),
+        ([p], TypeError, "must be a dict"),
+    ):
+        assert_refused(trained, lambda group=group: trained.add_param_group(group), error, match)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize(
+    ("grad", "match"),
+    [
+        (lambda p: torch.ones_like(p).to_sparse(), "sparse_coo"),
+        (lambda p: torch.ones_like(p, dtype=torch.complex64), "complex64"),
+        (lambda p: torch.ones_like(p, dtype=torch.int32), "int32"),
+    ],
+)
+def test_gradients(trained, grad, match, group, steps_before):
+    if steps_before == 0:
+        trained = AdEMAMix([{"params": g["params"]} for g in trained.param_groups])
+    p = trained.param_groups[group]["params"][1]
+    p.grad_dtype = None  # torch allows other dtypes only so
+    p.grad = grad(p)
+    assert_refused(trained, trained.step, RuntimeError, match)
+
+
+def edit_state(change):
+    return lambda state_dict: change(state_dict["state"][2])
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        *[
+            (edit_state(lambda s, x=x: s.update({x: torch.zeros(6)})), rf"\[2\]\['{x}'\] has shape \[6\]")
+            for x in ("exp_avg", "exp_avg_slow", "exp_avg_sq", "step")
+        ],
+        *[
+            (edit_state(lambda s, x=x: s.update({x: s[x].bfloat16()})), rf"\[2\]\['{x}'\] has dtype torch.bfloat16")
+            for x in ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+        ],
+        (edit_state(lambda s: s.update(exp_avg=[0.0] * 5)), r"\[2\]\['exp_avg'\] is a list"),
+        (edit_state(lambda s: s.pop("exp_avg_slow")), r"\[2\] has entries \['exp_avg', 'exp_avg_sq', 'step'\]"),
+        (edit_state(lambda s: s.update(max_exp_avg_sq=s["exp_avg"])), r"\[2\] has entries .*max_exp_avg_sq"),
+        (edit_state(lambda s: s.clear()), r"\[2\] has entries \[\]"),
+        (lambda d: d["param_groups"][1]["params"].append(4), "doesn't match the size"),
+        (lambda d: d["param_groups"].pop(), "different number of parameter groups"),
+    ],
+)
+def test_state_dicts(trained, edit, match):
+    state_dict = copy.deepcopy(trained.state_dict())
+    for state in state_dict["state"].values():
+        state["exp_avg"] += 1
+    edit(state_dict)
+    assert_refused(trained, lambda: trained.load_state_dict(state_dict), ValueError, match)
+
+
+def test_fixed_arguments():
+    with pytest.raises(TypeError, match="optim_bits"):
+        AdEMAMix32bit([torch.ones(2)], optim_bits=8)
+    with pytest.raises(TypeError, match="is_paged"):
+        PagedAdEMAMix([torch.ones(2)], is_paged=False)

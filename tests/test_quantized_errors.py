@@ -1,0 +1,246 @@
+"""What the blockwise ops refuse: in which words, and that nothing has been written then."""
+
+import pytest
+import torch
+from config import HYPERPARAMETERS, MIXED, assert_identical
+from quantized import blockwise_call, blockwise_step, make_blockwise
+from torch._C import DispatchKey, DispatchKeySet
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from torch_ademamix.functional import ademamix_blockwise
+
+QUANTIZE = torch.ops.torch_ademamix.quantize_blockwise.default
+DEQUANTIZE = torch.ops.torch_ademamix.dequantize_blockwise.default
+
+
+def replacing(name, change, i):
+    def bend(lists, options):
+        getattr(lists, name)[i] = change(getattr(lists, name)[i])
+
+    return bend
+
+
+def shortening(name):
+    return lambda lists, options: getattr(lists, name).pop()
+
+
+def setting(**values):
+    return lambda lists, options: options.update(values)
+
+
+def to(x):
+    return lambda tensor: tensor.to(x)
+
+
+def strided(tensor):
+    return torch.stack((tensor, tensor), dim=-1)[..., 0]
+
+
+CODES = ("exp_avgs", "exp_avg_slows", "exp_avg_sqs")
+ABSMAXS = tuple(f"{name[:-1]}_absmaxs" for name in CODES)
+ONE_CALL = "one call takes one dtype and one device"
+
+# What is changed in good arguments of four vectors (of 0, 1, 3 and 255 elements), and what is said.
+REFUSALS = [
+    *[
+        (shortening(name), f"{name} has length 3, but params has length 4")
+        for name in ("grads", *CODES, *ABSMAXS, "steps")
+    ],
+    (setting(streams=[0, 1, 2]), "streams has length 3, but params has length 4"),
+    *[
+        (
+            replacing(name, to(dtype), 0),
+            f"{name}[0] has dtype {dtype}, but must be torch.uint8",
+        )
+        for name in ("exp_avgs", "exp_avg_sqs")
+        for dtype in (torch.int8, torch.int16, torch.float32)
+    ],
+    *[
+        (
+            replacing("exp_avg_slows", to(dtype), 0),
+            f"exp_avg_slows[0] has dtype {dtype}, but must be torch.int16 or torch.uint8",
+        )
+        for dtype in (torch.int8, torch.int32, torch.float32)
+    ],
+    (
+        replacing("exp_avg_slows", to(torch.uint8), 2),
+        "exp_avg_slows[2] is torch.uint8 on cpu, but exp_avg_slows[0] is torch.int16 on cpu; " + ONE_CALL,
+    ),
+    *[
+        (
+            replacing(name, to(torch.float64), 1),
+            f"{name}[1] has dtype torch.float64, but must be torch.float32",
+        )
+        for name in (*ABSMAXS, "steps")
+    ],
+    *[
+        (
+            replacing(name, lambda tensor: tensor.reshape(-1, 1), 3),
+            f"{name}[3] has shape [255, 1], but params[3] has shape [255]",
+        )
+        for name in ("grads", *CODES)
+    ],
+    *[
+        (
+            replacing(name, lambda tensor: tensor.repeat(2), 3),
+            f"{name}[3] has 2 elements, but must have 1, one per block of params[3]",
+        )
+        for name in ABSMAXS
+    ],
+    *[
+        (
+            replacing(name, lambda tensor: torch.ones(1), 0),
+            f"{name}[0] has 1 elements, but must have 0, one per block of params[0]",
+        )
+        for name in ABSMAXS
+    ],
+    *[(replacing(name, strided, 3), f"{name}[3] must be contiguous") for name in CODES],
+    *[
+        (replacing(name, to("meta"), 2), f"{name}[2] is on meta, but params[2] is on cpu")
+        for name in (*ABSMAXS, "steps")
+    ],
+    (
+        replacing("params", lambda tensor: tensor[:1].expand(3), 2),
+        "params[2] has elements that share memory, so it can't be updated in place",
+    ),
+    (
+        replacing("grads", lambda grad: grad.to_sparse(), 2),
+        "grads[2] has layout torch.sparse_coo; only dense tensors are allowed",
+    ),
+    (setting(lr=-1.0), "lr is -1, but must be at least 0"),
+    (setting(beta3=1.0), "beta3 is 1, but must be in [0, 1)"),
+    (setting(t_alpha=0.0), "t_alpha is 0, but must be positive or None"),
+    (setting(eps=float("nan")), "eps is nan, but must be at least 0"),
+    (setting(found_inf=torch.ones(2)), "found_inf has shape [2], but must hold one element"),
+]
+
+
+def call_op(lists, **options):
+    op, args, kwargs = blockwise_call(lists, **options)
+    op(*args, **kwargs)
+
+
+def call_fake(lists, **options):
+    op, *arguments = blockwise_call(lists, **options)
+    with FakeTensorMode() as mode:
+        args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        op(*args, **kwargs)
+
+
+def call_reference(lists, **options):
+    blockwise_step("reference", lists, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "bend", "text"),
+    [
+        pytest.param(call, bend, text, id=f"{call.__name__}-{text}")
+        for call in (call_op, call_reference, call_fake)
+        for bend, text in REFUSALS
+    ],
+)
+def test_refusals_of_the_step(call, bend, text):
+    lists, options = make_blockwise(MIXED[:4]), {}
+    bend(lists, options)
+    written = [tensor for tensors in lists if tensors is not lists.grads for tensor in tensors]
+    written = [tensor for tensor in written if not tensor.is_meta]
+    before = [tensor.clone() for tensor in written]
+    with pytest.raises(RuntimeError) as raised:
+        call(lists, **options)
+    assert str(raised.value) == f"ademamix_blockwise_step_: {text}"
+    assert_identical(written, before)
+
+
+def test_function_refuses_a_later_batch_before_it_writes():
+    good, bad = make_blockwise(MIXED[:3]), make_blockwise(MIXED[:3], torch.bfloat16)
+    bad.exp_avg_sqs[2] = bad.exp_avg_sqs[2].short()
+    lists = [a + b for a, b in zip(good, bad, strict=True)]
+    before = good.clone()
+    with pytest.raises(RuntimeError, match=r"exp_avg_sqs\[2\] has dtype torch.int16"):
+        ademamix_blockwise(*lists, lr=1e-2, **HYPERPARAMETERS)
+    assert_identical(list(good), list(before))
+
+
+def format_op(op, args, options):
+    op(*args, **options)
+
+
+def format_reference(op, args, options):
+    op.redispatch(DispatchKeySet(DispatchKey.PrivateUse1), *args, **options)
+
+
+def format_fake(op, args, options):
+    with FakeTensorMode() as mode:
+        op(*tree_map_only(torch.Tensor, mode.from_tensor, args), **options)
+
+
+FORMAT_TEXT = "but must be 0 (signed_dynamic), 1 (unsigned_dynamic) or 2 (linear_int16)"
+CODES_300 = torch.zeros(300, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "options", "text"),
+    [
+        (QUANTIZE, (torch.ones(3), 3), {}, f"format is 3, {FORMAT_TEXT}"),
+        (QUANTIZE, (torch.ones(3), -1), {}, f"format is -1, {FORMAT_TEXT}"),
+        (
+            QUANTIZE,
+            (torch.ones(3).double(), 0),
+            {},
+            "x has dtype torch.float64, but must be torch.float32",
+        ),
+        *[
+            (
+                QUANTIZE,
+                (torch.ones(3), format),
+                {"seed": 0},
+                "seed is given, but only unsigned_dynamic is rounded stochastically",
+            )
+            for format in (0, 2)
+        ],
+        (DEQUANTIZE, (CODES_300, torch.ones(2), 3), {}, f"format is 3, {FORMAT_TEXT}"),
+        (
+            DEQUANTIZE,
+            (CODES_300, torch.ones(2), 2),
+            {},
+            "codes has dtype torch.uint8, but must be torch.int16",
+        ),
+        (
+            DEQUANTIZE,
+            (CODES_300.short(), torch.ones(2), 1),
+            {},
+            "codes has dtype torch.int16, but must be torch.uint8",
+        ),
+        (
+            DEQUANTIZE,
+            (CODES_300, torch.ones(2).double(), 0),
+            {},
+            "absmax has dtype torch.float64, but must be torch.float32",
+        ),
+        (
+            DEQUANTIZE,
+            (CODES_300, torch.ones(2, device="meta"), 0),
+            {},
+            "absmax is on meta, but codes is on cpu",
+        ),
+        (
+            DEQUANTIZE,
+            (CODES_300, torch.ones(3), 0),
+            {},
+            "absmax has shape [3], but must have shape [2], one per block of codes",
+        ),
+        (
+            DEQUANTIZE,
+            (CODES_300, torch.ones(2, 1), 0),
+            {},
+            "absmax has shape [2, 1], but must have shape [2], one per block of codes",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("call", [format_op, format_reference, format_fake])
+def test_refusals_of_the_formats(call, op, args, options, text):
+    with pytest.raises(RuntimeError) as raised:
+        call(op, args, options)
+    assert str(raised.value) == f"{op._schema.name.split('::')[1]}: {text}"

@@ -1,0 +1,90 @@
+"""The blockwise ops as torch sees them: schema, fake, tracing, version counters."""
+
+import pytest
+import torch
+from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS
+from quantized import (
+    PACKET,
+    blockwise_call,
+    make_blockwise,
+)
+
+from torch_ademamix.blockwise import CODE_DTYPES
+from torch_ademamix.functional import ademamix_blockwise
+
+FORMATS = tuple(CODE_DTYPES)
+QUANTIZE = torch.ops.torch_ademamix.quantize_blockwise.default
+DEQUANTIZE = torch.ops.torch_ademamix.dequantize_blockwise.default
+
+LR = pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
+
+
+@pytest.mark.parametrize(("number", "options"), list(enumerate(OPTIONS)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_of_options(dtype, number, options):
+    number += DTYPES.index(dtype)
+    lists = make_blockwise(MIXED[2:4] + MIXED[10:12], dtype, slow_ema_bits=8 + 8 * (number % 2))
+    stochastic = number % 4 < 2
+    call = blockwise_call(lists, **OPTIONS[options], stochastic_rounding=stochastic)
+    torch.library.opcheck(*call)
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [0, 1, 7])
+@LR
+def test_opcheck_of_lengths(lr, length, grad_dtype):
+    lists = make_blockwise((MIXED[1:5] * 2)[:length], grad_dtype=grad_dtype)
+    torch.library.opcheck(*blockwise_call(lists, lr))
+
+
+@pytest.mark.slow
+def test_opcheck_of_400_tensors():
+    lists = make_blockwise(MIXED[1:5] * 100)
+    torch.library.opcheck(*blockwise_call(lists, torch.tensor(1e-2)))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (300,), (7, 5, 11)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck_of_the_formats(format, shape):
+    x = torch.rand(shape)
+    if x.dim() > 1:
+        x = x.mT.contiguous().mT
+    number = FORMATS.index(format)
+    codes, absmax = QUANTIZE(x, number)
+    torch.library.opcheck(QUANTIZE, (x, number))
+    torch.library.opcheck(DEQUANTIZE, (codes, absmax, number))
+    if format == "unsigned_dynamic":
+        torch.library.opcheck(QUANTIZE, (x, number), {"seed": 1, "step": 2, "stream": 3})
+
+
+def as_op(lists, lr):
+    op, args, kwargs = blockwise_call(lists, lr)
+    op(*args, **kwargs)
+
+
+def as_function(lists, lr):
+    ademamix_blockwise(*lists, lr=lr, **HYPERPARAMETERS)
+
+
+@pytest.mark.parametrize("call", [as_op, as_function])
+@LR
+def test_version_counters(call, lr):
+    lists = make_blockwise(MIXED)
+
+    def versions():
+        return [[tensor._version for tensor in tensors] for tensors in lists]
+
+    before = versions()
+    call(lists, lr)
+    for i, (new, old) in enumerate(zip(versions(), before, strict=True)):
+        assert new == [version + (i != 1) for version in old]  # gradients are only read
+
+
+def test_mutations_are_declared():
+    """Of every overload: all lists but the gradients."""
+    names = [field for field in make_blockwise([]).__dataclass_fields__ if field != "grads"]
+    for overload in PACKET.overloads():
+        schema = getattr(PACKET, overload)._schema
+        mutated = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        assert mutated == names
+        assert not schema.returns
