@@ -6,7 +6,7 @@ traffic that an update can't do without; its share is of what a copy on the devi
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -152,27 +152,33 @@ class Competitor:
     dtype: torch.dtype
     bytes_per_param: float  # read and written: parameter, gradient, state and its scales
     cases: tuple[str, ...] = tuple(CASES)
+    is_ours: bool = False
+
+
+def own(how: Callable[[list[Tensor]], Step], dtype: torch.dtype, size: float, *cases: str) -> Competitor:
+    return Competitor(how, dtype, size, cases or tuple(CASES), is_ours=True)
 
 
 FEW_TENSORS = ("8 x 2^24", "32 x (2048, 2048)", "Llama-8B layer x 4")
+PAGED = "32 x (2048, 2048)"
 SCALES = 3 * 2 * 4 / 256  # of three states, read and written
 FP32, BF16 = torch.float32, torch.bfloat16
 
 COMPETITORS = {
-    "fp32 AdEMAMix, eager": Competitor(ours(AdEMAMix), FP32, 36),
-    "fp32 AdEMAMix, compiled": Competitor(ours(AdEMAMix, "compiled"), FP32, 36),
-    "fp32 AdEMAMix, replayed": Competitor(ours(AdEMAMix, "replayed"), FP32, 36),
-    "fp32 PagedAdEMAMix, eager": Competitor(ours(PagedAdEMAMix), FP32, 36, FEW_TENSORS[1:2]),
-    "fp32 PagedAdEMAMix, paged out": Competitor(paged_out(PagedAdEMAMix), FP32, 36, FEW_TENSORS[1:2]),
+    "fp32 AdEMAMix, eager": own(ours(AdEMAMix), FP32, 36),
+    "fp32 AdEMAMix, compiled": own(ours(AdEMAMix, "compiled"), FP32, 36, *FEW_TENSORS),
+    "fp32 AdEMAMix, replayed": own(ours(AdEMAMix, "replayed"), FP32, 36),
+    "fp32 PagedAdEMAMix, eager": own(ours(PagedAdEMAMix), FP32, 36, PAGED),
+    "fp32 PagedAdEMAMix, paged out": own(paged_out(PagedAdEMAMix), FP32, 36, PAGED),
     "fp32 plain formula, compiled": Competitor(plain_compiled, FP32, 36, FEW_TENSORS),
     "fp32 AdamW, fused": Competitor(adamw_fused, FP32, 28),
     "fp32 bitsandbytes AdEMAMix": Competitor(bitsandbytes("AdEMAMix"), FP32, 36),
-    "bf16 AdEMAMix, eager": Competitor(ours(AdEMAMix), BF16, 30),
-    "bf16 AdEMAMix8bit, eager": Competitor(ours(AdEMAMix8bit), BF16, 14 + SCALES),
-    "bf16 AdEMAMix8bit, compiled": Competitor(ours(AdEMAMix8bit, "compiled"), BF16, 14 + SCALES),
-    "bf16 AdEMAMix8bit, replayed": Competitor(ours(AdEMAMix8bit, "replayed"), BF16, 14 + SCALES),
-    "bf16 PagedAdEMAMix8bit, eager": Competitor(ours(PagedAdEMAMix8bit), BF16, 14 + SCALES, FEW_TENSORS[1:2]),
-    "bf16 PagedAdEMAMix8bit, paged out": Competitor(paged_out(PagedAdEMAMix8bit), BF16, 14 + SCALES, FEW_TENSORS[1:2]),
+    "bf16 AdEMAMix, eager": own(ours(AdEMAMix), BF16, 30),
+    "bf16 AdEMAMix8bit, eager": own(ours(AdEMAMix8bit), BF16, 14 + SCALES),
+    "bf16 AdEMAMix8bit, compiled": own(ours(AdEMAMix8bit, "compiled"), BF16, 14 + SCALES, *FEW_TENSORS),
+    "bf16 AdEMAMix8bit, replayed": own(ours(AdEMAMix8bit, "replayed"), BF16, 14 + SCALES),
+    "bf16 PagedAdEMAMix8bit, eager": own(ours(PagedAdEMAMix8bit), BF16, 14 + SCALES, PAGED),
+    "bf16 PagedAdEMAMix8bit, paged out": own(paged_out(PagedAdEMAMix8bit), BF16, 14 + SCALES, PAGED),
     "bf16 bitsandbytes AdEMAMix8bit": Competitor(bitsandbytes("AdEMAMix8bit"), BF16, 12 + SCALES),
     "bf16 torchao AdamW8bit": Competitor(torchao_adamw8bit, BF16, 10 + SCALES * 2 / 3, FEW_TENSORS[:2]),
 }
@@ -261,15 +267,16 @@ def run(case: str, name: str, copy: float, steps: int) -> Result:
     )
 
 
-def table(results: list[Result]) -> Iterator[str]:
-    """As Markdown."""
-    yield "| case | | us | us in a row | GB/s | of copy | launches | bytes/param |"
-    yield "|---|---|---:|---:|---:|---:|---:|---:|"
-    for r in results:
-        yield (
-            f"| {r.case} | {r.competitor} | {r.microseconds:,.1f} | {r.host_microseconds:,.1f} "
-            f"| {r.gigabytes_per_second:,.0f} | {r.share_of_copy:.0%} | {r.launches} | {r.bytes_per_param:.1f} |"
-        )
+TABLE_HEAD = """\
+| case | | us | us in a row | GB/s | of copy | launches | bytes/param |
+|---|---|---:|---:|---:|---:|---:|---:|"""
+
+
+def row(r: Result) -> str:
+    return (
+        f"| {r.case} | {r.competitor} | {r.microseconds:,.1f} | {r.host_microseconds:,.1f} "
+        f"| {r.gigabytes_per_second:,.0f} | {r.share_of_copy:.0%} | {r.launches} | {r.bytes_per_param:.1f} |"
+    )
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
@@ -282,7 +289,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy / 1e9:,.0f} GB/s")
-    results = []
+    print(TABLE_HEAD)
+    results, left_out = [], []
     for case in args.cases:
         for name, competitor in COMPETITORS.items():
             if case not in competitor.cases or args.competitors not in name:
@@ -290,14 +298,18 @@ def main(arguments: list[str] | None = None) -> list[Result]:
             try:
                 results.append(run(case, name, copy, args.steps))
             except Exception as error:  # a peer that is absent, or can't do it
-                print(f"left out: {name}, {case} ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
-                if "AdEMAMix" in name and "bitsandbytes" not in name:
+                if competitor.is_ours:
                     raise
+                left_out.append(
+                    f"left out: {name}, {case} ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+                )
+                continue
+            print(row(results[-1]), flush=True)
+            if args.json:  # after each, for whoever has no time to wait for the last
+                numbers = {"copy_bytes_per_second": copy, "results": [asdict(r) for r in results]}
+                args.json.write_text(json.dumps(numbers, indent=1))
             torch.cuda.empty_cache()
-    print("\n".join(table(results)))
-    if args.json:
-        numbers = {"copy_bytes_per_second": copy, "results": [asdict(r) for r in results]}
-        args.json.write_text(json.dumps(numbers, indent=1))
+    print("\n".join(left_out))
     return results
 
 

@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             if sanitizer is None:
                 check.skip(tool, "compute-sanitizer is not on PATH")
                 continue
-            watch = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=ademamix"]
+            watch = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=ademamix"]
             check.run(tool, [*watch, python, "-m", "benchmarks.gpu_check", "--short-run"], at_most=60, leave=90)
         check.run(
             "benchmarks", [python, "-m", "benchmarks.gpu", "--json", str(folder / "benchmarks.json")], at_most=200

@@ -44,4 +44,5 @@ def test_on_host(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
+    print(result.stdout)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]

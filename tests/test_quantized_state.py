@@ -127,3 +127,16 @@ def test_copies(copy_of, cls):
     assert_identical(everything(params, optimizer), before)
     train(params, optimizer, 2)
     assert_identical(everything(new_params, new_optimizer), everything(params, optimizer))
+
+
+def test_slow_bits_changed_in_mid_run():
+    # What has state keeps its format; what gets its first gradient later has the new one.
+    old, new = (torch.nn.Parameter(torch.randn(512)) for _ in range(2))
+    optimizer = AdEMAMix8bit([old, new], min_8bit_size=0)
+    old.grad = torch.randn(512)
+    optimizer.step()
+    optimizer.param_groups[0]["slow_ema_bits"] = 8
+    new.grad = torch.randn(512)
+    optimizer.step()
+    assert [optimizer.state[p]["exp_avg_slow"].dtype for p in (old, new)] == [torch.int16, torch.uint8]
+    assert [optimizer.state[p]["step"].item() for p in (old, new)] == [2, 1]

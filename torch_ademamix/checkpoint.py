@@ -161,7 +161,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
 def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
     m1 = checked(saved.get("exp_avg"), f"{where}['exp_avg']", None)
     quantized = "exp_avg_absmax" in saved and m1.numel() % BLOCK_SIZE == 0
-    storage = {"optim_bits": 8 if quantized else 32, "slow_ema_bits": 8, "min_8bit_size": 0}
+    storage = {"optim_bits": 8 if quantized else 32, "slow_ema_bits": 8, "min_8bit_size": 0, "is_paged": False}
     state = loaded_state(m1, saved, storage, where)  # m1 stands for the parameter: it has its shape
 
     moments = [state[name].to(torch.uint8 if quantized else torch.float32) for name in MOMENTS]

@@ -11,6 +11,8 @@ from torch_ademamix.check import check_blockwise_step, check_step
 
 Batch = tuple[Any, ...]  # the lists of an op call
 
+BLOCKWISE_DTYPES = (0, 1, 4)  # params, grads and exp_avg_slows: what has one dtype in a blockwise op call
+
 # Of one op call in a traced step. Inductor's passes take time quadratic in it: 1,000 parameters compile in 75 s as
 # one call, in 51 s as two.
 MAX_TRACED_TENSORS = 512
@@ -185,6 +187,7 @@ def ademamix_blockwise(
         exp_avg_sq_absmaxs,
         steps,
         list(range(len(params))) if streams is None else streams,
+        by=BLOCKWISE_DTYPES,
     )
     if len(batches) > 1:
         for *lists, batch_streams in batches:
@@ -194,21 +197,21 @@ def ademamix_blockwise(
         ops.ademamix_blockwise_step_(*lists, lr=lr, streams=batch_streams, **options)
 
 
-def batch_by_dtype(*lists: Sequence[Any]) -> list[Batch]:
-    """Splits lists of equal length, of which the first are params and grads, into batches for an op call each.
+def batch_by_dtype(*lists: Sequence[Any], by: Sequence[int] = (0, 1)) -> list[Batch]:
+    """Splits lists of equal length, of which the first are params, into batches for an op call each.
 
-    A batch has one device and one pair of dtypes.
+    A batch has one device, and one dtype in each of the lists at the positions `by`.
     """
-    params, grads, *_ = lists
+    params = lists[0]
     if any(len(items) != len(params) for items in lists):
         return [lists]  # for the op to refuse
     batches: dict[object, Batch] = {}
-    if len({(p.device, p.dtype) for p in params}) <= 1 and len({g.dtype for g in grads}) <= 1:
+    if len({p.device for p in params}) <= 1 and all(len({t.dtype for t in lists[i]}) <= 1 for i in by):
         batches[None] = lists
     else:
         for items in zip(*lists, strict=True):
-            p, g, *_ = items
-            batch = batches.setdefault((p.device, p.dtype, g.dtype), tuple([] for _ in lists))
+            key = (items[0].device, *(items[i].dtype for i in by))
+            batch = batches.setdefault(key, tuple([] for _ in lists))
             for target, item in zip(batch, items, strict=True):
                 target.append(item)
     size = MAX_TRACED_TENSORS if torch.compiler.is_compiling() else max(len(params), 1)

@@ -204,7 +204,7 @@ class AdEMAMix(Optimizer):
                 steps.append(state["step"])
         options = self._options(group)
         calls: list[Call] = [(ops.ademamix_step_, lists, options) for lists in functional.batch_by_dtype(*plain)]
-        for *lists, streams in functional.batch_by_dtype(*blockwise):
+        for *lists, streams in functional.batch_by_dtype(*blockwise, by=functional.BLOCKWISE_DTYPES):
             blockwise_options = {
                 **options,
                 "stochastic_rounding": group["stochastic_rounding"],
