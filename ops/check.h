@@ -100,8 +100,7 @@ class Checker {
   }
 
   void length(const char* name, size_t n) const {
-    if (n != params_.size())
-      refuse(op_, ": ", name, " has length ", n, ", but params has length ", params_.size());
+    if (n != params_.size()) refuse(op_, ": ", name, " has length ", n, ", but params has length ", params_.size());
   }
 
   void grads(const Views& grads) const {
@@ -211,8 +210,8 @@ class Checker {
 
   void uniform(const char* name, const Views& list, size_t i) const {
     if (list[i].dtype != list[0].dtype || !same_device(list[i], list[0]))
-      refuse(op_, ": ", name, "[", i, "] is ", dtype_name(list[i].dtype), " on ", device_name(list[i]), ", but ",
-             name, "[0] is ", dtype_name(list[0].dtype), " on ", device_name(list[0]),
+      refuse(op_, ": ", name, "[", i, "] is ", dtype_name(list[i].dtype), " on ", device_name(list[i]), ", but ", name,
+             "[0] is ", dtype_name(list[0].dtype), " on ", device_name(list[0]),
              "; one call takes one dtype and one device");
   }
 
@@ -275,7 +274,8 @@ inline BlockFormat check_dequantize(const TensorView& codes, const TensorView& a
   if (!same_device(absmax, codes))
     refuse(op, ": absmax is on ", device_name(absmax), ", but codes is on ", device_name(codes));
   if (const int64_t blocks = block_count(codes.numel); absmax.dims != 1 || absmax.numel != blocks)
-    refuse(op, ": absmax has shape ", shape_name(absmax), ", but must have shape [", blocks, "], one per block of codes");
+    refuse(op, ": absmax has shape ", shape_name(absmax), ", but must have shape [", blocks,
+           "], one per block of codes");
   return checked;
 }
 

@@ -12,7 +12,7 @@
 static pybind11::tuple managed_memory(const std::string& cuda_library) {
   std::int64_t values[3] = {0, 0, 0};
   if (void* library = dlopen(cuda_library.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
-    using Read = void (*)(std::int64_t(&)[3]);
+    using Read = void (*)(std::int64_t (&)[3]);
     if (const auto read = reinterpret_cast<Read>(dlsym(library, "ademamix_managed_memory"))) read(values);
     dlclose(library);
   }

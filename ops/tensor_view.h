@@ -13,7 +13,8 @@ namespace ademamix {
 inline ScalarType scalar_type_of(int32_t dtype) {
   static const int32_t float32 = aoti_torch_dtype_float32();
   // Tensor::scalar_type() asks for every dtype's number anew.
-  return dtype == float32 ? ScalarType::Float : torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+  return dtype == float32 ? ScalarType::Float
+                          : torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
 }
 
 inline TensorView view_of(const Tensor& tensor) {
@@ -30,8 +31,7 @@ inline TensorView view_of(const Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &view.data));
   view.dtype = scalar_type_of(dtype);
   view.device = device == cpu ? Device::CPU : device == cuda ? Device::CUDA : Device::OTHER;
-  if (view.device != Device::CPU)
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &view.device_index));
+  if (view.device != Device::CPU) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &view.device_index));
   view.sizes = sizes;
   view.strides = strides;
   view.numel = 1;

@@ -46,9 +46,7 @@ def test_vectors(kernel, case, dtype):
     for grad in load("grads"):
         step(kernel, StepLists([param], [grad], *([m] for m in moments), [t]), **options)
     assert t == CASES[case]["steps"]
-    for name, actual in zip(
-        ("param", "exp_avg", "exp_avg_slow", "exp_avg_sq"), (param, *moments), strict=True
-    ):
+    for name, actual in zip(("param", "exp_avg", "exp_avg_slow", "exp_avg_sq"), (param, *moments), strict=True):
         expected = torch.from_numpy(GOLDEN[f"{case}/{name}"])
         error = (actual.double() - expected).abs().max() / expected.abs().max()
         kind = "param" if name == "param" else "moment"
@@ -58,9 +56,7 @@ def test_vectors(kernel, case, dtype):
 def schedule_errors(alpha, beta3):
     """The relative errors of functions of a row of the JSON's schedules."""
     pairs = [
-        (f(row), row[name])
-        for row in SETTINGS["schedules"]
-        for f, name in ((alpha, "alpha_t"), (beta3, "beta3_t"))
+        (f(row), row[name]) for row in SETTINGS["schedules"] for f, name in ((alpha, "alpha_t"), (beta3, "beta3_t"))
     ]
     return [abs(actual - expected) / expected for actual, expected in pairs]
 
@@ -133,9 +129,7 @@ def test_non_finite_gradient_stays_in_its_element(kernel, dtype, bad):
     step(kernel, clean)
     assert not lists.params[0][300].isfinite()
     elsewhere = torch.arange(1027) != 300
-    for actual, expected in zip(
-        list(lists)[:1] + list(lists)[2:5], list(clean)[:1] + list(clean)[2:5], strict=True
-    ):
+    for actual, expected in zip(list(lists)[:1] + list(lists)[2:5], list(clean)[:1] + list(clean)[2:5], strict=True):
         assert_identical(actual[0][elsewhere], expected[0][elsewhere])
 
 
@@ -143,10 +137,7 @@ def test_non_finite_gradient_stays_in_its_element(kernel, dtype, bad):
 def test_memory_between_elements_stays(kernel, dtype):
     """A step writes the elements of a strided parameter and nothing else."""
     lists = make_lists([((513,), "strided", "contiguous", "strided")], dtype)
-    bases = [
-        tensors[0]._base
-        for tensors in (lists.params, lists.exp_avgs, lists.exp_avg_slows, lists.exp_avg_sqs)
-    ]
+    bases = [tensors[0]._base for tensors in (lists.params, lists.exp_avgs, lists.exp_avg_slows, lists.exp_avg_sqs)]
     before = [base.clone() for base in bases]
     step(kernel, lists)
     assert_identical([base[:, 1] for base in bases], [base[:, 1] for base in before])
@@ -157,9 +148,7 @@ def test_memory_between_elements_stays(kernel, dtype):
 def test_threads_do_not_change_bits(grad_dtype):
     """Tensors past torch's threads, and many small ones."""
     sizes = [(300_000,), *[(999,)] * 50, (70_001,)]
-    lists = make_lists(
-        [(n, "contiguous", "contiguous", "contiguous") for n in sizes], grad_dtype=grad_dtype
-    )
+    lists = make_lists([(n, "contiguous", "contiguous", "contiguous") for n in sizes], grad_dtype=grad_dtype)
     results = {}
     threads = torch.get_num_threads()
     try:

@@ -28,7 +28,8 @@ inline void use_common_order(std::initializer_list<TensorView*> tensors) {
 
 // Advances each parameter's step and computes its scalars. Parameters of one step share them.
 template <class T>
-std::vector<StepScalars<T>> advance(const std::vector<TensorView>& steps, const Hyperparameters& h, double lr, double grad_scale) {
+std::vector<StepScalars<T>> advance(const std::vector<TensorView>& steps, const Hyperparameters& h, double lr,
+                                    double grad_scale) {
   std::vector<StepScalars<T>> scalars(steps.size());
   float last = 0;  // no step is 0 after its increment
   for (size_t i = 0; i < steps.size(); ++i) {

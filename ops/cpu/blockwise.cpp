@@ -38,28 +38,22 @@ void run(const BlockwiseLists& lists, const Hyperparameters& h, double lr, doubl
                        stochastic_rounding});
     numels.push_back(lists.params[i].numel);
   }
-  parallel_over_elements(numels, [&](size_t i, int64_t begin, int64_t end) {
-    blockwise_step_elements(tensors[i], begin, end);
-  });
+  parallel_over_elements(
+      numels, [&](size_t i, int64_t begin, int64_t end) { blockwise_step_elements(tensors[i], begin, end); });
 }
 
 template <class Lr>
 void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
                     TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
                     TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
-                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3,
-                    int64_t schedule_start, double eps, double weight_decay, bool maximize, bool stochastic_rounding,
-                    int64_t seed, std::vector<int64_t> streams, std::optional<Tensor> grad_scale,
-                    std::optional<Tensor> found_inf) {
+                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start,
+                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed,
+                    std::vector<int64_t> streams, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
-  const BlockwiseLists lists{views_of(params),
-                             views_of(grads),
-                             views_of(exp_avgs),
-                             views_of(exp_avg_absmaxs),
-                             views_of(exp_avg_slows),
-                             views_of(exp_avg_slow_absmaxs),
-                             views_of(exp_avg_sqs),
-                             views_of(exp_avg_sq_absmaxs),
+  const BlockwiseLists lists{views_of(params),        views_of(grads),
+                             views_of(exp_avgs),      views_of(exp_avg_absmaxs),
+                             views_of(exp_avg_slows), views_of(exp_avg_slow_absmaxs),
+                             views_of(exp_avg_sqs),   views_of(exp_avg_sq_absmaxs),
                              views_of(steps)};
   check_blockwise_step(lists, streams.size(), lr, h, grad_scale, found_inf);
 

@@ -48,7 +48,8 @@ class Run {
       S* source = static_cast<S*>(elements.data);
       if (!elements.contiguous) {
         data_ = buffer_;
-        for_each_offset(elements, begin, n, [&](int64_t i, int64_t offset) { data_[i] = static_cast<T>(source[offset]); });
+        for_each_offset(elements, begin, n,
+                        [&](int64_t i, int64_t offset) { data_[i] = static_cast<T>(source[offset]); });
       } else if constexpr (std::is_same_v<S, T>) {
         data_ = source + begin;
       } else {
@@ -70,7 +71,8 @@ class Run {
       using S = decltype(type);
       S* target = static_cast<S*>(elements_.data);
       if (!elements_.contiguous) {
-        for_each_offset(elements_, begin_, n_, [&](int64_t i, int64_t offset) { target[offset] = static_cast<S>(data_[i]); });
+        for_each_offset(elements_, begin_, n_,
+                        [&](int64_t i, int64_t offset) { target[offset] = static_cast<S>(data_[i]); });
       } else {
         at::vec::convert(data_, target + begin_, n_);
       }

@@ -26,9 +26,9 @@ void run(const StepLists& lists, const Hyperparameters& h, double lr, double gra
 
 template <class Lr>
 void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows, TensorList exp_avg_sqs,
-          TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha, std::optional<double> t_alpha,
-          std::optional<double> t_beta3, int64_t schedule_start, double eps, double weight_decay, bool maximize,
-          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+          TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha,
+          std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start, double eps,
+          double weight_decay, bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
   const StepLists lists{views_of(params),        views_of(grads),       views_of(exp_avgs),
                         views_of(exp_avg_slows), views_of(exp_avg_sqs), views_of(steps)};

@@ -81,8 +81,8 @@ class CommonOrder {
     int32_t dtype;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(first.dims, first.sizes, strides.data(), dtype,
-                                                           device_type(tensor), view.device_index, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(first.dims, first.sizes, strides.data(), dtype, device_type(tensor),
+                                                    view.device_index, &handle));
     Tensor copy(handle);
     torch::stable::copy_(copy, tensor);
     view = view_of(copy);
