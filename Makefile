@@ -12,6 +12,8 @@ BUILD := $(VENV)/build.stamp
 NATIVE_SOURCES := setup.py $(shell find ops -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_SOURCES))
 
+CUOBJDUMP := $(VENV)/bin/cuobjdump
+
 OPTIMIZER ?= AdEMAMix
 STEPS ?=
 SIZE ?=
@@ -23,7 +25,7 @@ demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
 	    $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
-test: $(BUILD)  ## all tests
+test: $(BUILD) $(if $(shell command -v nvcc),$(CUOBJDUMP))  ## all tests
 	$(PY) -m pytest $(ARGS)
 
 test-fast: $(BUILD)  ## all tests but the slow ones
@@ -83,3 +85,12 @@ $(BUILD): $(ENVIRONMENT) $(NATIVE_SOURCES)
 	@mkdir -p build
 	@$(PY) setup.py build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 	@touch $@
+
+# CUDA's disassembler, by which the tests count instructions; of the triton package nothing else is used.
+$(CUOBJDUMP): $(ENVIRONMENT)
+	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/triton $(shell grep ^triton constraints.txt)
+	cd build/triton && ../../$(PY) -c 'import glob, zipfile; \
+	    wheel = zipfile.ZipFile(glob.glob("triton-*.whl")[0]); \
+	    [wheel.extract(name) for name in wheel.namelist() if name.endswith(("/bin/cuobjdump", "/bin/nvdisasm"))]'
+	install -m 755 build/triton/triton/backends/nvidia/bin/cuobjdump build/triton/triton/backends/nvidia/bin/nvdisasm $(VENV)/bin
+	rm -r build/triton

@@ -1,22 +1,23 @@
 """Reads the machine code of CUDA kernels, as cuobjdump prints it, and counts the instructions of a loop."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 def find_cuobjdump() -> str | None:
-    """CUDA's own on PATH, or the one that comes with Triton."""
+    """The one that `make test` takes out of the triton package, one on PATH, or that of an installed triton."""
+    places = [Path(sys.executable).parent]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
-        bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
-        if bundled.is_file():
-            return str(bundled)
-    return shutil.which("cuobjdump")
+        places.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    return shutil.which("cuobjdump", path=os.pathsep.join([*map(str, places), os.environ.get("PATH", "")]))
 
 
 class Kernel:

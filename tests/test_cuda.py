@@ -1,5 +1,6 @@
 """On a GPU: the CUDA ops against the CPU ops, streams, graphs, paging; `make gpu-check` runs these."""
 
+import gc
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -36,6 +37,7 @@ CLASSES = ("AdEMAMix", "AdEMAMix32bit", "AdEMAMix8bit", "PagedAdEMAMix", "PagedA
 def _finish() -> Iterator[None]:
     yield
     torch.cuda.synchronize()  # an error of a kernel belongs to its test
+    gc.collect()  # so does managed memory
 
 
 def on_gpu(lists: Any, device: str = "cuda") -> Any:
@@ -426,6 +428,7 @@ def test_paged_state_behaves_as_other_state(name: str) -> None:
         assert (paging.statistics().prefetched_bytes > 0) or not prefix
         results.append([p.detach().cpu(), *(t.cpu() for t in optimizer.state[p].values())])
         del p, optimizer
+        gc.collect()
     assert_identical(*results)
     assert paging.statistics()[:2] == (0, 0)  # freed with the tensors
 
