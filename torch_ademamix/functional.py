@@ -14,8 +14,8 @@ Batch = tuple[Any, ...]  # the lists of an op call
 BLOCKWISE_DTYPES = (0, 1, 4)  # params, grads and exp_avg_slows: what has one dtype in a blockwise op call
 
 # Of one op call in a traced step. Inductor's passes take time quadratic in it: 1,000 parameters compile in 75 s as
-# one call, in 51 s as two.
-MAX_TRACED_TENSORS = 512
+# one call, in 40 s as four.
+MAX_TRACED_TENSORS = 256
 
 
 def ademamix(
