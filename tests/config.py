@@ -84,9 +84,6 @@ class StepLists:
     def clone(self) -> "StepLists":
         return copy.deepcopy(self)  # unlike Tensor.clone, it keeps every stride
 
-    def tensors(self) -> list[Tensor]:
-        return [tensor for tensors in self for tensor in tensors]
-
 
 def _strided(values: Tensor) -> Tensor:
     """The same values, two elements apart in memory."""
@@ -122,10 +119,9 @@ def make_lists(
     entries: Iterable[tuple[tuple[int, ...], str, str, str]] = MIXED,
     param_dtype: torch.dtype = torch.float32,
     grad_dtype: torch.dtype | None = None,
-    seed: int = 0,
 ) -> StepLists:
     """Arguments as in mid-training; each tensor's first element never had a gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     lists = StepLists([], [], [], [], [], [])
     for i, (shape, param_layout, grad_layout, state_layout) in enumerate(entries):
         layouts = (param_layout, grad_layout, *[state_layout] * 3)
