@@ -15,7 +15,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._inductor.utils import run_and_get_code
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit
+from torch_ademamix import AdEMAMix, AdEMAMix8bit, functional
 
 SCHEDULES = dict(t_alpha=20, t_beta3=20)
 
@@ -260,6 +260,22 @@ def test_backward_after_a_compiled_step_raises(counter):
     torch.compile(optimizer.step, fullgraph=True, backend=counter)()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_long_lists_are_split(monkeypatch):
+    """A traced call has MAX_TRACED_TENSORS at the most, and the calls together do what one would."""
+    monkeypatch.setattr(functional, "MAX_TRACED_TENSORS", 3)
+    params, optimizer = make()
+    expected_params, expected = make()
+    set_grads(params, 0)
+    set_grads(expected_params, 0)
+    backend = EagerAndRecordGraphs()
+    torch.compile(optimizer.step, fullgraph=True, backend=backend)()
+    (graph,) = backend.graphs
+    calls = [node for node in graph.graph.nodes if "ademamix_step_" in str(node.target)]
+    assert [len(call.args[0]) for call in calls] == [3, 1]
+    expected.step()
+    assert_identical(params, expected_params)
 
 
 COMPILE_1000 = """

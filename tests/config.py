@@ -119,9 +119,10 @@ def make_lists(
     entries: Iterable[tuple[tuple[int, ...], str, str, str]] = MIXED,
     param_dtype: torch.dtype = torch.float32,
     grad_dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> StepLists:
     """Arguments as in mid-training; each tensor's first element never had a gradient."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     lists = StepLists([], [], [], [], [], [])
     for i, (shape, param_layout, grad_layout, state_layout) in enumerate(entries):
         layouts = (param_layout, grad_layout, *[state_layout] * 3)
