@@ -70,8 +70,12 @@ ademamix_step_.tensor_lr(
     eps=1e-08
     weight_decay=0.01
     maximize=False
+    seed=5
     grad_scale=None
-    found_inf=None)
+    found_inf=None
+    remainders=[]
+    stochastic_param_rounding=False
+    streams=[])
 to(
     f32[]
     device(type='cpu'))
@@ -96,10 +100,12 @@ ademamix_blockwise_step_.tensor_lr(
     eps=1e-08
     weight_decay=0.01
     maximize=False
+    seed=5
     grad_scale=None
     found_inf=None
     stochastic_rounding=True
-    seed=5
+    remainders=[]
+    stochastic_param_rounding=False
     streams=[0, 2])
 _set_grad_enabled(
     True)""",

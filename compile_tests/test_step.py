@@ -77,8 +77,12 @@ ademamix_step_.tensor_lr(
     eps=1e-08
     weight_decay=0.01
     maximize=False
+    seed=0
     grad_scale=None
-    found_inf=None)
+    found_inf=None
+    remainders=[]
+    stochastic_param_rounding=False
+    streams=[])
 _set_grad_enabled(
     True)""",
     )
@@ -112,8 +116,12 @@ ademamix_step_.default(
     eps=1e-08
     weight_decay=0.01
     maximize=True
+    seed=0
     grad_scale=None
-    found_inf=None)
+    found_inf=None
+    remainders=[]
+    stochastic_param_rounding=False
+    streams=[])
 ademamix_step_.default(
     [bf16[3]]
     [bf16[3]]
@@ -132,8 +140,12 @@ ademamix_step_.default(
     eps=1e-08
     weight_decay=0.01
     maximize=True
+    seed=0
     grad_scale=None
-    found_inf=None)
+    found_inf=None
+    remainders=[]
+    stochastic_param_rounding=False
+    streams=[])
 _set_grad_enabled(
     True)""",
     )
@@ -156,11 +168,31 @@ def test_generated_code_of_groups_and_dtypes():
     assert_only_op_calls(code, 3)
 
 
+KEEPING_UPDATES = ({"master_weights": "remainder"}, {"param_rounding": "stochastic"})
+
+
 @pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
-def test_compiles_once(counter, cls):
+@pytest.mark.parametrize("options", KEEPING_UPDATES, ids=repr)
+def test_generated_code_of_bfloat16(options, cls):
+    """The remainders are updated in place too."""
+    _, optimizer = make(cls, torch.bfloat16, **options)
+    _, (code,) = run_and_get_code(torch.compile(optimizer.step, fullgraph=True))
+    assert_only_op_calls(code, 1 + (cls is AdEMAMix8bit))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        *((torch.bfloat16, options) for options in KEEPING_UPDATES),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
+def test_compiles_once(counter, cls, dtype, options):
     """Over 50 steps with a scheduler, past the warm-ups; with the same bits as eager."""
-    params, optimizer = make(cls)
-    expected, eager = make(cls)
+    params, optimizer = make(cls, dtype, **options)
+    expected, eager = make(cls, dtype, **options)
     compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
     schedulers = [CosineAnnealingLR(o, 50) for o in (optimizer, eager)]
     for i in range(50):
@@ -173,6 +205,21 @@ def test_compiles_once(counter, cls):
             scheduler.step()
     assert counter.frame_count == 1
     assert_identical((params, optimizer.state_dict()), (expected, eager.state_dict()))
+
+
+def test_clipping_compiles_once(counter):
+    """Inductor adds the squares in another order than eager."""
+    params, optimizer = make(max_grad_norm=0.5)
+    expected, eager = make(max_grad_norm=0.5)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    for i in range(5):
+        set_grads(params, i)
+        set_grads(expected, i)
+        compiled()
+        eager.step()
+        torch.testing.assert_close(optimizer.grad_norm, eager.grad_norm, rtol=1e-6, atol=0)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_scheduler_made_first(counter):

@@ -164,19 +164,37 @@ class Checker {
     }
   }
 
+  // How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of two other ways.
+  void param_rounding(const Views& remainders, bool stochastic) const {
+    if (!remainders.empty()) {
+      length("remainders", remainders.size());
+      for (size_t i = 0; i < remainders.size(); ++i) {
+        of_dtype("remainders", i, remainders[i], ScalarType::Short);
+        on_device("remainders", i, remainders[i]);
+        shaped_as_param("remainders", i, remainders[i]);
+        in_place("remainders", i, remainders[i]);
+      }
+      if (stochastic) refuse(op_, ": stochastic_param_rounding is true, but with remainders nothing is rounded away");
+    }
+    if (params_.empty() || params_[0].dtype == ScalarType::BFloat16) return;
+    if (!remainders.empty() || stochastic)
+      refuse(op_, ": params[0] has dtype ", dtype_name(params_[0].dtype), ", but ",
+             stochastic ? "stochastic_param_rounding is" : "remainders are", " for torch.bfloat16");
+  }
+
   // The scalars that may be tensors: one element each, on the parameters' device.
   template <class Lr>
   void scalars(const Lr& lr, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) const {
-    if constexpr (std::is_same_v<Lr, Tensor>) {
-      const TensorView view = view_of(lr);
-      if (view.dtype != ScalarType::Float && view.dtype != ScalarType::Double)
-        refuse(op_, ": lr has dtype ", dtype_name(view.dtype), ", but must be torch.float32 or torch.float64");
-      one_element("lr", view);
-    } else {
+    if constexpr (std::is_same_v<Lr, Tensor>)
+      float_scalar("lr", view_of(lr));
+    else
       in_range("lr", lr, lr >= 0, "at least 0");
-    }
-    float_scalar("grad_scale", grad_scale);
-    float_scalar("found_inf", found_inf);
+    if (grad_scale) float_scalar("grad_scale", view_of(*grad_scale));
+    if (!found_inf) return;
+    const TensorView view = view_of(*found_inf);
+    if (view.dtype != ScalarType::Float)
+      refuse(op_, ": found_inf has dtype ", dtype_name(view.dtype), ", but must be torch.float32");
+    one_element("found_inf", view);
   }
 
   void hyperparameters(const Hyperparameters& h) const {
@@ -190,12 +208,10 @@ class Checker {
   }
 
  private:
-  void float_scalar(const char* name, const std::optional<Tensor>& t) const {
-    if (!t) return;
-    const TensorView view = view_of(*t);
-    if (view.dtype != ScalarType::Float)
-      refuse(op_, ": ", name, " has dtype ", dtype_name(view.dtype), ", but must be torch.float32");
-    one_element(name, view);
+  void float_scalar(const char* name, const TensorView& t) const {
+    if (t.dtype != ScalarType::Float && t.dtype != ScalarType::Double)
+      refuse(op_, ": ", name, " has dtype ", dtype_name(t.dtype), ", but must be torch.float32 or torch.float64");
+    one_element(name, t);
   }
 
   void one_element(const char* name, const TensorView& t) const {

@@ -32,7 +32,7 @@ TOLERANCES = {
     "inductor": 1e-5,
 }
 
-HYPERPARAMETERS: dict[str, Any] = {
+FORMULA: dict[str, Any] = {
     "beta1": 0.9,
     "beta2": 0.999,
     "beta3": 0.9999,
@@ -43,6 +43,14 @@ HYPERPARAMETERS: dict[str, Any] = {
     "eps": 1e-8,
     "weight_decay": 0.01,
     "maximize": False,
+}
+# And what an op call has besides.
+HYPERPARAMETERS: dict[str, Any] = {
+    **FORMULA,
+    "remainders": [],
+    "stochastic_param_rounding": False,
+    "seed": 0,
+    "streams": [],
 }
 
 # Options of one op call, beside HYPERPARAMETERS.
@@ -149,7 +157,7 @@ class Expected:
 
 def expected_step(lists: StepLists, lr: Tensor | float = 1e-2, **options: Any) -> list[Expected]:
     """What a step of `lists` should give, per parameter: new parameter and moments."""
-    options = {**HYPERPARAMETERS, **options}
+    options = {**FORMULA, **options}
     factor = -1.0 if options.pop("maximize") else 1.0
     options.pop("found_inf", None)
     if (grad_scale := options.pop("grad_scale", None)) is not None:

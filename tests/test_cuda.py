@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import torch_ademamix
 from benchmarks.gpu import GPT2
-from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step, ops, paging
+from torch_ademamix import AdEMAMix, bfloat16, capture_train_step, compile_train_step, ops, paging
 from torch_ademamix.blockwise import CODE_DTYPES, quantize
 
 pytestmark = [
@@ -61,12 +61,11 @@ def make(kind: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def take_step(lists: Any, lr: float | Tensor = 1e-2, **options: Any) -> None:
-    options = {**HYPERPARAMETERS, **options}
-    lr = options.pop("lr", lr)
+    defaults: dict[str, Any] = {"lr": lr, **HYPERPARAMETERS}
     if isinstance(lists, StepLists):
-        return ops.ademamix_step_(*lists, lr=lr, **options)
-    options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
-    return ops.ademamix_blockwise_step_(*lists, lr=lr, **options)
+        return ops.ademamix_step_(*lists, **{**defaults, **options})
+    defaults |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+    return ops.ademamix_blockwise_step_(*lists, **{**defaults, **options})
 
 
 def assert_near(actual: Tensor, expected: Tensor, before: Tensor) -> None:
@@ -113,6 +112,35 @@ def test_blockwise_dtypes(
 ) -> None:
     lists = make_blockwise(MIXED, param_dtype, grad_dtype, slow_ema_bits=slow_ema_bits)
     check_step("blockwise", lists, stochastic_rounding=stochastic_rounding)
+
+
+@KINDS
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_remainders(kind: str, grad_dtype: torch.dtype) -> None:
+    """The float32 weights are right to what the approximations change."""
+    lists = make(kind, MIXED, torch.bfloat16, grad_dtype)
+    remainders = [torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16) for p in lists.params]
+    before = [bfloat16.join(p, r) for p, r in zip(lists.params, remainders, strict=True)]
+    actual, gpu_remainders = on_gpu(lists), [r.cuda() for r in remainders]
+    take_step(actual, remainders=gpu_remainders)
+    take_step(lists, remainders=remainders)
+    for i, (p, r) in enumerate(zip(to_cpu(actual).params, gpu_remainders, strict=True)):
+        assert_near(bfloat16.join(p, r.cpu()), bfloat16.join(lists.params[i], remainders[i]), before[i])
+    assert_identical(list(to_cpu(actual))[2:], list(lists)[2:])
+
+
+@KINDS
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_stochastic_parameters(kind: str, grad_dtype: torch.dtype) -> None:
+    """The same bits are drawn: only an ulp of the float32 weight may round one to the other side."""
+    lists = make(kind, [*MIXED, ((2**18 + 5,), *["contiguous"] * 3)], torch.bfloat16, grad_dtype)
+    options = {"stochastic_param_rounding": True, "seed": SEED, "streams": [3 * i for i in range(len(lists.params))]}
+    actual = on_gpu(lists)
+    take_step(actual, **options)
+    take_step(lists, **options)
+    moved = [(a != b).flatten() for a, b in zip(to_cpu(actual).params, lists.params, strict=True)]
+    assert torch.cat(moved).double().mean() < 1e-3
+    assert_identical(list(to_cpu(actual))[2:], list(lists)[2:])
 
 
 @KINDS
@@ -275,11 +303,14 @@ def captured(model: nn.Module, optimizer: AdEMAMix) -> Any:
     return capture_train_step(model, optimizer, loss_fn, make_batch(99))
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}], ids=repr)
 @pytest.mark.parametrize("name", CLASSES)
-def test_replays_equal_eager_steps(name: str) -> None:
+def test_replays_equal_eager_steps(name: str, options: dict[str, Any]) -> None:
     """20 of them, with a changing lr and both schedules, bit for bit."""
     for actual, expected in zip(
-        train(name, 20, captured, capturable=True)[:2], train(name, 20, eager, capturable=True)[:2], strict=True
+        train(name, 20, captured, capturable=True, **options)[:2],
+        train(name, 20, eager, capturable=True, **options)[:2],
+        strict=True,
     ):
         for a, b in zip(actual, expected, strict=True):
             assert torch.equal(bits(a), bits(b))

@@ -47,6 +47,19 @@ def expand(tensor):
     return tensor[:1].expand(tensor.shape)
 
 
+def remain(count, i=None, change=None, dtype=torch.bfloat16, **options):
+    """Makes the parameters bfloat16 and gives some of them remainders, of which one is bent."""
+
+    def bend(lists, call_options):
+        lists.params = [p.to(dtype) for p in lists.params]
+        remainders = [torch.zeros(p.shape, dtype=torch.int16) for p in lists.params[:count]]
+        if i is not None:
+            remainders[i] = change(remainders[i])
+        call_options.update(remainders=remainders, **options)
+
+    return bend
+
+
 # How good arguments of an op call (vectors of 0, 1, 3 and 255 elements) are bent, and what is said then.
 REFUSALS = {
     **{f"{x} has length 3, but params has length 4": shorten(x) for x in ("grads", *STATE, "steps")},
@@ -75,10 +88,10 @@ REFUSALS = {
     "lr is -0.001, but must be at least 0": give(lr=-1e-3),
     "lr is nan, but must be at least 0": give(lr=NAN),
     "lr has dtype torch.int64, but must be torch.float32 or torch.float64": give(lr=torch.tensor(1)),
-    **{
-        f"{x} has dtype torch.float64, but must be torch.float32": give(**{x: torch.ones(1).double()})
-        for x in ("grad_scale", "found_inf")
-    },
+    "grad_scale has dtype torch.float16, but must be torch.float32 or torch.float64": give(
+        grad_scale=torch.ones(1).half()
+    ),
+    "found_inf has dtype torch.float64, but must be torch.float32": give(found_inf=torch.ones(1).double()),
     **{f"{x} has shape [2], but must hold one element": give(**{x: torch.ones(2)}) for x in SCALARS},
     **{
         f"{x} is {value:g}, but must be in [0, 1)": give(**{x: value})
@@ -90,6 +103,18 @@ REFUSALS = {
         for x in ("t_alpha", "t_beta3")
         for value in (0.0, -100.0)
     },
+    "remainders has length 3, but params has length 4": remain(3),
+    "remainders[1] is on meta, but params[1] is on cpu": remain(4, 1, lambda r: r.to("meta")),
+    "remainders[3] has shape [255, 1], but params[3] has shape [255]": remain(4, 3, lambda r: r.view(255, 1)),
+    "remainders[2] has elements that share memory, so it can't be updated in place": remain(4, 2, expand),
+    "params[0] has dtype torch.float16, but remainders are for torch.bfloat16": remain(4, dtype=torch.float16),
+    "params[0] has dtype torch.float16, but stochastic_param_rounding is for torch.bfloat16": remain(
+        0, dtype=torch.float16, stochastic_param_rounding=True, streams=[0, 1, 2, 3]
+    ),
+    "stochastic_param_rounding is true, but with remainders nothing is rounded away": remain(
+        4, stochastic_param_rounding=True, streams=[0, 1, 2, 3]
+    ),
+    "streams has length 3, but params has length 4": remain(0, stochastic_param_rounding=True, streams=[0, 1, 2]),
     "schedule_start is -1, but must be at least 0": give(schedule_start=-1),
     "eps is -1e-08, but must be at least 0": give(eps=-1e-8),
 }
@@ -97,6 +122,7 @@ REFUSALS = {
 ONE_CALL = "one call takes one dtype and one device"
 OP_REFUSALS = {
     **REFUSALS,
+    "remainders[2] has dtype torch.int32, but must be torch.int16": remain(4, 2, torch.Tensor.int),
     **{
         f"{x}[1] is torch.bfloat16 on cpu, but {x}[0] is torch.float32 on cpu; {ONE_CALL}": convert(
             x, 1, torch.bfloat16
@@ -142,7 +168,7 @@ CALLS = {
 def test_op(call, text):
     lists, options = make_lists(CONTIGUOUS[:4]), {"lr": 1e-2, **HYPERPARAMETERS}
     OP_REFUSALS[text](lists, options)
-    written = [tensors for tensors in lists if tensors is not lists.grads]
+    written = [*(tensors for tensors in lists if tensors is not lists.grads), options["remainders"]]
     written = [tensor for tensors in written for tensor in tensors if not tensor.is_meta]
     before = [tensor.clone() for tensor in written]
     with pytest.raises(RuntimeError) as raised:

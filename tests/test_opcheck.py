@@ -75,5 +75,5 @@ def test_mutations_are_declared():
     for name in PACKET.overloads():
         arguments = getattr(PACKET, name)._schema.arguments
         mutated = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        assert mutated == ["params", "exp_avgs", "exp_avg_slows", "exp_avg_sqs", "steps"]
+        assert mutated == ["params", "exp_avgs", "exp_avg_slows", "exp_avg_sqs", "steps", "remainders"]
         assert not getattr(PACKET, name)._schema.returns

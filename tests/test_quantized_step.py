@@ -191,7 +191,7 @@ def test_function_splits_lists_by_dtype():
     """And numbers the streams by the places in the whole lists."""
     halves = [make_blockwise(SMALL[1:5], dtype) for dtype in (torch.float32, torch.bfloat16)]
     mixed = [a + b for a, b in zip(*(half.clone() for half in halves), strict=True)]
-    ademamix_blockwise(*mixed, lr=1e-2, **HYPERPARAMETERS, seed=5)
+    ademamix_blockwise(*mixed, lr=1e-2, **{**HYPERPARAMETERS, "seed": 5})
     for first, half in zip((0, 4), halves, strict=True):
         streams = list(range(first, first + 4))
         blockwise_step("native" if native_built() else "reference", half, seed=5, streams=streams)

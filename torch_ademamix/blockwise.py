@@ -40,6 +40,7 @@ PHILOX_ROUNDS = 7
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 RANDOM_GROUP = 8  # elements that share a Philox call, of 128 bits
+FIRST_PARAM_GROUP = -(1 << 63)  # 2^63 as an int64: the groups of parameters are none that a tensor's exp_avg_sq has
 
 # Stochastic rounding counts positions of 2^-15 between two codes.
 POSITION_BITS = 15
@@ -133,6 +134,7 @@ def random_bits(
     seed: int,
     step: int | Tensor,
     stream: int,
+    first_group: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """16 random bits for each of ``count`` elements.
@@ -147,6 +149,8 @@ def random_bits(
         step: int, or 0-dim tensor of any dtype; taken modulo 2^32.
         stream: which of the streams of that seed and step, as the tensor's number in its
             optimizer; taken modulo 2^32.
+        first_group: the number of the first group; exp_avg_sq's is 0, and the parameters' is
+            ``FIRST_PARAM_GROUP``.
         device: where the result goes; the CPU if not given.
 
     Returns:
@@ -156,11 +160,11 @@ def random_bits(
         >>> random_bits(3, seed=1, step=1, stream=0).tolist()
         [53345, 31637, 451]
     """
-    group = torch.arange((count + RANDOM_GROUP - 1) // RANDOM_GROUP, device=device)
+    group = torch.arange((count + RANDOM_GROUP - 1) // RANDOM_GROUP, device=device) + first_group
     step = torch.as_tensor(step, device=device).long() & _WORD
     counter = [
         group & _WORD,
-        group >> 32,
+        (group >> 32) & _WORD,
         step.expand_as(group),
         torch.full_like(group, stream & _WORD),
     ]

@@ -100,20 +100,33 @@ class Checker:
             if step.numel() != 1:
                 self.refuse(f"steps[{i}] has shape {list(step.shape)}, but must hold one element")
 
+    def param_rounding(self, remainders: Sequence[Tensor], stochastic: bool) -> None:
+        """How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of two other ways."""
+        if remainders:
+            self.length("remainders", remainders)
+            for i, tensor in enumerate(remainders):
+                self._of_dtype("remainders", i, tensor, torch.int16)
+                self._on_device("remainders", i, tensor)
+                self._shaped_as_param("remainders", i, tensor)
+                self._in_place("remainders", i, tensor)
+            if stochastic:
+                self.refuse("stochastic_param_rounding is true, but with remainders nothing is rounded away")
+        if (remainders or stochastic) and self._params and self._params[0].dtype != torch.bfloat16:
+            what = "stochastic_param_rounding is" if stochastic else "remainders are"
+            self.refuse(f"params[0] has dtype {self._params[0].dtype}, but {what} for torch.bfloat16")
+
     def scalars(self, lr: Tensor | float, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """The scalars that may be tensors: one element each, on the parameters' device."""
         if isinstance(lr, Tensor):
-            if lr.dtype not in (torch.float32, torch.float64):
-                self.refuse(f"lr has dtype {lr.dtype}, but must be torch.float32 or torch.float64")
-            self._one_element("lr", lr)
+            self._float_scalar("lr", lr)
         else:
             self._in_range("lr", lr, lr >= 0, "at least 0")
-        for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-            if tensor is None:
-                continue
-            if tensor.dtype != torch.float32:
-                self.refuse(f"{name} has dtype {tensor.dtype}, but must be torch.float32")
-            self._one_element(name, tensor)
+        if grad_scale is not None:
+            self._float_scalar("grad_scale", grad_scale)
+        if found_inf is not None:
+            if found_inf.dtype != torch.float32:
+                self.refuse(f"found_inf has dtype {found_inf.dtype}, but must be torch.float32")
+            self._one_element("found_inf", found_inf)
 
     def hyperparameters(
         self,
@@ -173,6 +186,11 @@ class Checker:
         if problem := in_place_problem(name, i, tensor):
             self.refuse(problem)
 
+    def _float_scalar(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype not in (torch.float32, torch.float64):
+            self.refuse(f"{name} has dtype {tensor.dtype}, but must be torch.float32 or torch.float64")
+        self._one_element(name, tensor)
+
     def _one_element(self, name: str, tensor: Tensor) -> None:
         if tensor.numel() != 1:
             self.refuse(f"{name} has shape {list(tensor.shape)}, but must hold one element")
@@ -189,6 +207,9 @@ def check_step(
     steps: Sequence[Tensor],
     lr: Tensor | float,
     *,
+    remainders: Sequence[Tensor],
+    stochastic_param_rounding: bool,
+    streams: Sequence[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     **options: Any,
@@ -199,6 +220,9 @@ def check_step(
     check.state("exp_avg_slows", exp_avg_slows)
     check.state("exp_avg_sqs", exp_avg_sqs)
     check.steps(steps)
+    check.param_rounding(remainders, stochastic_param_rounding)
+    if stochastic_param_rounding:
+        check.length("streams", streams)
     check.scalars(lr, grad_scale, found_inf)
     check.hyperparameters(**options)
 
@@ -215,6 +239,8 @@ def check_blockwise_step(
     steps: Sequence[Tensor],
     lr: Tensor | float,
     *,
+    remainders: Sequence[Tensor],
+    stochastic_param_rounding: bool,
     streams: Sequence[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -229,6 +255,7 @@ def check_blockwise_step(
     check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
     check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
     check.steps(steps)
+    check.param_rounding(remainders, stochastic_param_rounding)
     check.length("streams", streams)
     check.scalars(lr, grad_scale, found_inf)
     check.hyperparameters(**options)

@@ -1,6 +1,6 @@
 """The step on plain lists of tensors, for people who bring their own loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,8 @@ from torch import Tensor
 from torch_ademamix import ops
 from torch_ademamix.check import check_blockwise_step, check_step
 
-Batch = tuple[Any, ...]  # the lists of an op call
-
-BLOCKWISE_DTYPES = (0, 1, 4)  # params, grads and exp_avg_slows: what has one dtype in a blockwise op call
+Batch = tuple[Sequence[Any], ...]  # the lists of an op call
+Rounding = dict[str, Any]  # the arguments of an op call that say how its parameters are rounded
 
 # Of one op call in a traced step. Inductor's passes take time quadratic in it: 1,000 parameters compile in 75 s as
 # one call, in 40 s as four.
@@ -37,6 +36,10 @@ def ademamix(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
+    remainders: Sequence[Tensor | None] = (),
+    stochastic_param_rounding: bool = False,
+    seed: int = 0,
+    streams: Sequence[int] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -65,7 +68,12 @@ def ademamix(
         eps: ε, at least 0.
         weight_decay: λ, decoupled, applied to the parameter's old value.
         maximize: ascend instead of descend.
-        grad_scale: gradients are divided by this float32 tensor of one element.
+        remainders: for each bfloat16 parameter what rounding took away from its float32 weight, an int16 tensor of
+            its shape; see :mod:`torch_ademamix.bfloat16`. None for a parameter without; empty if all are.
+        stochastic_param_rounding: round bfloat16 parameters up or down at random; right on average.
+        seed: of the random bits, together with the step, the tensor's stream and the element.
+        streams: a number for each tensor, so that no two draw the same bits; their places in the lists if empty.
+        grad_scale: gradients are divided by this tensor of one element (float32 or float64).
         found_inf: where this float32 tensor of one element isn't 0, the step changes nothing at all.
 
     Raises:
@@ -91,16 +99,14 @@ def ademamix(
         eps=eps,
         weight_decay=weight_decay,
         maximize=maximize,
+        seed=seed,
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
-    batches = batch_by_dtype(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps)
-    if len(batches) > 1:  # a call checks its own arguments; the first may not write where the second refuses
-        for batch in batches:
-            batch_lr, batch_options = ops.beside(batch[0], lr, options)
-            check_step(*batch, lr=batch_lr, **batch_options)  # type: ignore[misc]
-    for batch in batches:
-        ops.ademamix_step_(*batch, lr=lr, **options)
+    lists = (params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps)
+    remainders, streams = _of_each(params, remainders, streams)
+    batches = plain_batches(lists, remainders, streams, stochastic_param_rounding)
+    _step_batches(ops.ademamix_step_, check_step, batches, lr, options)
 
 
 def ademamix_blockwise(
@@ -126,8 +132,10 @@ def ademamix_blockwise(
     weight_decay: float,
     maximize: bool = False,
     stochastic_rounding: bool = True,
+    remainders: Sequence[Tensor | None] = (),
+    stochastic_param_rounding: bool = False,
     seed: int = 0,
-    streams: Sequence[int] | None = None,
+    streams: Sequence[int] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -143,8 +151,6 @@ def ademamix_blockwise(
         exp_avg_sqs: codes of the unsigned dynamic map, uint8.
         exp_avg_absmaxs, exp_avg_slow_absmaxs, exp_avg_sq_absmaxs: the blocks' scales, float32.
         stochastic_rounding: of exp_avg_sq, which rounding to nearest would bias upwards.
-        seed: of the random bits, together with the step, the tensor's stream and the element.
-        streams: a number for each tensor, so that no two draw the same bits; their places in the lists if None.
 
     The other arguments, and what is raised, are :func:`ademamix`'s.
 
@@ -176,7 +182,7 @@ def ademamix_blockwise(
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
-    batches = batch_by_dtype(
+    lists = (
         params,
         grads,
         exp_avgs,
@@ -186,34 +192,86 @@ def ademamix_blockwise(
         exp_avg_sqs,
         exp_avg_sq_absmaxs,
         steps,
-        list(range(len(params))) if streams is None else streams,
-        by=BLOCKWISE_DTYPES,
     )
-    if len(batches) > 1:
-        for *lists, batch_streams in batches:
+    remainders, streams = _of_each(params, remainders, streams)
+    batches = blockwise_batches(lists, remainders, streams, stochastic_param_rounding)
+    _step_batches(ops.ademamix_blockwise_step_, check_blockwise_step, batches, lr, options)
+
+
+def _of_each(
+    params: Sequence[Tensor], remainders: Sequence[Tensor | None], streams: Sequence[int]
+) -> tuple[Sequence[Tensor | None], Sequence[int]]:
+    n = len(params)
+    return remainders if len(remainders) else [None] * n, streams if len(streams) else list(range(n))
+
+
+def _step_batches(
+    op: Callable[..., None],
+    check: Callable[..., None],
+    batches: list[tuple[Batch, Rounding]],
+    lr: Tensor | float,
+    options: dict[str, Any],
+) -> None:
+    if len(batches) > 1:  # a call checks its own arguments; the first may not write where the second refuses
+        for lists, rounding in batches:
             batch_lr, batch_options = ops.beside(lists[0], lr, options)
-            check_blockwise_step(*lists, lr=batch_lr, streams=batch_streams, **batch_options)  # type: ignore[misc]
-    for *lists, batch_streams in batches:
-        ops.ademamix_blockwise_step_(*lists, lr=lr, streams=batch_streams, **options)
+            check(*lists, lr=batch_lr, **batch_options, **rounding)
+    for lists, rounding in batches:
+        op(*lists, lr=lr, **options, **rounding)
 
 
-def batch_by_dtype(*lists: Sequence[Any], by: Sequence[int] = (0, 1)) -> list[Batch]:
-    """Splits lists of equal length, of which the first are params, into batches for an op call each.
+def plain_batches(
+    lists: Sequence[Sequence[Any]], remainders: Sequence[Tensor | None], streams: Sequence[int], stochastic: bool
+) -> list[tuple[Batch, Rounding]]:
+    """The calls of `ademamix_step_` that step these lists: those of each, and how the parameters are rounded."""
+    batches = []
+    for *batch, some_remainders, some_streams in _split(*lists, remainders, streams, by=(0, 1, 6)):
+        rounding = _rounding(batch[0], some_remainders, stochastic)
+        rounding["streams"] = some_streams if rounding["stochastic_param_rounding"] else []
+        batches.append((tuple(batch), rounding))
+    return batches
 
-    A batch has one device, and one dtype in each of the lists at the positions `by`.
+
+def blockwise_batches(
+    lists: Sequence[Sequence[Any]], remainders: Sequence[Tensor | None], streams: Sequence[int], stochastic: bool
+) -> list[tuple[Batch, Rounding]]:
+    """The same for `ademamix_blockwise_step_`, in one call of which exp_avg_slows have one dtype too."""
+    return [
+        (tuple(batch), {**_rounding(batch[0], some_remainders, stochastic), "streams": some_streams})
+        for *batch, some_remainders, some_streams in _split(*lists, remainders, streams, by=(0, 1, 4, 9))
+    ]
+
+
+def _rounding(params: Sequence[Tensor], remainders: Sequence[Tensor | None], stochastic: bool) -> Rounding:
+    # A float32 or float64 parameter isn't rounded; a float16 one is for the op to refuse.
+    rounded = len(params) > 0 and params[0].dtype not in (torch.float32, torch.float64)
+    return {
+        "remainders": [r for r in remainders if r is not None],
+        "stochastic_param_rounding": stochastic and rounded,
+    }
+
+
+def _split(*lists: Sequence[Any], by: Sequence[int]) -> list[Batch]:
+    """Splits lists of equal length, of which the first are params, into those of one op call each.
+
+    A batch has one device, and one dtype in each of the lists at the positions `by`; None counts as a dtype.
     """
     params = lists[0]
     if any(len(items) != len(params) for items in lists):
         return [lists]  # for the op to refuse
+
+    def dtype(tensor: Tensor | None) -> torch.dtype | None:
+        return None if tensor is None else tensor.dtype
+
     batches: dict[object, Batch] = {}
-    if len({p.device for p in params}) <= 1 and all(len({t.dtype for t in lists[i]}) <= 1 for i in by):
+    if len({p.device for p in params}) <= 1 and all(len({dtype(t) for t in lists[i]}) <= 1 for i in by):
         batches[None] = lists
     else:
         for items in zip(*lists, strict=True):
-            key = (items[0].device, *(items[i].dtype for i in by))
+            key = (items[0].device, *(dtype(items[i]) for i in by))
             batch = batches.setdefault(key, tuple([] for _ in lists))
             for target, item in zip(batch, items, strict=True):
-                target.append(item)
+                target.append(item)  # type: ignore[attr-defined]
     size = MAX_TRACED_TENSORS if torch.compiler.is_compiling() else max(len(params), 1)
     return [
         tuple(items[first : first + size] for items in batch)

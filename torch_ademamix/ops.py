@@ -39,7 +39,8 @@ _OPTIONS = (
     "float beta1, float beta2, float beta3, float alpha, float? t_alpha, float? t_beta3, "
     "int schedule_start, float eps, float weight_decay, bool maximize"
 )
-_BLOCKWISE_OPTIONS = f"{_OPTIONS}, bool stochastic_rounding, int seed, int[] streams"
+# What bfloat16 parameters are rounded with, beside their values; no remainders are an empty list.
+_PARAM_ROUNDING = "Tensor(z!)[] remainders, bool stochastic_param_rounding, int seed, int[] streams"
 SCALER = ("grad_scale", "found_inf")
 _SCALER = ", ".join(f"Tensor? {name}=None" for name in SCALER)
 
@@ -86,7 +87,7 @@ def cpu_capability(native: ModuleType) -> str:
 def _define_in_place(
     schema: str, *, mutated: Sequence[int], fake: Callable[..., None], kernel: Callable[..., None]
 ) -> Callable[..., None]:
-    """Registers an in-place op; `mutated` are the positions of the lists that it changes.
+    """Registers an in-place op; `mutated` are the positions of the lists that it changes, beside `remainders`.
 
     Returns the op as eager code calls it: its in-place rule, without the dispatcher's way to that, which takes
     longer than the rule.
@@ -100,6 +101,7 @@ def _define_in_place(
             op(*args, **kwargs)
         for i in mutated:
             torch.autograd.graph.increment_version(args[i])
+        torch.autograd.graph.increment_version(kwargs["remainders"])
 
     _library.impl(schema.split("(")[0], in_place_rule, "ADInplaceOrView", with_keyset=True)
 
@@ -160,7 +162,7 @@ def _reference_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
 
 _step, _step_tensor_lr = (
     _define_in_place(
-        f"ademamix_step_{overload}({_LISTS}, {lr} lr, *, {_OPTIONS}, {_SCALER}) -> ()",
+        f"ademamix_step_{overload}({_LISTS}, {lr} lr, *, {_OPTIONS}, {_PARAM_ROUNDING}, {_SCALER}) -> ()",
         mutated=(0, 2, 3, 4, 5),
         fake=check_step,
         kernel=_checked(check_step, reference.ademamix_step_),
@@ -169,7 +171,8 @@ _step, _step_tensor_lr = (
 )
 _blockwise_step, _blockwise_step_tensor_lr = (
     _define_in_place(
-        f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {lr} lr, *, {_BLOCKWISE_OPTIONS}, {_SCALER}) -> ()",
+        f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {lr} lr, *, {_OPTIONS}, "
+        f"bool stochastic_rounding, {_PARAM_ROUNDING}, {_SCALER}) -> ()",
         mutated=(0, 2, 3, 4, 5, 6, 7, 8),
         fake=check_blockwise_step,
         kernel=_checked(check_blockwise_step, reference.ademamix_blockwise_step_),

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import functional, ops, paging
+from torch_ademamix import bfloat16, functional, ops, paging
 from torch_ademamix.check import floating_problem, in_place_problem
+from torch_ademamix.clipping import clip_scale, total_norm
 from torch_ademamix.state import (
+    MASTER_REMAINDER,
     QUANTIZED_STATE,
     STORAGE_OPTIONS,
     loaded_state,
@@ -57,6 +59,14 @@ class AdEMAMix(Optimizer):
         stochastic_rounding: of exp_avg_sq where state is quantized; unbiased, where rounding to nearest makes it
             some 7% too large.
         seed: of the stochastic rounding.
+        master_weights: "remainder" keeps what rounding takes away from bfloat16 parameters, whose updates are often
+            below half an ulp: the int16 state `master_remainder` (:mod:`torch_ademamix.bfloat16`), which is the
+            float32 weight together with the parameter; see :meth:`master_weight`.
+        param_rounding: of bfloat16 parameters without master weights: to the "nearest" value, or "stochastic", which
+            is right on average and needs no state.
+        max_grad_norm: clips the gradients of all groups together to this norm, as
+            :func:`torch.nn.utils.clip_grad_norm_` does, but leaves them as they are; see :attr:`grad_norm`. None
+            for no clipping. It is the optimizer's own, not a group's, and no part of a state dict.
         maximize: ascend instead of descend.
         capturable: keep lr as a tensor on the parameters' device, so that a captured CUDA graph reads it anew
             at each replay.
@@ -64,6 +74,10 @@ class AdEMAMix(Optimizer):
     Raises:
         ValueError: an option is out of its range, or a parameter has another dtype.
         TypeError: a parameter isn't a tensor.
+
+    Attributes:
+        grad_norm: a float32 tensor without dimensions: the norm of all gradients at the last step, before clipping;
+            None without `max_grad_norm`. The next step writes to the same tensor.
 
     >>> model = torch.nn.Linear(4, 2)
     >>> optimizer = AdEMAMix(model.parameters(), lr=1e-3, t_alpha=1000, t_beta3=1000)
@@ -74,6 +88,9 @@ class AdEMAMix(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
+
+    # Those of the arguments that are the optimizer's, not a group's.
+    _OWN_OPTIONS = ("max_grad_norm",)
 
     def __init__(
         self,
@@ -93,6 +110,9 @@ class AdEMAMix(Optimizer):
         slow_ema_bits: Literal[8, 16] = 16,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        master_weights: Literal["remainder"] | None = None,
+        param_rounding: Literal["nearest", "stochastic"] = "nearest",
+        max_grad_norm: float | None = None,
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -111,11 +131,17 @@ class AdEMAMix(Optimizer):
             slow_ema_bits=slow_ema_bits,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            master_weights=master_weights,
+            param_rounding=param_rounding,
             maximize=maximize,
             capturable=capturable,
         )
         _check_options(defaults)
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._check_max_grad_norm()
         super().__init__(params, defaults)
+        self._init_grad_norm()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; refuses options out of range before the optimizer changes."""
@@ -124,7 +150,7 @@ class AdEMAMix(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_params(group["params"])
+            _check_params(group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -136,6 +162,7 @@ class AdEMAMix(Optimizer):
 
         Compiled and captured steps want it: state that is made while they are traced costs them a recompilation.
         """
+        self._init_grad_norm()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and not self.state[p]:
@@ -167,23 +194,61 @@ class AdEMAMix(Optimizer):
         self._update()
         return loss
 
+    def master_weight(self, p: Tensor) -> Tensor:
+        """The float32 weight of a parameter with `master_weights="remainder"`; of others the parameter itself.
+
+        >>> p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        >>> optimizer = AdEMAMix([p], lr=1e-5, weight_decay=0, master_weights="remainder")
+        >>> p.grad = torch.ones_like(p)
+        >>> optimizer.step()
+        >>> p.tolist(), round(optimizer.master_weight(p)[0].item(), 6)
+        ([1.0, 1.0], 0.99999)
+        """
+        remainder = self.state[p].get(MASTER_REMAINDER)
+        return p.detach() if remainder is None else bfloat16.join(p.detach(), remainder)
+
+    def _init_grad_norm(self) -> None:
+        if self.max_grad_norm is not None and self.grad_norm is None:
+            self.grad_norm = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+            torch._dynamo.mark_static_address(self.grad_norm, guard=True)
+
+    def _check_max_grad_norm(self) -> None:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}, but must be positive or None")
+
     def _update(self) -> None:
         # Before the first state is made or parameter changed: a group refused later may not find others stepped.
         for i, group in enumerate(self.param_groups):
             _check_options(group)
             _check_grads(group["params"], f"gradients of param_groups[{i}]")
+        self._check_max_grad_norm()
+        grad_scale = self._grad_scale()
         calls, first_stream = [], 0
         for group in self.param_groups:
-            calls += self._calls(group, first_stream)
+            calls += self._calls(group, first_stream, grad_scale)
             first_stream += len(group["params"])
         for op, lists, options in calls:
             op(*lists, **options)
 
-    def _calls(self, group: dict[str, Any], first_stream: int) -> list[Call]:
+    def _grad_scale(self) -> Tensor | None:
+        """What the gradients are divided by: GradScaler's scale, and more where their norm is to be clipped."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)  # set around step() by GradScaler
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.max_grad_norm is None or not grads:
+            return scale
+        self._init_grad_norm()
+        norm = total_norm(grads)
+        if scale is not None:
+            norm = norm / scale.to(norm.device).reshape(())
+        self.grad_norm.copy_(norm)  # type: ignore[union-attr]
+        excess = clip_scale(norm, self.max_grad_norm)
+        return excess if scale is None else excess * scale.to(norm.device).reshape(())
+
+    def _calls(self, group: dict[str, Any], first_stream: int, grad_scale: Tensor | None) -> list[Call]:
         """The op calls that update those of the group's parameters that have a gradient."""
-        plain: Lists = ([], [], [], [], [], [])
-        blockwise: Lists = ([], [], [], [], [], [], [], [], [], [])
-        params, grads, m1s, m2s, nus, steps = plain
+        plain: Lists = ([], [], [], [], [], [], [], [])
+        blockwise: Lists = ([], [], [], [], [], [], [], [], [], [], [])
+        params, grads, m1s, m2s, nus, steps, remainders, streams = plain
         for stream, p in enumerate(group["params"], first_stream):
             grad = p.grad
             if grad is None:
@@ -192,7 +257,7 @@ class AdEMAMix(Optimizer):
             if not state:
                 self._init_param_state(p, group)
             if "exp_avg_absmax" in state:
-                items = (p, grad, *[state[name] for name in QUANTIZED_STATE], stream)
+                items = (p, grad, *[state[name] for name in QUANTIZED_STATE], state.get(MASTER_REMAINDER), stream)
                 for target, item in zip(blockwise, items, strict=True):
                     target.append(item)
             else:
@@ -202,19 +267,24 @@ class AdEMAMix(Optimizer):
                 m2s.append(state["exp_avg_slow"])
                 nus.append(state["exp_avg_sq"])
                 steps.append(state["step"])
-        options = self._options(group)
-        calls: list[Call] = [(ops.ademamix_step_, lists, options) for lists in functional.batch_by_dtype(*plain)]
-        for *lists, streams in functional.batch_by_dtype(*blockwise, by=functional.BLOCKWISE_DTYPES):
-            blockwise_options = {
-                **options,
-                "stochastic_rounding": group["stochastic_rounding"],
-                "seed": group["seed"],
-                "streams": streams,
-            }
-            calls.append((ops.ademamix_blockwise_step_, lists, blockwise_options))
+                remainders.append(state.get(MASTER_REMAINDER))
+                streams.append(stream)
+        options = self._options(group, grad_scale)
+        stochastic = group["param_rounding"] == "stochastic"
+        *lists, remainders, streams = plain
+        calls: list[Call] = [
+            (ops.ademamix_step_, batch, {**options, **rounding})
+            for batch, rounding in functional.plain_batches(lists, remainders, streams, stochastic)
+        ]
+        options = {**options, "stochastic_rounding": group["stochastic_rounding"]}
+        *lists, remainders, streams = blockwise
+        calls += [
+            (ops.ademamix_blockwise_step_, batch, {**options, **rounding})
+            for batch, rounding in functional.blockwise_batches(lists, remainders, streams, stochastic)
+        ]
         return calls
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _options(self, group: dict[str, Any], grad_scale: Tensor | None) -> dict[str, Any]:
         beta1, beta2, beta3 = group["betas"]
         return dict(
             lr=group["lr"],
@@ -228,15 +298,17 @@ class AdEMAMix(Optimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            grad_scale=getattr(self, "grad_scale", None),  # set around step() by GradScaler
+            seed=group["seed"],
+            grad_scale=grad_scale,
             found_inf=getattr(self, "found_inf", None),
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but state keeps its dtype, and is checked before anything changes.
 
-        How state is stored (`optim_bits`, `slow_ema_bits`, `min_8bit_size`, `is_paged`) is this optimizer's own
-        affair: state that was saved in another format is converted.
+        How state is stored (`optim_bits`, `slow_ema_bits`, `min_8bit_size`, `is_paged`, `master_weights`) is this
+        optimizer's own affair: state that was saved in another format is converted. Only the remainders of master
+        weights can't be: without `master_weights="remainder"` they are refused.
 
         Raises:
             ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of
@@ -273,10 +345,15 @@ class AdEMAMix(Optimizer):
                 states[i] = _Loaded(loaded_state(p, states[i], group, where))
         return states
 
+    def __getstate__(self) -> dict[str, Any]:  # for copy and pickle
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("max_grad_norm", None)
+        self.__dict__.setdefault("grad_norm", None)
         super().__setstate__(state)
         for name, argument in inspect.signature(AdEMAMix).parameters.items():
-            if name == "params":
+            if name == "params" or name in self._OWN_OPTIONS:
                 continue
             default = self.defaults.setdefault(name, argument.default)  # where a pickle is older than the option
             for group in self.param_groups:
@@ -366,6 +443,9 @@ def _check_options(options: dict[str, Any]) -> None:
     require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and start >= 0)
     require("optim_bits", "8 or 32", lambda bits: bits in (8, 32))
     require("slow_ema_bits", "8 or 16", lambda bits: bits in (8, 16))
+    require("master_weights", "'remainder' or None", lambda kind: kind in ("remainder", None))
+    roundings = ("nearest",) if options["master_weights"] else ("nearest", "stochastic")
+    require("param_rounding", " or ".join(map(repr, roundings)), lambda rounding: rounding in roundings)
 
 
 def _check_grads(params: Iterable[Tensor], name: str) -> None:
@@ -374,10 +454,15 @@ def _check_grads(params: Iterable[Tensor], name: str) -> None:
             raise RuntimeError(problem)
 
 
-def _check_params(params: Iterable[Tensor]) -> None:
-    for i, p in enumerate(params):
+def _check_params(group: dict[str, Any]) -> None:
+    for i, p in enumerate(group["params"]):
         if problem := floating_problem("params", i, p) or in_place_problem("params", i, p):
             raise ValueError(problem)
+        if p.dtype == torch.float16 and (group["master_weights"] or group["param_rounding"] == "stochastic"):
+            option = "master_weights" if group["master_weights"] else "param_rounding"
+            raise ValueError(
+                f"{option} is {group[option]!r}, which is for bfloat16 parameters, but params[{i}] has dtype {p.dtype}"
+            )
 
 
 def make_lr_tensor(group: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix.blockwise import Format, dequantize, quantize
+from torch_ademamix import bfloat16
+from torch_ademamix.blockwise import FIRST_PARAM_GROUP, Format, dequantize, quantize, random_bits
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
 
@@ -93,21 +94,33 @@ def ademamix_step_(
     lr: Tensor | float,
     *,
     maximize: bool,
+    remainders: Sequence[Tensor],
+    stochastic_param_rounding: bool,
+    seed: int,
+    streams: Sequence[int],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     **hyperparameters: Any,
 ) -> None:
     """The op `ademamix_step_`, of any device; it reads no value back to the host."""
     lists = zip(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, strict=True)
-    for param, grad, m1, m2, nu, step in lists:
-        p = param.to(compute_dtype(param.dtype))
+    for i, (param, grad, m1, m2, nu, step) in enumerate(lists):
+        p = bfloat16.join(param, remainders[i]) if remainders else param.to(compute_dtype(param.dtype))
         g = grad.to(p.dtype)
         if grad_scale is not None:
             g = g / grad_scale.reshape(())
         if maximize:
             g = -g
-        new = (*ademamix_update(p, g, m1, m2, nu, step + 1, lr, **hyperparameters), step + 1)
-        for old, value in zip((param, m1, m2, nu, step), new, strict=True):
+        weight, *moments = ademamix_update(p, g, m1, m2, nu, step + 1, lr, **hyperparameters)
+        rounded = [weight]
+        if remainders:
+            rounded = [*bfloat16.split(weight)]
+        elif stochastic_param_rounding:
+            key: dict[str, Any] = {"seed": seed, "step": step + 1, "stream": streams[i], "device": p.device}
+            random = random_bits(p.numel(), first_group=FIRST_PARAM_GROUP, **key)
+            rounded = [bfloat16.round_stochastically(weight, random.view(p.shape))]
+        new = (*moments, step + 1, *rounded)
+        for old, value in zip((m1, m2, nu, step, param, *remainders[i : i + 1]), new, strict=True):
             if found_inf is not None:
                 value = torch.where(found_inf.bool().reshape(()), old.to(value.dtype), value)
             old.copy_(value)
@@ -126,6 +139,7 @@ def ademamix_blockwise_step_(
     lr: Tensor | float,
     *,
     stochastic_rounding: bool,
+    remainders: Sequence[Tensor],
     seed: int,
     streams: Sequence[int],
     found_inf: Tensor | None,
@@ -145,7 +159,7 @@ def ademamix_blockwise_step_(
         streams,
         strict=True,
     )
-    for p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, stream in lists:
+    for i, (p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, stream) in enumerate(lists):
         slow_format: Format = "linear_int16" if m2.dtype == torch.int16 else "signed_dynamic"
         quantized: tuple[tuple[Tensor, Tensor, Format], ...] = (
             (m1, m1_absmax, "signed_dynamic"),
@@ -156,7 +170,8 @@ def ademamix_blockwise_step_(
             dequantize(codes, absmax.view(-1), format).to(compute_dtype(p.dtype)) for codes, absmax, format in quantized
         ]
         a, b, c = moments
-        ademamix_step_([p], [g], [a], [b], [c], [step], lr, found_inf=found_inf, **options)
+        rounding: dict[str, Any] = {"remainders": remainders[i : i + 1], "seed": seed, "streams": [stream]}
+        ademamix_step_([p], [g], [a], [b], [c], [step], lr, **rounding, found_inf=found_inf, **options)
         # An element of which one moment isn't finite loses all three, and no more than that.
         finite = torch.stack([m.float().isfinite() for m in moments]).all(0)
         for (codes, absmax, format), m in zip(quantized, moments, strict=True):
@@ -245,6 +260,10 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
                     beta1=beta1,
                     beta2=beta2,
                     beta3=beta3,
+                    remainders=[],
+                    stochastic_param_rounding=False,
+                    seed=0,
+                    streams=[],
                     grad_scale=None,
                     found_inf=None,
                     **{name: group[name] for name in self._OPTIONS},

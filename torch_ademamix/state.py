@@ -18,7 +18,10 @@ QUANTIZED_STATE = (*(entry for name in MOMENTS for entry in (name, f"{name}_absm
 
 # The options of a group that say how state is stored. They are the optimizer's own: a checkpoint that was stored
 # otherwise is converted when it is loaded.
-STORAGE_OPTIONS = ("optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged")
+STORAGE_OPTIONS = ("optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged", "master_weights")
+
+# The entry of a bfloat16 parameter with master weights (torch_ademamix/bfloat16.py).
+MASTER_REMAINDER = "master_remainder"
 
 # An entry that only another implementation's state has, and what to do then.
 BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests most of a parameter's state
@@ -44,6 +47,11 @@ def formats(p: Tensor, group: Mapping[str, Any]) -> dict[str, Format | None]:
     }
 
 
+def has_remainder(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether master weights keep what is rounded away from this parameter."""
+    return group["master_weights"] == "remainder" and p.dtype == torch.bfloat16
+
+
 def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
@@ -51,6 +59,8 @@ def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         zeros = paging.zeros_like(p, compute_dtype(p.dtype), group)
         stored = _stored(name, zeros, format)
         state |= stored if format is None else paging.placed(stored, p, group)
+    if has_remainder(p, group):
+        state[MASTER_REMAINDER] = paging.zeros_like(p, torch.int16, group)
     return state
 
 
@@ -65,11 +75,14 @@ def mark_static(state: Mapping[str, Tensor]) -> None:
 def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """A parameter's saved state as the optimizer keeps it: the saved values, on the parameter's device.
 
-    What was stored in another format is converted, rounding to nearest.
+    What was stored in another format is converted, rounding to nearest. Without a saved remainder, a parameter is its
+    own master weight.
 
     Raises:
         ValueError: something is missing, unknown, or of another shape or dtype; `where` begins the text.
     """
+    saved = dict(saved)
+    saved_remainder = saved.pop(MASTER_REMAINDER, None)
     quantized = "exp_avg_absmax" in saved
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
@@ -95,6 +108,16 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
         else:
             values = dequantize_blockwise(value, absmax, saved_format).to(compute_dtype(p.dtype))
             state |= _stored(name, values, format)
+    if saved_remainder is not None and not has_remainder(p, group):
+        raise ValueError(
+            f"{where} has {MASTER_REMAINDER!r}, a part of the float32 weights that this optimizer would lose; give it "
+            "master_weights='remainder' and bfloat16 parameters, or delete the entry"
+        )
+    if saved_remainder is not None:
+        remainder = checked(saved_remainder, f"{where}[{MASTER_REMAINDER!r}]", p.shape, torch.int16)
+        state[MASTER_REMAINDER] = remainder.to(p.device)
+    elif has_remainder(p, group):
+        state[MASTER_REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
     return paging.placed(state, p, group)
 
 

@@ -6,6 +6,7 @@
 
 #include "../ademamix.h"
 #include "../tensor_view.h"
+#include "param.h"
 
 namespace ademamix {
 
@@ -24,6 +25,18 @@ inline void use_common_order(std::initializer_list<TensorView*> tensors) {
   for (const TensorView* t : tensors)
     if (!same_strides(first, *t)) return;
   for (TensorView* t : tensors) t->contiguous = true;
+}
+
+inline ParamRounding param_rounding(const std::vector<TensorView>& remainders, bool stochastic) {
+  return stochastic           ? ParamRounding::STOCHASTIC
+         : remainders.empty() ? ParamRounding::NEAREST
+                              : ParamRounding::REMAINDER;
+}
+
+// The random bits of one parameter's step, after its increment.
+inline RandomKey random_key(int64_t seed, const TensorView& step, int64_t stream) {
+  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(*static_cast<const float*>(step.data)),
+          static_cast<uint32_t>(stream)};
 }
 
 // Advances each parameter's step and computes its scalars. Parameters of one step share them.

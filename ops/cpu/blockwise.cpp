@@ -20,21 +20,22 @@ Quantized quantized(const TensorView& codes, const TensorView& absmax, bool is_s
 
 template <class T>
 void run(const BlockwiseLists& lists, const Hyperparameters& h, double lr, double grad_scale, bool stochastic_rounding,
-         uint64_t seed, const std::vector<int64_t>& streams) {
+         ParamRounding param_rounding, int64_t seed, const std::vector<int64_t>& streams) {
   const auto scalars = advance<T>(lists.steps, h, lr, grad_scale);
   std::vector<BlockwiseTensor<T>> tensors;
   std::vector<int64_t> numels;
   tensors.reserve(lists.params.size());
   numels.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
-    const uint32_t step = static_cast<uint32_t>(*static_cast<const float*>(lists.steps[i].data));
-    tensors.push_back({lists.params[i],
+    const RandomKey random = random_key(seed, lists.steps[i], streams[i]);
+    const bool has_remainder = param_rounding == ParamRounding::REMAINDER;
+    tensors.push_back({{lists.params[i], param_rounding, has_remainder ? lists.remainders[i] : TensorView{}, random},
                        lists.grads[i],
                        quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i], true),
                        quantized(lists.exp_avg_slows[i], lists.exp_avg_slow_absmaxs[i], true),
                        quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i], false),
                        scalars[i],
-                       {seed, step, static_cast<uint32_t>(streams[i])},
+                       random,
                        stochastic_rounding});
     numels.push_back(lists.params[i].numel);
   }
@@ -47,23 +48,22 @@ void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, Te
                     TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
                     TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
                     double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start,
-                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed,
-                    std::vector<int64_t> streams, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, TensorList remainders,
+                    bool stochastic_param_rounding, int64_t seed, std::vector<int64_t> streams,
+                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
   const BlockwiseLists lists{views_of(params),        views_of(grads),
                              views_of(exp_avgs),      views_of(exp_avg_absmaxs),
                              views_of(exp_avg_slows), views_of(exp_avg_slow_absmaxs),
                              views_of(exp_avg_sqs),   views_of(exp_avg_sq_absmaxs),
-                             views_of(steps)};
-  check_blockwise_step(lists, streams.size(), lr, h, grad_scale, found_inf);
+                             views_of(steps),         views_of(remainders)};
+  check_blockwise_step(lists, lr, h, stochastic_param_rounding, streams.size(), grad_scale, found_inf);
 
   if (params.empty() || (found_inf && read_scalar(*found_inf) != 0)) return;
   const double scale = grad_scale ? read_scalar(*grad_scale) : 1;
-  const uint64_t key = static_cast<uint64_t>(seed);
-  if (lists.params[0].dtype == ScalarType::Double)
-    run<double>(lists, h, read_scalar(lr), scale, stochastic_rounding, key, streams);
-  else
-    run<float>(lists, h, read_scalar(lr), scale, stochastic_rounding, key, streams);
+  const ParamRounding rounding = param_rounding(lists.remainders, stochastic_param_rounding);
+  const auto run_as = lists.params[0].dtype == ScalarType::Double ? run<double> : run<float>;
+  run_as(lists, h, read_scalar(lr), scale, stochastic_rounding, rounding, seed, streams);
 }
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::optional<int64_t> seed, int64_t step,

@@ -1,8 +1,8 @@
 #include "blockwise_kernel.h"
 
 #include "blockwise_simd.h"
-#include "staging.h"
 #include "step_run.h"
+#include "weights.h"
 
 namespace ademamix {
 namespace {
@@ -143,7 +143,8 @@ void blockwise_step_elements(const BlockwiseTensor<T>& t, int64_t begin, int64_t
   Moments m;
   for (int64_t first = begin; first < end; first += BLOCK_SIZE) {
     const int count = static_cast<int>(std::min<int64_t>(BLOCK_SIZE, end - first));
-    Run<T> param(t.param, first, count), grad(t.grad, first, count);
+    Weights<T> param(t.param, first, count);
+    Run<T> grad(t.grad, first, count);
     step_block(param.data(), grad.data(), t, first, count, m);
     param.write_back();
     const bool finite = std::isfinite(m.m1_absmax) && std::isfinite(m.m2_absmax) && std::isfinite(m.nu_absmax);

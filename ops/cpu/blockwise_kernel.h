@@ -2,7 +2,7 @@
 
 #include "../ademamix.h"
 #include "../blockwise.h"
-#include "../view.h"
+#include "param.h"
 
 namespace ademamix {
 
@@ -16,7 +16,8 @@ struct Quantized {
 // One parameter of a step with quantized state. T is the type of the arithmetic: float, or double for float64.
 template <class T>
 struct BlockwiseTensor {
-  TensorView param, grad;
+  Param param;
+  TensorView grad;
   Quantized exp_avg, exp_avg_slow, exp_avg_sq;
   StepScalars<T> scalars;
   RandomKey random;

@@ -408,9 +408,8 @@ inline void encode_unsigned_block(const float* values, float absmax, int count, 
   for (; i < count; ++i) codes[i] = static_cast<uint8_t>(encode_unsigned(values[i], inverse, UNSIGNED_NEAREST));
 }
 
-// random_half for the elements of a block, whose first one is a multiple of RANDOM_GROUP.
-inline void random_block(const RandomKey& key, uint64_t first_element, uint16_t (&random)[BLOCK_SIZE]) {
-  const uint64_t first_group = first_element / RANDOM_GROUP;
+// random_half for the elements of a block.
+inline void random_block(const RandomKey& key, uint64_t first_group, uint16_t (&random)[BLOCK_SIZE]) {
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
   const Ints multiplier0 = wide(PHILOX_MULTIPLIER[0]), multiplier1 = wide(PHILOX_MULTIPLIER[1]);
   constexpr int VECTORS = BLOCK_SIZE / RANDOM_GROUP / WIDE_LANES;
@@ -448,7 +447,7 @@ inline void encode_unsigned_block_stochastic(const float* values, float absmax, 
                                              uint64_t first_element, uint8_t* codes) {
   const float inverse = inverse_absmax(absmax);
   uint16_t random[BLOCK_SIZE];
-  random_block(key, first_element, random);
+  random_block(key, first_element / RANDOM_GROUP, random);
   int i = 0;
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
   for (; i + LANES <= count; i += LANES) {

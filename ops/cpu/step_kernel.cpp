@@ -1,7 +1,7 @@
 #include "step_kernel.h"
 
-#include "staging.h"
 #include "step_run.h"
+#include "weights.h"
 
 namespace ademamix {
 
@@ -9,7 +9,8 @@ template <class T>
 void step_elements(const StepTensor<T>& t, int64_t begin, int64_t end) {
   for (; begin < end; begin += RUN) {
     const int64_t n = std::min(RUN, end - begin);
-    Run<T> param(t.param, begin, n), grad(t.grad, begin, n);
+    Weights<T> param(t.param, begin, n);
+    Run<T> grad(t.grad, begin, n);
     Run<T> exp_avg(t.exp_avg, begin, n), exp_avg_slow(t.exp_avg_slow, begin, n), exp_avg_sq(t.exp_avg_sq, begin, n);
     step_run(param.data(), grad.data(), exp_avg.data(), exp_avg_slow.data(), exp_avg_sq.data(), n, t.scalars);
     param.write_back();

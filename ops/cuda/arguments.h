@@ -9,7 +9,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../tensor_view.h"
+#include "../bfloat16.h"
+#include "../check.h"
 #include "prologue.cuh"
 
 namespace ademamix {
@@ -25,6 +26,25 @@ inline Scalar scalar_of(const Tensor& t) {
 
 inline const float* pointer_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+template <ParamRounding VALUE>
+using RoundingConstant = std::integral_constant<ParamRounding, VALUE>;
+
+// Where a step's random bits come from, beside the steps and the elements.
+struct RandomSource {
+  uint64_t seed;
+  const std::vector<int64_t>& streams;
+};
+
+// Calls f with a constant of how parameters of dtype P are rounded.
+template <class P, class F>
+void with_rounding(const Views& remainders, bool stochastic, F&& f) {
+  if constexpr (std::is_same_v<P, c10::BFloat16>) {
+    if (stochastic) return f(RoundingConstant<ParamRounding::STOCHASTIC>{});
+    if (!remainders.empty()) return f(RoundingConstant<ParamRounding::REMAINDER>{});
+  }
+  f(RoundingConstant<ParamRounding::NEAREST>{});
 }
 
 // Calls f with a value of the C++ type of a floating dtype.
@@ -54,13 +74,14 @@ class CommonOrder {
     bool written;
   };
 
-  // lists[0] has the parameters.
+  // lists[0] has the parameters; others may be empty.
   CommonOrder(std::initializer_list<List> lists, bool any_order) {
     const List& params = *lists.begin();
     for (size_t i = 0; i < params.views.size(); ++i) {
       const TensorView first = params.views[i];
       const bool row_major = first.contiguous || !any_order || !fills_memory(first);
       for (const List& list : lists) {
+        if (list.views.empty()) continue;
         TensorView& view = list.views[i];
         if (row_major ? !view.contiguous : !same_strides(first, view))
           replace(list.tensors[i], view, first, row_major, list.written);

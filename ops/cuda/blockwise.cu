@@ -15,7 +15,7 @@ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % Lanes<S, LANE_ELEMENTS>::ALIGNMENT == 0;
 }
 
-template <class P, class G, class M2>
+template <class P, class G, class M2, ParamRounding ROUNDING>
 std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std::vector<int64_t>& streams) {
   std::vector<BlockwiseRecord> records;
   records.reserve(lists.params.size());
@@ -27,10 +27,11 @@ std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std
                       static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
                       static_cast<float*>(lists.exp_avg_absmaxs[i].data),
                       static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
-                      static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data),
-                      lists.params[i].numel};
+                      static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)};
+    if constexpr (ROUNDING == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
+    r.numel = lists.params[i].numel;
     const bool wide = aligned<P>(r.param) && aligned<G>(r.grad) && aligned<uint8_t>(r.exp_avg) &&
-                      aligned<M2>(r.exp_avg_slow) && aligned<uint8_t>(r.exp_avg_sq);
+                      aligned<M2>(r.exp_avg_slow) && aligned<uint8_t>(r.exp_avg_sq) && aligned<int16_t>(r.remainder);
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
     r.wide_blocks = wide ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
     r.stream = static_cast<uint32_t>(streams[i]);
@@ -41,23 +42,23 @@ std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std
 
 uint32_t tiles_of(const BlockwiseRecord& r) { return (r.blocks + TILE_BLOCKS - 1) / TILE_BLOCKS; }
 
-template <class P, class G, class M2, bool STOCHASTIC>
+template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
 void launch_steps(const CurrentDevice& device, const std::vector<BlockwiseRecord>& records,
                   const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed, const float* found_inf) {
   const auto ctas = static_cast<uint32_t>(multiprocessors(device.index()) * BlockwiseTypes<P>::CTAS_PER_SM);
   const auto state_of = [](const BlockwiseRecord& r) {
-    return std::array<const void*, 3>{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq};
+    return std::array<const void*, 4>{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq, r.remainder};
   };
   for_each_launch(device, records, tiles_of, state_of, [&](const TensorTable<BlockwiseRecord>& table, uint32_t tiles) {
-    launch(device.stream(), blockwise_step_kernel<P, G, M2, STOCHASTIC>, std::min(tiles, ctas), BLOCKWISE_THREADS,
-           table, scalars, seed, found_inf);
+    launch(device.stream(), blockwise_step_kernel<P, G, M2, STOCHASTIC, ROUNDING>, std::min(tiles, ctas),
+           BLOCKWISE_THREADS, table, scalars, seed, found_inf);
   });
 }
 
 template <class T>
 void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists, const Tensor& param,
                         const Hyperparameters& h, Scalar lr, Scalar grad_scale, const float* found_inf,
-                        bool stochastic_rounding, uint64_t seed, const std::vector<int64_t>& streams) {
+                        bool stochastic_rounding, bool stochastic_param_rounding, const RandomSource& random) {
   const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
   auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
   launch_prologues(device.stream(), lists.steps, h, lr, grad_scale, found_inf, scalars);
@@ -66,18 +67,20 @@ void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists
     if constexpr (std::is_same_v<T, double> == std::is_same_v<P, double>) {
       with_floating(lists.grads[0].dtype, [&](auto g) {
         using G = decltype(g);
-        const auto with_slow_codes = [&](auto code) {
-          using M2 = decltype(code);
-          const auto records = make_records<P, G, M2>(lists, streams);
-          if (stochastic_rounding)
-            launch_steps<P, G, M2, true>(device, records, scalars, seed, found_inf);
+        with_rounding<P>(lists.remainders, stochastic_param_rounding, [&](auto rounding) {
+          const auto with_slow_codes = [&](auto code) {
+            using M2 = decltype(code);
+            const auto records = make_records<P, G, M2, rounding()>(lists, random.streams);
+            if (stochastic_rounding)
+              launch_steps<P, G, M2, true, rounding()>(device, records, scalars, random.seed, found_inf);
+            else
+              launch_steps<P, G, M2, false, rounding()>(device, records, scalars, random.seed, found_inf);
+          };
+          if (lists.exp_avg_slows[0].dtype == ScalarType::Short)
+            with_slow_codes(int16_t{});
           else
-            launch_steps<P, G, M2, false>(device, records, scalars, seed, found_inf);
-        };
-        if (lists.exp_avg_slows[0].dtype == ScalarType::Short)
-          with_slow_codes(int16_t{});
-        else
-          with_slow_codes(uint8_t{});
+            with_slow_codes(uint8_t{});
+        });
       });
     }
   });
@@ -88,22 +91,24 @@ void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, Te
                     TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
                     TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
                     double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start,
-                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, int64_t seed,
-                    std::vector<int64_t> streams, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, TensorList remainders,
+                    bool stochastic_param_rounding, int64_t seed, std::vector<int64_t> streams,
+                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
   BlockwiseLists lists{views_of(params),        views_of(grads),
                        views_of(exp_avgs),      views_of(exp_avg_absmaxs),
                        views_of(exp_avg_slows), views_of(exp_avg_slow_absmaxs),
                        views_of(exp_avg_sqs),   views_of(exp_avg_sq_absmaxs),
-                       views_of(steps)};
-  check_blockwise_step(lists, streams.size(), lr, h, grad_scale, found_inf);
+                       views_of(steps),         views_of(remainders)};
+  check_blockwise_step(lists, lr, h, stochastic_param_rounding, streams.size(), grad_scale, found_inf);
   if (params.empty()) return;
 
   const CurrentDevice device(lists.params[0].device_index);
-  CommonOrder order({{params, lists.params, true}, {grads, lists.grads, false}}, /*any_order=*/false);
+  CommonOrder order({{params, lists.params, true}, {grads, lists.grads, false}, {remainders, lists.remainders, true}},
+                    /*any_order=*/false);
   const auto run = lists.params[0].dtype == ScalarType::Double ? run_blockwise_step<double> : run_blockwise_step<float>;
   run(device, lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
-      pointer_of(found_inf), stochastic_rounding, static_cast<uint64_t>(seed), streams);
+      pointer_of(found_inf), stochastic_rounding, stochastic_param_rounding, {static_cast<uint64_t>(seed), streams});
   order.write_back();
 }
 

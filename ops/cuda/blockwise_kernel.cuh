@@ -7,6 +7,7 @@
 #include "approximate.cuh"
 #include "lanes.cuh"
 #include "multi_tensor.cuh"
+#include "param_lanes.cuh"
 #include "prologue.cuh"
 
 namespace ademamix {
@@ -29,6 +30,7 @@ struct BlockwiseRecord {
   float* exp_avg_absmax;
   float* exp_avg_slow_absmax;
   float* exp_avg_sq_absmax;
+  int16_t* remainder;  // if ParamRounding::REMAINDER
   int64_t numel;
   uint32_t blocks;
   uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
@@ -157,7 +159,7 @@ __device__ __forceinline__ float to_float(Approximate a) { return a.value; }
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
-template <class P, class G, class M2, bool STOCHASTIC>
+template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS, BlockwiseTypes<P>::CTAS_PER_SM)
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
@@ -201,22 +203,23 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BlockwiseTypes<P>::CTAS_PER
     const bool has_scale = lane < 3 && block < r.blocks;
     P* const param = static_cast<P*>(r.param) + first;
     const G* const grad = static_cast<const G*>(r.grad) + first;
+    int16_t* const remainder = remainder_at<ROUNDING>(r.remainder, first);
     uint8_t* const m1_codes = r.exp_avg + first;
     M2* const m2_codes = static_cast<M2*>(r.exp_avg_slow) + first;
     uint8_t* const nu_codes = r.exp_avg_sq + first;
 
-    Lanes<P, LANE_ELEMENTS> p;
+    ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
     Lanes<G, LANE_ELEMENTS> g;
     Lanes<uint8_t, LANE_ELEMENTS> m1_lanes, nu_lanes;
     Lanes<M2, LANE_ELEMENTS> m2_lanes;
     if (wide) {
-      p.load(param);
+      p.load(param, remainder);
       g.load(grad);
       m1_lanes.load(m1_codes);
       m2_lanes.load(m2_codes);
       nu_lanes.load(nu_codes);
     } else {  // zeros after the end change no scale
-      p.load(param, count, P(0));
+      p.load(param, remainder, count);
       g.load(grad, count, G(0));
       m1_lanes.load(m1_codes, count, SIGNED_ZERO_CODE);
       m2_lanes.load(m2_codes, count, std::is_same_v<M2, uint8_t> ? SIGNED_ZERO_CODE : 0);
@@ -238,11 +241,11 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BlockwiseTypes<P>::CTAS_PER
       m2[i] = to_float(e.exp_avg_slow);
       nu[i] = to_float(e.exp_avg_sq);
     }
-    p.set_all(new_param);
+    p.set_all(new_param, key, first);
     if (wide)
-      p.store(param);
+      p.store(param, remainder);
     else
-      p.store(param, count);
+      p.store(param, remainder, count);
 
     float m1_absmax = warp_largest(largest(m1)), m2_absmax = warp_largest(largest(m2)),
           nu_absmax = warp_largest(largest(nu));

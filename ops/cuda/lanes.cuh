@@ -125,6 +125,13 @@ class Lanes {
     }
   }
 
+  // All elements, of which each is the upper half of a word.
+  __device__ __forceinline__ void set_upper_halves(const uint32_t (&words)[N]) {
+    static_assert(sizeof(S) == 2);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) words_[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x7632);
+  }
+
  private:
   using Bits = std::conditional_t<
       sizeof(S) == 8, uint64_t,

@@ -4,6 +4,7 @@
 #include "../ademamix.h"
 #include "lanes.cuh"
 #include "multi_tensor.cuh"
+#include "param_lanes.cuh"
 #include "prologue.cuh"
 
 namespace ademamix {
@@ -18,8 +19,10 @@ struct StepRecord {
   void* exp_avg;
   void* exp_avg_slow;
   void* exp_avg_sq;
+  int16_t* remainder;  // if ParamRounding::REMAINDER
   int64_t numel;
-  int32_t head;  // elements before the first aligned ones; NO_ALIGNMENT where the five pointers never are at once
+  int32_t head;     // elements before the first aligned ones; NO_ALIGNMENT where the pointers never are at once
+  uint32_t stream;  // of random bits, if ParamRounding::STOCHASTIC
 };
 
 constexpr int NO_ALIGNMENT = -1;
@@ -45,25 +48,27 @@ int elements_to_alignment(const void* p) {
   return static_cast<int>((alignment - reinterpret_cast<uintptr_t>(p) % alignment) % alignment / sizeof(S));
 }
 
-// The smallest number of elements after which all five pointers are aligned.
-template <class P, class G>
+// The smallest number of elements after which all pointers are aligned.
+template <class P, class G, ParamRounding ROUNDING>
 int step_head(const StepRecord& r) {
   using Types = StepTypes<P, G>;
   using T = typename Types::T;
   constexpr int WIDTH = Types::WIDTH;
-  for (int head = 0; head < WIDTH; ++head) {
+  constexpr bool GROUPED = ROUNDING == ParamRounding::STOCHASTIC;  // the elements from 0 on share random words
+  for (int head = 0; head < (GROUPED ? 1 : WIDTH); ++head) {
     if (elements_to_alignment<P, WIDTH>(static_cast<const P*>(r.param) + head) == 0 &&
         elements_to_alignment<G, WIDTH>(static_cast<const G*>(r.grad) + head) == 0 &&
         elements_to_alignment<T, WIDTH>(static_cast<const T*>(r.exp_avg) + head) == 0 &&
         elements_to_alignment<T, WIDTH>(static_cast<const T*>(r.exp_avg_slow) + head) == 0 &&
-        elements_to_alignment<T, WIDTH>(static_cast<const T*>(r.exp_avg_sq) + head) == 0)
+        elements_to_alignment<T, WIDTH>(static_cast<const T*>(r.exp_avg_sq) + head) == 0 &&
+        (ROUNDING != ParamRounding::REMAINDER || elements_to_alignment<int16_t, WIDTH>(r.remainder + head) == 0))
       return static_cast<int>(std::min<int64_t>(head, r.numel));
   }
   return NO_ALIGNMENT;
 }
 
 // The elements of one tile, by their pointers to its first.
-template <class P, class G>
+template <class P, class G, ParamRounding ROUNDING>
 struct StepTile {
   using Types = StepTypes<P, G>;
   using T = typename Types::T;
@@ -74,57 +79,67 @@ struct StepTile {
   T* exp_avg;
   T* exp_avg_slow;
   T* exp_avg_sq;
+  int16_t* remainder;
+  RandomKey key;
+  int64_t begin;
 
-  __device__ StepTile(const StepRecord& r, int64_t begin)
-      : param(static_cast<P*>(r.param) + begin),
-        grad(static_cast<const G*>(r.grad) + begin),
-        exp_avg(static_cast<T*>(r.exp_avg) + begin),
-        exp_avg_slow(static_cast<T*>(r.exp_avg_slow) + begin),
-        exp_avg_sq(static_cast<T*>(r.exp_avg_sq) + begin) {}
+  __device__ StepTile(const StepRecord& r, int64_t first, const RandomKey& random)
+      : param(static_cast<P*>(r.param) + first),
+        grad(static_cast<const G*>(r.grad) + first),
+        exp_avg(static_cast<T*>(r.exp_avg) + first),
+        exp_avg_slow(static_cast<T*>(r.exp_avg_slow) + first),
+        exp_avg_sq(static_cast<T*>(r.exp_avg_sq) + first),
+        remainder(remainder_at<ROUNDING>(r.remainder, first)),
+        key(random),
+        begin(first) {}
 
   __device__ __forceinline__ void update_one(int i, const StepScalars<T>& s) const {
-    Element<T> e{static_cast<T>(param[i]), exp_avg[i], exp_avg_slow[i], exp_avg_sq[i]};
+    int16_t* const rest = remainder_at<ROUNDING>(remainder, i);
+    Element<T> e{load_weight<ROUNDING, T>(param + i, rest), exp_avg[i], exp_avg_slow[i], exp_avg_sq[i]};
     update(e, static_cast<T>(grad[i]), s);
-    param[i] = static_cast<P>(e.param);
+    store_weight<ROUNDING>(e.param, param + i, rest, key, begin + i);
     exp_avg[i] = e.exp_avg;
     exp_avg_slow[i] = e.exp_avg_slow;
     exp_avg_sq[i] = e.exp_avg_sq;
   }
 
   __device__ __forceinline__ void update_lanes(int i, const StepScalars<T>& s) const {
-    Lanes<P, WIDTH> p;
+    ParamLanes<P, ROUNDING, WIDTH> p;
     Lanes<G, WIDTH> g;
     Lanes<T, WIDTH> m1, m2, nu;
-    p.load(param + i);
+    p.load(param + i, remainder_at<ROUNDING>(remainder, i));
     g.load(grad + i);
     m1.load(exp_avg + i);
     m2.load(exp_avg_slow + i);
     nu.load(exp_avg_sq + i);
+    T weights[WIDTH];
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
       Element<T> e{p.template get<T>(j), m1.template get<T>(j), m2.template get<T>(j), nu.template get<T>(j)};
       update(e, g.template get<T>(j), s);
-      p.set(j, e.param);
+      weights[j] = e.param;
       m1.set(j, e.exp_avg);
       m2.set(j, e.exp_avg_slow);
       nu.set(j, e.exp_avg_sq);
     }
-    p.store(param + i);
+    p.set_all(weights, key, begin + i);
+    p.store(param + i, remainder_at<ROUNDING>(remainder, i));
     m1.store(exp_avg + i);
     m2.store(exp_avg_slow + i);
     nu.store(exp_avg_sq + i);
   }
 };
 
-template <class P, class G>
+template <class P, class G, ParamRounding ROUNDING>
 __global__ void __launch_bounds__(STEP_THREADS)
     step_kernel(const __grid_constant__ TensorTable<StepRecord> table,
-                const TensorScalars<typename StepTypes<P, G>::T>* scalars, const float* found_inf) {
+                const TensorScalars<typename StepTypes<P, G>::T>* scalars, uint64_t seed, const float* found_inf) {
   constexpr int WIDTH = StepTypes<P, G>::WIDTH;
   if (skipped(found_inf)) return;
   const auto place = table.find(blockIdx.x);
   const StepRecord& record = table.records[place.tensor];
-  const auto s = scalars[table.first + place.tensor].load().scalars;
+  const auto loaded = scalars[table.first + place.tensor].load();
+  const auto& s = loaded.scalars;
   const int thread = static_cast<int>(threadIdx.x);
 
   const int head = static_cast<int>(record.head);
@@ -132,7 +147,7 @@ __global__ void __launch_bounds__(STEP_THREADS)
   const int64_t rest = record.numel - begin;
   const int count = rest < STEP_TILE ? static_cast<int>(rest) : STEP_TILE;
   const int in_lanes = head == NO_ALIGNMENT ? 0 : count / WIDTH * WIDTH;
-  const StepTile<P, G> tile(record, begin);
+  const StepTile<P, G, ROUNDING> tile(record, begin, {seed, loaded.step, record.stream});
   for (int i = thread * WIDTH; i < in_lanes; i += STEP_THREADS * WIDTH) tile.update_lanes(i, s);
 #pragma unroll 1  // seldom run
   for (int i = in_lanes + thread; i < count; i += STEP_THREADS) tile.update_one(i, s);

@@ -3,6 +3,7 @@
 ``CUDA_ON_HOST`` is the library that it built.
 """
 
+import copy
 import ctypes
 import os
 from typing import Any
@@ -64,16 +65,18 @@ def managed_memory() -> list[int]:
 
 def check_step(lists: Lists, lr: float | Tensor = 1e-2, **options: Any) -> int:
     """Compares a step of both ops, and leaves its result in the lists; the number of launches."""
-    options = {**HYPERPARAMETERS, **options}
-    lr = options.pop("lr", lr)
+    defaults = dict(HYPERPARAMETERS)
     name = "ademamix_step_"
     if isinstance(lists, BlockwiseLists):
         name = "ademamix_blockwise_step_"
-        options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
-    expected = lists.clone()
-    getattr(torch.ops.torch_ademamix, name)(*expected, lr, **options)
+        defaults |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+    options = {**defaults, **options}
+    lr = options.pop("lr", lr)
+    expected, expected_options = lists.clone(), copy.deepcopy(options)
+    getattr(torch.ops.torch_ademamix, name)(*expected, lr, **expected_options)
     take_log()
     getattr(torch.ops.cuda_on_host, name)(*lists, lr, **options)
+    assert_identical(options["remainders"], expected_options["remainders"])
     (params, *others), (expected_params, *expected_others) = lists, expected
     for actual, wanted in zip(params, expected_params, strict=True):
         assert_within_ulp(actual, wanted)
@@ -87,6 +90,20 @@ def make(kind: str, *args: Any, **kwargs: Any) -> Lists:
     return make_lists(*args, **kwargs) if kind == "32" else make_blockwise(*args, **kwargs)
 
 
+# How bfloat16 parameters are rounded, as options of a step.
+def with_remainders(lists: Lists) -> dict[str, Any]:
+    """Of weights that aren't bfloat16; in the parameters' order in memory."""
+    return {
+        "remainders": [torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16) for p in lists.params],
+    }
+
+
+def stochastically(lists: Lists) -> dict[str, Any]:
+    streams = [7 * i + 1 for i in range(len(lists.params))]
+    return {"stochastic_param_rounding": True, "seed": SEED, "streams": streams}
+
+
+ROUNDINGS = pytest.mark.parametrize("rounding", [with_remainders, stochastically])
 KINDS = pytest.mark.parametrize("kind", ["32", "blockwise"])
 
 
@@ -113,6 +130,42 @@ def test_blockwise_dtypes_layouts_and_sizes(
 ) -> None:
     lists = make_blockwise([*MIXED[8:], *EDGES], param_dtype, grad_dtype, slow_ema_bits=slow_ema_bits)
     assert check_step(lists, stochastic_rounding=stochastic_rounding) == 2
+
+
+@KINDS
+@ROUNDINGS
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_bfloat16_parameters(kind: str, rounding: Any, grad_dtype: torch.dtype) -> None:
+    """On the host both ops divide exactly: the float32 weights are equal, and so is what they are rounded to."""
+    lists = make(kind, [*MIXED, *EDGES], torch.bfloat16, grad_dtype)
+    options = rounding(lists)
+    for _ in range(2):
+        check_step(lists, **options)
+
+
+@KINDS
+@ROUNDINGS
+def test_misaligned_bfloat16_parameters(kind: str, rounding: Any) -> None:
+    for shift in (1, 2, 8):
+        for others in (shift, 0, 3):
+            lists = make(kind, contiguous(2 * TILE + 5, 3, 600), torch.bfloat16)
+            options = rounding(lists)
+            shifted = [(lists.params, shift), (lists.grads, others), (options.get("remainders", []), others)]
+            if isinstance(lists, StepLists):
+                shifted += [(lists.exp_avgs, others), (lists.exp_avg_slows, others), (lists.exp_avg_sqs, others)]
+            for tensors, at in shifted:
+                tensors[:] = [torch.cat((tensor.new_zeros(at), tensor))[at:] for tensor in tensors]
+            check_step(lists, **options)
+
+
+@KINDS
+@ROUNDINGS
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 3e38])
+def test_bfloat16_parameters_that_are_not_finite(kind: str, rounding: Any, value: float) -> None:
+    lists = make(kind, contiguous(700, 256), torch.bfloat16, torch.float32)
+    lists.params[0][[3, 300, 699]] = value
+    lists.grads[0][[5, 300, 301]] = value
+    check_step(lists, **rounding(lists))
 
 
 @KINDS

@@ -1,0 +1,74 @@
+// A run of parameters in the type T of the arithmetic, as they are before and after rounding (../bfloat16.h).
+#pragma once
+
+#include "blockwise_simd.h"
+#include "param.h"
+#include "staging.h"
+
+namespace ademamix {
+
+template <class T>
+class Weights {
+ public:
+  // `begin` is a multiple of BLOCK_SIZE.
+  Weights(const Param& param, int64_t begin, int64_t n)
+      : run_(param.tensor, begin, n), param_(param), begin_(begin), n_(n) {
+    if (param.rounding == ParamRounding::REMAINDER) join();
+  }
+
+  T* data() { return run_.data(); }
+
+  void write_back() {
+    if (param_.rounding == ParamRounding::REMAINDER) split();
+    if (param_.rounding == ParamRounding::STOCHASTIC) round();
+    run_.write_back();
+  }
+
+ private:
+  // Calls f(i, remainder) for the run's elements.
+  template <class F>
+  void for_each_remainder(const F& f) {
+    auto* remainder = static_cast<int16_t*>(param_.remainder.data);
+    if (!param_.remainder.contiguous)
+      return for_each_offset(param_.remainder, begin_, n_, [&](int64_t i, int64_t offset) { f(i, remainder[offset]); });
+    for (int64_t i = 0; i < n_; ++i) f(i, remainder[begin_ + i]);
+  }
+
+  void join() {
+    if constexpr (std::is_same_v<T, float>) {
+      float* data = run_.data();
+      for_each_remainder(
+          [&](int64_t i, const int16_t& remainder) { data[i] = join_weight(float_bits(data[i]) >> 16, remainder); });
+    }
+  }
+
+  void split() {
+    if constexpr (std::is_same_v<T, float>) {
+      float* data = run_.data();
+      for_each_remainder([&](int64_t i, int16_t& remainder) {
+        const SplitWeight weight = split_weight(data[i]);
+        remainder = static_cast<int16_t>(weight.remainder);
+        data[i] = float_from_bits(weight.param & 0xffff0000);
+      });
+    }
+  }
+
+  void round() {
+    if constexpr (std::is_same_v<T, float>) {
+      float* data = run_.data();
+      uint16_t random[BLOCK_SIZE];
+      for (int64_t first = 0; first < n_; first += BLOCK_SIZE) {
+        random_block(param_.random, FIRST_PARAM_GROUP + static_cast<uint64_t>(begin_ + first) / RANDOM_GROUP, random);
+        const int64_t count = std::min<int64_t>(BLOCK_SIZE, n_ - first);
+        for (int64_t i = 0; i < count; ++i)
+          data[first + i] = float_from_bits(round_stochastically(data[first + i], random[i]) & 0xffff0000);
+      }
+    }
+  }
+
+  Run<T> run_;
+  const Param& param_;
+  int64_t begin_, n_;
+};
+
+}  // namespace ademamix

@@ -1,0 +1,49 @@
+"""Gradient clipping without a write to the gradients: their norm, and what the step divides them by."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# torch.nn.utils.clip_grad_norm_ adds this to the norm.
+_EPS = 1e-6
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients as one vector, of sharded ones over all ranks.
+
+    Args:
+        grads: at least one tensor; of any floating dtypes, devices and device meshes.
+
+    Returns:
+        a float64 tensor without dimensions (float32 where the device has no float64), on the first gradient's device.
+        Norms of 16-bit gradients are computed in float32, where :func:`torch.nn.utils.get_total_norm` rounds each to
+        the gradient's dtype.
+
+    >>> total_norm([torch.tensor([3.0, 0.0]), torch.tensor(4.0, dtype=torch.bfloat16)]).item()
+    5.0
+    """
+    batches: dict[object, list[Tensor]] = {}
+    for grad in grads:
+        mesh = grad.device_mesh if isinstance(grad, DTensor) else None
+        batches.setdefault((mesh, grad.device, grad.dtype), []).append(grad)
+    device = grads[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    norms = []
+    for batch in batches.values():
+        norm_dtype = torch.float32 if batch[0].dtype in (torch.bfloat16, torch.float16) else None
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(batch, 2, dtype=norm_dtype)))
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        norms.append(norm.to(device, dtype))
+    return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are divided by to bring it down to `max_norm`; 1 where it isn't above.
+
+    >>> clip_scale(torch.tensor([1.0, 4.0]), max_norm=2.0)
+    tensor([1., 2.])
+    """
+    return ((norm + _EPS) / max_norm).clamp_min(1)
