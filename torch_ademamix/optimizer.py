@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import functional, ops, paging
+from torch_ademamix import functional, ops, paging, sharding
 from torch_ademamix.check import floating_problem, in_place_problem
 from torch_ademamix.state import (
     QUANTIZED_STATE,
@@ -191,6 +191,8 @@ class AdEMAMix(Optimizer):
             state = self.state[p]
             if not state:
                 self._init_param_state(p, group)
+            if sharding.is_dtensor(p):
+                p, grad, state = sharding.local_lists(p, grad, state)
             if "exp_avg_absmax" in state:
                 items = (p, grad, *[state[name] for name in QUANTIZED_STATE], stream)
                 for target, item in zip(blockwise, items, strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix import paging
+from torch_ademamix import paging, sharding
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
@@ -37,7 +37,7 @@ ALLOWED_FORMATS: dict[str, tuple[Format, ...]] = {
 
 def formats(p: Tensor, group: Mapping[str, Any]) -> dict[str, Format | None]:
     """How each moment of a parameter is stored: None is unquantized."""
-    if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"]:
+    if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"] or sharding.scales_shape(p) is None:
         return dict.fromkeys(MOMENTS)
     return {
         name: allowed[-1] if group["slow_ema_bits"] == 8 else allowed[0] for name, allowed in ALLOWED_FORMATS.items()
@@ -48,10 +48,10 @@ def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for name, format in formats(p, group).items():
-        zeros = paging.zeros_like(p, compute_dtype(p.dtype), group)
+        zeros = sharding.local(paging.zeros_like(p, compute_dtype(p.dtype), group))
         stored = _stored(name, zeros, format)
         state |= stored if format is None else paging.placed(stored, p, group)
-    return state
+    return sharding.sharded(state, p)
 
 
 def mark_static(state: Mapping[str, Tensor]) -> None:
@@ -65,11 +65,25 @@ def mark_static(state: Mapping[str, Tensor]) -> None:
 def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """A parameter's saved state as the optimizer keeps it: the saved values, on the parameter's device.
 
-    What was stored in another format is converted, rounding to nearest.
+    What was stored in another format is converted, rounding to nearest. A DTensor parameter takes DTensors that are
+    placed as it is, and the whole state as plain tensors, of which each process keeps its part.
 
     Raises:
-        ValueError: something is missing, unknown, or of another shape or dtype; `where` begins the text.
+        ValueError: something is missing, unknown, or of another shape, dtype or placement; `where` begins the text.
     """
+    target = formats(p, group)
+    if any(sharding.is_dtensor(value) for value in saved.values()):
+        part = sharding.parts(saved, p, where)
+        return sharding.sharded(_converted(sharding.local(p), part, target, where), p)
+    if sharding.is_dtensor(p):
+        return sharding.shard(_converted(sharding.whole(p), saved, target, where), p)
+    return paging.placed(_converted(p, saved, target, where), p, group)
+
+
+def _converted(
+    p: Tensor, saved: Mapping[str, Any], target: Mapping[str, Format | None], where: str
+) -> dict[str, Tensor]:
+    """:func:`loaded_state` of plain tensors, in the formats of `target`."""
     quantized = "exp_avg_absmax" in saved
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
@@ -79,7 +93,7 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
     state = {"step": step.reshape(()).to(p.device)}
-    for name, format in formats(p, group).items():
+    for name, format in target.items():
         if not quantized:
             value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
             state |= _stored(name, value.to(p.device), format)
@@ -88,21 +102,28 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
         value = checked(saved[name], f"{where}[{name!r}]", p.shape, *allowed)
         saved_format = allowed[value.dtype]
         absmax_name = f"{name}_absmax"
-        absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", (block_count(p.numel()),), torch.float32)
-        value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous()
+        absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", None, torch.float32)
+        if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them
+            checked(absmax, f"{where}[{absmax_name!r}]", sharding.scales_shape(p))
+        value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous().flatten()
         if saved_format == format:
-            state |= {name: value, f"{name}_absmax": absmax}
+            state |= {name: value, f"{name}_absmax": _shaped(absmax, p)}
         else:
             values = dequantize_blockwise(value, absmax, saved_format).to(compute_dtype(p.dtype))
             state |= _stored(name, values, format)
-    return paging.placed(state, p, group)
+    return state
 
 
 def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tensor]:
     if format is None:
         return {name: values}
     codes, absmax = quantize_blockwise(values.float().contiguous(), format)
-    return {name: codes, f"{name}_absmax": absmax}
+    return {name: codes, f"{name}_absmax": _shaped(absmax, values)}
+
+
+def _shaped(absmax: Tensor, p: Tensor) -> Tensor:
+    shape = sharding.scales_shape(p)
+    return absmax if shape is None else absmax.view(shape)
 
 
 def checked(value: Any, where: str, shape: Sequence[int] | None, *dtypes: torch.dtype) -> Tensor:
