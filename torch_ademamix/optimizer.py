@@ -14,6 +14,7 @@ from torch_ademamix.check import floating_problem, in_place_problem
 from torch_ademamix.state import (
     QUANTIZED_STATE,
     STORAGE_OPTIONS,
+    check_precision,
     loaded_state,
     mark_static,
     new_state,
@@ -267,12 +268,14 @@ class AdEMAMix(Optimizer):
         for saved, group in zip(groups, self.param_groups, strict=True):
             _check_options({**group, **saved})
         ids = (i for g in groups for i in g["params"])
-        owners = ((p, g) for g in self.param_groups for p in g["params"])
+        owners = ((p, g, saved) for g, saved in zip(self.param_groups, groups, strict=True) for p in g["params"])
         states = dict(state_dict["state"])
-        for i, (p, group) in zip(ids, owners, strict=True):
+        for i, (p, group, saved) in zip(ids, owners, strict=True):
             if i in states:
-                where = f"state_dict['state'][{i}]"
-                states[i] = _Loaded(loaded_state(p, states[i], group, where))
+                where = f"state_dict['state'][{i!r}]"
+                loaded = _Loaded(loaded_state(p, states[i], group, where))
+                check_precision(states[i], saved, where)
+                states[i] = loaded
         return states
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -80,6 +80,26 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     return paging.placed(_converted(p, saved, target, where), p, group)
 
 
+def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
+    """Refuses loadable state that a distributed checkpoint of another precision was copied into.
+
+    Its loader compares shapes only, and copies codes into tensors of any dtype. `group` has the saved options.
+
+    Raises:
+        ValueError: with `where` at its beginning.
+    """
+    hint = "load the checkpoint with the optim_bits, slow_ema_bits and min_8bit_size that it was saved with"
+    if "exp_avg_slow_absmax" in saved:
+        dtype, bits = saved["exp_avg_slow"].dtype, group.get("slow_ema_bits")
+        if (dtype, bits) in ((torch.uint8, 16), (torch.int16, 8)):
+            text = f"{where}['exp_avg_slow'] has dtype {dtype}, but its group has slow_ema_bits={bits}"
+            raise ValueError(f"{text}: {hint}")
+    elif group.get("optim_bits") == 8 and saved["exp_avg"].numel() >= group.get("min_8bit_size", 0):
+        moments = [sharding.local(saved[name]) for name in MOMENTS]
+        if any(m.any() for m in moments) and all((m == m.round()).all() for m in moments):
+            raise ValueError(f"{where} has codes of 8-bit state where its values should be: {hint}")
+
+
 def _converted(
     p: Tensor, saved: Mapping[str, Any], target: Mapping[str, Format | None], where: str
 ) -> dict[str, Tensor]:
