@@ -180,12 +180,19 @@ class AdEMAMix(Optimizer):
         for op, lists, options in calls:
             op(*lists, **options)
 
-    def _calls(self, group: dict[str, Any], first_stream: int) -> list[Call]:
-        """The op calls that update those of the group's parameters that have a gradient."""
+    def _update_param(self, p: Tensor, group: dict[str, Any], stream: int) -> None:
+        """Updates one parameter, whose number among all is `stream`, as :meth:`_update` would."""
+        _check_options(group)
+        _check_grads([p], "gradients")
+        for op, lists, options in self._calls(group, stream, [p]):
+            op(*lists, **options)
+
+    def _calls(self, group: dict[str, Any], first_stream: int, params: Sequence[Tensor] | None = None) -> list[Call]:
+        """The op calls that update those of `params`, or of the whole group, that have a gradient."""
         plain: Lists = ([], [], [], [], [], [])
         blockwise: Lists = ([], [], [], [], [], [], [], [], [], [])
-        params, grads, m1s, m2s, nus, steps = plain
-        for stream, p in enumerate(group["params"], first_stream):
+        ps, grads, m1s, m2s, nus, steps = plain
+        for stream, p in enumerate(group["params"] if params is None else params, first_stream):
             grad = p.grad
             if grad is None:
                 continue
@@ -199,7 +206,7 @@ class AdEMAMix(Optimizer):
                 for target, item in zip(blockwise, items, strict=True):
                     target.append(item)
             else:
-                params.append(p)
+                ps.append(p)
                 grads.append(grad)
                 m1s.append(state["exp_avg"])
                 m2s.append(state["exp_avg_slow"])

@@ -8,7 +8,7 @@ from sharded import OPTIONS, backward, make_model
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_ademamix import AdEMAMix
+from torch_ademamix import AdEMAMix, release_gradients
 
 pytestmark = pytest.mark.distributed
 
@@ -39,6 +39,17 @@ def ddp_equals_one_process(bits):
         plain_optimizer.step()
         plain_optimizer.zero_grad()
     assert_identical(everything(model, optimizer), everything(plain, plain_optimizer))
+
+
+def release_is_refused():
+    """It reduces gradients after these would be gone."""
+    model = DistributedDataParallel(make_model())
+    with pytest.raises(ValueError, match="under DistributedDataParallel"):
+        release_gradients(model, AdEMAMix(model.parameters()))
+
+
+def test_release_of_gradients_is_refused(workers):
+    workers.run(1, release_is_refused)
 
 
 @BITS

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from torch_ademamix import AdEMAMix
+from torch_ademamix import AdEMAMix, release_gradients
 
 pytestmark = pytest.mark.distributed
 
@@ -203,6 +203,28 @@ def replicas_stay_equal():
         others = [torch.empty_like(codes) for _ in range(mesh.size(0))]
         dist.all_gather(others, codes, mesh.get_group(0))
         assert_identical(others, [codes] * mesh.size(0))
+
+
+def released_gradients(layout):
+    """Shards that are updated during the backward pass end up as after ordinary steps."""
+    runs = []
+    for released in (False, True):
+        model = make_model(layout)
+        optimizer = AdEMAMix(model.parameters(), **{**OPTIONS, **BITS[8]})
+        if released:
+            release_gradients(model, optimizer)
+        for batch in range(3):
+            backward(model, layout, batch)
+            assert all((p.grad is None) == released for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(([full(p.detach()) for p in model.parameters()], full_state(optimizer, model.parameters())))
+    assert_identical(*runs)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_released_gradients(workers, layout):
+    workers.run(2, released_gradients, layout)
 
 
 @pytest.mark.parametrize(
