@@ -1,12 +1,16 @@
 """DTensor parameters are stepped by their shards, and give what one process gives."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
 from config import assert_identical
+from graphs import op_calls
 from sharded import BITS, LAYOUTS, OPTIONS, backward, full, full_state, make_model, quantizable
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from torch_ademamix import AdEMAMix, release_gradients
@@ -17,7 +21,7 @@ EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 EVERY_BITS = pytest.mark.parametrize("bits", BITS)
 
 
-def steps_equal_plain_steps(layout, bits, compiled=False, hidden=512):
+def steps_equal_plain_steps(layout, bits, hidden=512, backend=None):
     """Each step gives, bit for bit, what a plain parameter's step gives with the same gradient."""
     model, plain = make_model(layout, hidden), make_model(None, hidden)
     options = {**OPTIONS, **BITS[bits], "lr": torch.tensor([1e-2], dtype=torch.float64)}
@@ -25,20 +29,26 @@ def steps_equal_plain_steps(layout, bits, compiled=False, hidden=512):
     # What can't be quantized in shards isn't quantized here either.
     groups = [{"params": [q], **({} if quantizable(p) else {"optim_bits": 32})} for p, q in pairs(model, plain)]
     plain_optimizer = AdEMAMix(groups, **options)
-    counter = CompileCounterWithBackend("inductor")
-    step = torch.compile(optimizer.step, fullgraph=True, backend=counter) if compiled else optimizer.step
+    counter = CompileCounterWithBackend(backend)
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter) if backend else optimizer.step
     optimizer.init_state()
     for batch in range(3):
         backward(model, layout, batch)
         for p, q in pairs(model, plain):
             q.grad = full(p.grad)
         options["lr"].mul_(0.9)
-        step()
+        if backend == "inductor" and batch == 0:
+            _, (code,) = run_and_get_code(step)
+            call = code[code.index("def call(") : code.index("runner = ")]
+            assert len(op_calls(call)) == (2 if bits == 8 else 1)  # one per kind of state
+            assert not re.search("empty_strided|copy_|clone|cpp_fused", call), call
+        else:
+            step()
         plain_optimizer.step()
         optimizer.zero_grad()
         for p, q in pairs(model, plain):
             assert_identical(full(p.detach()), q.detach())
-    assert counter.frame_count == int(compiled)
+    assert counter.frame_count == (1 if backend else 0)
     ours, theirs = (full_state(o, m.parameters()) for o, m in ((optimizer, model), (plain_optimizer, plain)))
     assert_identical(ours, theirs)
     quantized = [name for name, p in model.named_parameters() if "exp_avg_absmax" in optimizer.state[p]]
@@ -73,7 +83,7 @@ def test_step(workers, world_size, layout, bits):
 
 @pytest.mark.parametrize(("layout", "hidden"), [("fsdp", 5), ("fsdp_tp", 6)])
 def test_step_of_uneven_shards(workers, layout, hidden):
-    workers.run(4, steps_equal_plain_steps, layout, 8, False, hidden)
+    workers.run(4, steps_equal_plain_steps, layout, 8, hidden)
 
 
 PLACED = [
@@ -117,10 +127,10 @@ def test_any_placement(workers, dtype):
     workers.run(4, steps_of_any_placement, dtype)
 
 
-@pytest.mark.parametrize(("world_size", "layout", "bits"), [(2, "fsdp", 32), (4, "fsdp_tp", 8)])
-def test_compiled_step(workers, world_size, layout, bits):
-    """One graph, without a break or a recompilation."""
-    workers.run(world_size, steps_equal_plain_steps, layout, bits, True, 6)
+@pytest.mark.parametrize(("world_size", "layout", "backend"), [(2, "fsdp", "inductor"), (4, "fsdp_tp", "aot_eager")])
+def test_compiled_step(workers, world_size, layout, backend):
+    """One graph, without a break or a recompilation; inductor makes nothing of it but the op calls."""
+    workers.run(world_size, steps_equal_plain_steps, layout, 8, 6, backend)
 
 
 def training_equals_plain_training(layout, dtype, eps):
@@ -154,9 +164,11 @@ def gradient_placed_otherwise():
     plain = nn.Parameter(torch.ones(4, 3))
     p.grad = DTensor.from_local(torch.full((4, 3), 0.5 + dist.get_rank()), mesh, [Partial()])
     plain.grad = torch.full((4, 3), 2.0)
-    for q in (p, plain):
-        AdEMAMix([q], **OPTIONS).step()
+    optimizers = [AdEMAMix([q], **OPTIONS) for q in (p, plain)]
+    for optimizer in optimizers:
+        optimizer.step()
     assert_identical(full(p.detach()), plain.detach())
+    assert_identical(full_state(optimizers[0], [p]), full_state(optimizers[1], [plain]))
 
 
 def version_counters():
