@@ -54,6 +54,33 @@ def test_names_shapes_and_dtypes(dtype, slow_ema_bits):
     assert_identical(everything(again, other), everything(params, optimizer))
 
 
+@pytest.mark.parametrize(
+    ("shape", "scales"),
+    [
+        ((20, 256), (20, 1)),
+        ((3, 2, 384), (3, 3)),
+        ((0, 512), (0, 2)),
+        ((20, 255), (20,)),  # blocks cross rows
+        ((512,), (2,)),
+        ((), (1,)),
+    ],
+)
+def test_shape_of_scales(shape, scales):
+    """One row of scales per row of the parameter, where no block crosses a row; they load from a plain list too."""
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = AdEMAMix8bit([p], min_8bit_size=0)
+    p.grad = torch.randn(shape)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert {tuple(state["state"][0][name].shape) for name in ABSMAXS} == {scales}
+    flat = copy.deepcopy(state)
+    for name in ABSMAXS:
+        flat["state"][0][name] = flat["state"][0][name].flatten()
+    optimizer.step()
+    optimizer.load_state_dict(flat)
+    assert_identical(optimizer.state_dict(), state)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_blocks_count_in_row_major_order(memory_format):
     """However the parameter lies in memory."""

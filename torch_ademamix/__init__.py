@@ -11,7 +11,7 @@ from torch_ademamix.optimizer import (
     PagedAdEMAMix32bit,
 )
 from torch_ademamix.reference import ReferenceAdEMAMix
-from torch_ademamix.training import capture_train_step, compile_train_step
+from torch_ademamix.training import capture_train_step, compile_train_step, release_gradients
 
 __all__ = [
     "AdEMAMix",
@@ -25,6 +25,7 @@ __all__ = [
     "capture_train_step",
     "checkpoint",
     "compile_train_step",
+    "release_gradients",
 ]
 
 __version__ = "0.1.0"

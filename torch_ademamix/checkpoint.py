@@ -171,8 +171,8 @@ def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], w
         converted |= {
             "qmap1": dynamic_map(True, m1.device),
             "qmap2": dynamic_map(False, m1.device),
-            "absmax1": torch.stack((state["exp_avg_absmax"], state["exp_avg_slow_absmax"])),
-            "absmax2": state["exp_avg_sq_absmax"].clone(),
+            "absmax1": torch.stack((state["exp_avg_absmax"].flatten(), state["exp_avg_slow_absmax"].flatten())),
+            "absmax2": state["exp_avg_sq_absmax"].flatten().clone(),
         }
     return {"step": int(state["step"].item()), BITSANDBYTES_STATE: converted}
 

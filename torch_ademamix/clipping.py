@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from torch_ademamix.sharding import is_dtensor
 
 # torch.nn.utils.clip_grad_norm_ adds this to the norm.
 _EPS = 1e-6
@@ -26,7 +27,7 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """
     batches: dict[object, list[Tensor]] = {}
     for grad in grads:
-        mesh = grad.device_mesh if isinstance(grad, DTensor) else None
+        mesh = grad.device_mesh if is_dtensor(grad) else None
         batches.setdefault((mesh, grad.device, grad.dtype), []).append(grad)
     device = grads[0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -34,7 +35,7 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     for batch in batches.values():
         norm_dtype = torch.float32 if batch[0].dtype in (torch.bfloat16, torch.float16) else None
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(batch, 2, dtype=norm_dtype)))
-        if isinstance(norm, DTensor):
+        if is_dtensor(norm):
             norm = norm.full_tensor()
         norms.append(norm.to(device, dtype))
     return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import bfloat16, functional, ops, paging
+from torch_ademamix import bfloat16, functional, ops, paging, sharding
 from torch_ademamix.check import floating_problem, in_place_problem
 from torch_ademamix.clipping import clip_scale, total_norm
 from torch_ademamix.state import (
     MASTER_REMAINDER,
     QUANTIZED_STATE,
     STORAGE_OPTIONS,
+    check_precision,
     loaded_state,
     mark_static,
     new_state,
@@ -205,7 +206,10 @@ class AdEMAMix(Optimizer):
         ([1.0, 1.0], 0.99999)
         """
         remainder = self.state[p].get(MASTER_REMAINDER)
-        return p.detach() if remainder is None else bfloat16.join(p.detach(), remainder)
+        if remainder is None:
+            return p.detach()
+        weight = bfloat16.join(sharding.local(p.detach()), sharding.local(remainder))
+        return sharding.sharded({MASTER_REMAINDER: weight}, p)[MASTER_REMAINDER]
 
     def _init_grad_norm(self) -> None:
         if self.max_grad_norm is not None and self.grad_norm is None:
@@ -244,24 +248,39 @@ class AdEMAMix(Optimizer):
         excess = clip_scale(norm, self.max_grad_norm)
         return excess if scale is None else excess * scale.to(norm.device).reshape(())
 
-    def _calls(self, group: dict[str, Any], first_stream: int, grad_scale: Tensor | None) -> list[Call]:
-        """The op calls that update those of the group's parameters that have a gradient."""
+    def _update_param(self, p: Tensor, group: dict[str, Any], stream: int) -> None:
+        """Updates one parameter, whose number among all is `stream`, as :meth:`_update` would without clipping."""
+        _check_options(group)
+        _check_grads([p], "gradients")
+        for op, lists, options in self._calls(group, stream, None, [p]):
+            op(*lists, **options)
+
+    def _calls(
+        self,
+        group: dict[str, Any],
+        first_stream: int,
+        grad_scale: Tensor | None,
+        params: Sequence[Tensor] | None = None,
+    ) -> list[Call]:
+        """The op calls that update those of `params`, or of the whole group, that have a gradient."""
         plain: Lists = ([], [], [], [], [], [], [], [])
         blockwise: Lists = ([], [], [], [], [], [], [], [], [], [], [])
-        params, grads, m1s, m2s, nus, steps, remainders, streams = plain
-        for stream, p in enumerate(group["params"], first_stream):
+        ps, grads, m1s, m2s, nus, steps, remainders, streams = plain
+        for stream, p in enumerate(group["params"] if params is None else params, first_stream):
             grad = p.grad
             if grad is None:
                 continue
             state = self.state[p]
             if not state:
                 self._init_param_state(p, group)
+            if sharding.is_dtensor(p):
+                p, grad, state = sharding.local_lists(p, grad, state)
             if "exp_avg_absmax" in state:
                 items = (p, grad, *[state[name] for name in QUANTIZED_STATE], state.get(MASTER_REMAINDER), stream)
                 for target, item in zip(blockwise, items, strict=True):
                     target.append(item)
             else:
-                params.append(p)
+                ps.append(p)
                 grads.append(grad)
                 m1s.append(state["exp_avg"])
                 m2s.append(state["exp_avg_slow"])
@@ -337,12 +356,14 @@ class AdEMAMix(Optimizer):
         for saved, group in zip(groups, self.param_groups, strict=True):
             _check_options({**group, **saved})
         ids = (i for g in groups for i in g["params"])
-        owners = ((p, g) for g in self.param_groups for p in g["params"])
+        owners = ((p, g, saved) for g, saved in zip(self.param_groups, groups, strict=True) for p in g["params"])
         states = dict(state_dict["state"])
-        for i, (p, group) in zip(ids, owners, strict=True):
+        for i, (p, group, saved) in zip(ids, owners, strict=True):
             if i in states:
-                where = f"state_dict['state'][{i}]"
-                states[i] = _Loaded(loaded_state(p, states[i], group, where))
+                where = f"state_dict['state'][{i!r}]"
+                loaded = _Loaded(loaded_state(p, states[i], group, where))
+                check_precision(states[i], saved, where)
+                states[i] = loaded
         return states
 
     def __getstate__(self) -> dict[str, Any]:  # for copy and pickle

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix import paging
+from torch_ademamix import paging, sharding
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
@@ -40,7 +40,7 @@ ALLOWED_FORMATS: dict[str, tuple[Format, ...]] = {
 
 def formats(p: Tensor, group: Mapping[str, Any]) -> dict[str, Format | None]:
     """How each moment of a parameter is stored: None is unquantized."""
-    if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"]:
+    if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"] or sharding.scales_shape(p) is None:
         return dict.fromkeys(MOMENTS)
     return {
         name: allowed[-1] if group["slow_ema_bits"] == 8 else allowed[0] for name, allowed in ALLOWED_FORMATS.items()
@@ -56,12 +56,12 @@ def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for name, format in formats(p, group).items():
-        zeros = paging.zeros_like(p, compute_dtype(p.dtype), group)
+        zeros = sharding.local(paging.zeros_like(p, compute_dtype(p.dtype), group))
         stored = _stored(name, zeros, format)
         state |= stored if format is None else paging.placed(stored, p, group)
     if has_remainder(p, group):
-        state[MASTER_REMAINDER] = paging.zeros_like(p, torch.int16, group)
-    return state
+        state[MASTER_REMAINDER] = sharding.local(paging.zeros_like(p, torch.int16, group))
+    return sharding.sharded(state, p)
 
 
 def mark_static(state: Mapping[str, Tensor]) -> None:
@@ -75,12 +75,50 @@ def mark_static(state: Mapping[str, Tensor]) -> None:
 def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """A parameter's saved state as the optimizer keeps it: the saved values, on the parameter's device.
 
-    What was stored in another format is converted, rounding to nearest. Without a saved remainder, a parameter is its
-    own master weight.
+    What was stored in another format is converted, rounding to nearest; a parameter without a saved remainder is its
+    own master weight. A DTensor parameter takes DTensors that are placed as it is, and the whole state as plain
+    tensors, of which each process keeps its part.
 
     Raises:
-        ValueError: something is missing, unknown, or of another shape or dtype; `where` begins the text.
+        ValueError: something is missing, unknown, or of another shape, dtype or placement; `where` begins the text.
     """
+    target = formats(p, group)
+    if any(sharding.is_dtensor(value) for value in saved.values()):
+        part = sharding.parts(saved, p, where)
+        return sharding.sharded(_converted(sharding.local(p), part, target, group, where), p)
+    if sharding.is_dtensor(p):
+        return sharding.shard(_converted(sharding.whole(p), saved, target, group, where), p)
+    return paging.placed(_converted(p, saved, target, group, where), p, group)
+
+
+def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
+    """Refuses loadable state that a distributed checkpoint of another precision was copied into.
+
+    Its loader compares shapes only, and copies codes into tensors of any dtype. `group` has the saved options.
+
+    Raises:
+        ValueError: with `where` at its beginning.
+    """
+    hint = "load the checkpoint with the optim_bits, slow_ema_bits and min_8bit_size that it was saved with"
+    if "exp_avg_slow_absmax" in saved:
+        dtype, bits = saved["exp_avg_slow"].dtype, group.get("slow_ema_bits")
+        if (dtype, bits) in ((torch.uint8, 16), (torch.int16, 8)):
+            text = f"{where}['exp_avg_slow'] has dtype {dtype}, but its group has slow_ema_bits={bits}"
+            raise ValueError(f"{text}: {hint}")
+    elif group.get("optim_bits") == 8 and saved["exp_avg"].numel() >= group.get("min_8bit_size", 0):
+        moments = [sharding.local(saved[name]) for name in MOMENTS]
+        if any(m.any() for m in moments) and all((m == m.round()).all() for m in moments):
+            raise ValueError(f"{where} has codes of 8-bit state where its values should be: {hint}")
+
+
+def _converted(
+    p: Tensor,
+    saved: Mapping[str, Any],
+    target: Mapping[str, Format | None],
+    group: Mapping[str, Any],
+    where: str,
+) -> dict[str, Tensor]:
+    """:func:`loaded_state` of plain tensors, in the formats of `target`."""
     saved = dict(saved)
     saved_remainder = saved.pop(MASTER_REMAINDER, None)
     quantized = "exp_avg_absmax" in saved
@@ -92,7 +130,7 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
     state = {"step": step.reshape(()).to(p.device)}
-    for name, format in formats(p, group).items():
+    for name, format in target.items():
         if not quantized:
             value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
             state |= _stored(name, value.to(p.device), format)
@@ -101,10 +139,12 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
         value = checked(saved[name], f"{where}[{name!r}]", p.shape, *allowed)
         saved_format = allowed[value.dtype]
         absmax_name = f"{name}_absmax"
-        absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", (block_count(p.numel()),), torch.float32)
-        value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous()
+        absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", None, torch.float32)
+        if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them
+            checked(absmax, f"{where}[{absmax_name!r}]", sharding.scales_shape(p))
+        value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous().flatten()
         if saved_format == format:
-            state |= {name: value, f"{name}_absmax": absmax}
+            state |= {name: value, f"{name}_absmax": _shaped(absmax, p)}
         else:
             values = dequantize_blockwise(value, absmax, saved_format).to(compute_dtype(p.dtype))
             state |= _stored(name, values, format)
@@ -118,14 +158,19 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
         state[MASTER_REMAINDER] = remainder.to(p.device)
     elif has_remainder(p, group):
         state[MASTER_REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
-    return paging.placed(state, p, group)
+    return state
 
 
 def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tensor]:
     if format is None:
         return {name: values}
     codes, absmax = quantize_blockwise(values.float().contiguous(), format)
-    return {name: codes, f"{name}_absmax": absmax}
+    return {name: codes, f"{name}_absmax": _shaped(absmax, values)}
+
+
+def _shaped(absmax: Tensor, p: Tensor) -> Tensor:
+    shape = sharding.scales_shape(p)
+    return absmax if shape is None else absmax.view(shape)
 
 
 def checked(value: Any, where: str, shape: Sequence[int] | None, *dtypes: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whole training steps as one graph: compiled, or captured on a GPU."""
+"""Whole training steps as one graph, compiled or captured on a GPU; and steps during the backward pass."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix, make_lr_tensor
 
 
@@ -206,3 +208,91 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
     return repr(value)
+
+
+def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease":
+    """Updates each parameter as soon as backward has its gradient, and frees that: they are never all there at once.
+
+    The loop stays as it is: `optimizer.step()` after each backward pass finds nothing left to update but parameters
+    that aren't the model's, and marks the end of a step, for LR schedulers and hooks. Results are those of the
+    ordinary loop bit for bit, as long as no option changes between backward and step. With `fully_shard`, shards are
+    updated and freed.
+
+    What needs all gradients before the first update can't work: clipping by the norm, `GradScaler`, and
+    accumulation over several backward passes. All are refused where they can be known; that gradients are clipped by
+    other code can't.
+
+    Args:
+        model: the module whose parameters' gradients are released.
+        optimizer: the optimizer of parameters of `model`, which require a gradient now.
+
+    Returns:
+        a handle, whose `remove()` brings the ordinary loop back.
+
+    Raises:
+        ValueError: the optimizer clips gradients, the model is replicated by `DistributedDataParallel` (which reduces
+            gradients after they have been released), or it has none of the optimizer's parameters.
+        RuntimeError: in the backward pass or in step(), if it turns out that gradients are scaled or accumulated.
+
+    >>> model = nn.Linear(8, 1)
+    >>> optimizer = AdEMAMix(model.parameters(), lr=1e-2)
+    >>> handle = release_gradients(model, optimizer)
+    >>> model(torch.ones(4, 8)).sum().backward()
+    >>> model.weight.grad is None, optimizer.state[model.weight]["step"].item()
+    (True, 1.0)
+    >>> optimizer.step()
+    >>> handle.remove()
+    """
+    return GradientRelease(model, optimizer)
+
+
+class GradientRelease:
+    """The handle of :func:`release_gradients`."""
+
+    def __init__(self, model: nn.Module, optimizer: AdEMAMix) -> None:
+        self._optimizer = optimizer
+        self._refuse_clipping(ValueError)
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError("gradients can't be released under DistributedDataParallel; fully_shard allows it")
+        of_model = set(model.parameters())
+        # By parameter: its group, by number since load_state_dict replaces groups, and its number among all.
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._updated: set[Tensor] = set()  # since the last step()
+        for i, group in enumerate(optimizer.param_groups):
+            first_stream = sum(len(before["params"]) for before in optimizer.param_groups[:i])
+            for stream, p in enumerate(group["params"], first_stream):
+                if p in of_model and p.requires_grad:
+                    self._places[p] = i, stream
+        if not self._places:
+            raise ValueError("the optimizer has no parameter of the model that requires a gradient")
+        self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in self._places]
+        self._handles.append(optimizer.register_step_pre_hook(self._end_step))
+
+    def remove(self) -> None:
+        """Leaves gradients to `optimizer.step()` again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _release(self, p: Tensor) -> None:
+        self._refuse_clipping(RuntimeError)
+        if p in self._updated:
+            raise RuntimeError(
+                "a second backward pass before optimizer.step(): gradients that are released as they arrive can't be "
+                "accumulated"
+            )
+        i, stream = self._places[p]
+        self._optimizer._update_param(p, self._optimizer.param_groups[i], stream)
+        self._updated.add(p)
+        p.grad = None
+
+    def _end_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if any(getattr(optimizer, name, None) is not None for name in SCALER):
+            raise RuntimeError("gradients that are released as they arrive can't be unscaled by GradScaler")
+        self._updated.clear()
+
+    def _refuse_clipping(self, error: type[Exception]) -> None:
+        if self._optimizer.max_grad_norm is not None:
+            raise error(
+                "gradients that are released as they arrive can't be clipped by their norm: max_grad_norm is set"
+            )

@@ -1,0 +1,250 @@
+"""DTensor parameters are stepped by their shards, and give what one process gives."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from config import assert_identical
+from graphs import op_calls
+from sharded import BITS, LAYOUTS, OPTIONS, backward, full, full_state, make_model, quantizable
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+
+from torch_ademamix import AdEMAMix, release_gradients
+
+pytestmark = pytest.mark.distributed
+
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+EVERY_BITS = pytest.mark.parametrize("bits", BITS)
+
+
+def steps_equal_plain_steps(layout, bits, hidden=512, backend=None):
+    """Each step gives, bit for bit, what a plain parameter's step gives with the same gradient."""
+    model, plain = make_model(layout, hidden), make_model(None, hidden)
+    options = {**OPTIONS, **BITS[bits], "lr": torch.tensor([1e-2], dtype=torch.float64)}
+    optimizer = AdEMAMix(model.parameters(), **options)
+    # What can't be quantized in shards isn't quantized here either.
+    groups = [{"params": [q], **({} if quantizable(p) else {"optim_bits": 32})} for p, q in pairs(model, plain)]
+    plain_optimizer = AdEMAMix(groups, **options)
+    counter = CompileCounterWithBackend(backend)
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter) if backend else optimizer.step
+    optimizer.init_state()
+    for batch in range(3):
+        backward(model, layout, batch)
+        for p, q in pairs(model, plain):
+            q.grad = full(p.grad)
+        options["lr"].mul_(0.9)
+        if backend == "inductor" and batch == 0:
+            _, (code,) = run_and_get_code(step)
+            call = code[code.index("def call(") : code.index("runner = ")]
+            assert len(op_calls(call)) == (2 if bits == 8 else 1)  # one per kind of state
+            assert not re.search("empty_strided|copy_|clone|cpp_fused", call), call
+        else:
+            step()
+        plain_optimizer.step()
+        optimizer.zero_grad()
+        for p, q in pairs(model, plain):
+            assert_identical(full(p.detach()), q.detach())
+    assert counter.frame_count == (1 if backend else 0)
+    ours, theirs = (full_state(o, m.parameters()) for o, m in ((optimizer, model), (plain_optimizer, plain)))
+    assert_identical(ours, theirs)
+    quantized = [name for name, p in model.named_parameters() if "exp_avg_absmax" in optimizer.state[p]]
+    for p in model.parameters():
+        for name, value in optimizer.state[p].items():
+            if isinstance(p, DTensor) and name != "step":
+                assert value.placements == p.placements
+                assert value.device_mesh == p.device_mesh
+            else:
+                assert not isinstance(value, DTensor)
+    return quantized
+
+
+def pairs(model, plain):
+    return list(zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def expected_quantized(layout, world_size):
+    """Weights of whole blocks to a row, unless columns of a block go to two processes; biases that aren't sharded."""
+    if layout != "tp":
+        return ["up.weight", "down.weight", "head.weight"]
+    return ["up.weight", *(["down.weight"] if world_size == 2 else []), "down.bias", "head.weight"]
+
+
+@EVERY_BITS
+@EVERY_LAYOUT
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_step(workers, world_size, layout, bits):
+    expected = expected_quantized(layout, world_size) if bits == 8 else []
+    assert workers.run(world_size, steps_equal_plain_steps, layout, bits) == [expected] * world_size
+
+
+@pytest.mark.parametrize(("layout", "hidden"), [("fsdp", 5), ("fsdp_tp", 6)])
+def test_step_of_uneven_shards(workers, layout, hidden):
+    workers.run(4, steps_equal_plain_steps, layout, 8, hidden)
+
+
+PLACED = [
+    ((5, 256), [Shard(0), Shard(0)]),
+    ((1, 512), [Shard(0), Shard(0)]),  # three of four shards are empty
+    ((4, 1024), [Shard(1), Shard(1)]),
+    ((4, 512), [Shard(1), Replicate()]),
+    ((4, 512), [Shard(0), Shard(1)]),
+    ((3, 7), [Shard(1), Shard(0)]),
+    ((4, 768), [Shard(1), Replicate()]),  # a block goes to two processes
+    ((2, 4, 256), [Shard(1), Replicate()]),
+    ((2, 4, 64), [Shard(0), Replicate()]),
+    ((512,), [Replicate(), Replicate()]),
+    ((512,), [Shard(0), Replicate()]),
+    ((), [Replicate(), Replicate()]),
+]
+QUANTIZED = [True, True, True, True, True, False, False, False, True, True, False, True]
+
+
+def steps_of_any_placement(dtype):
+    mesh = init_device_mesh("cpu", (2, 2))
+    options = {**OPTIONS, **BITS[8], "min_8bit_size": 0}
+    quantized = []
+    for shape, placements in PLACED:
+        values, grads = torch.randn(shape).to(dtype), torch.randn(3, *shape).to(dtype)
+        p, q = nn.Parameter(distribute_tensor(values, mesh, placements)), nn.Parameter(values.clone())
+        quantized.append(quantizable(p))
+        optimizer = AdEMAMix([p], **options)
+        plain_optimizer = AdEMAMix([q], **{**options, "optim_bits": 8 if quantized[-1] else 32})
+        for grad in grads:
+            p.grad, q.grad = distribute_tensor(grad, mesh, placements), grad
+            optimizer.step()
+            plain_optimizer.step()
+        assert_identical(full(p.detach()), q.detach())
+        assert_identical(full_state(optimizer, [p]), full_state(plain_optimizer, [q]))
+    assert quantized == QUANTIZED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_placement(workers, dtype):
+    workers.run(4, steps_of_any_placement, dtype)
+
+
+@pytest.mark.parametrize(("world_size", "layout", "backend"), [(2, "fsdp", "inductor"), (4, "fsdp_tp", "aot_eager")])
+def test_compiled_step(workers, world_size, layout, backend):
+    """One graph, without a break or a recompilation; inductor makes nothing of it but the op calls."""
+    workers.run(world_size, steps_equal_plain_steps, layout, 8, 6, backend)
+
+
+def training_equals_plain_training(layout, dtype, eps):
+    """The largest relative difference of a parameter after ten steps."""
+    differences = []
+    models = {name: make_model(name, dtype=dtype) for name in (layout, None)}
+    for name, model in models.items():
+        optimizer = AdEMAMix(model.parameters(), **{**OPTIONS, "lr": 1e-3, "eps": eps})
+        for batch in range(10):
+            backward(model, name, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in pairs(*models.values()):
+        differences.append(float((full(p) - q).abs().max() / q.abs().max()))
+    return max(differences)
+
+
+# An element's update is a ratio, in which the rounding of a gradient near 0 is as large as any gradient. With a
+# larger eps, or in float64, only the sharding's own differences are left.
+@pytest.mark.parametrize(("dtype", "eps", "bound"), [(torch.float32, 1e-3, 1e-6), (torch.float64, 1e-8, 1e-10)])
+@EVERY_LAYOUT
+def test_training(workers, layout, dtype, eps, bound):
+    world_size = 4 if LAYOUTS[layout] == 2 else 2
+    assert max(workers.run(world_size, training_equals_plain_training, layout, dtype, eps)) < bound
+
+
+def gradient_placed_otherwise():
+    """As sequence parallelism leaves the gradients of its norms: summands on each process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()]))
+    plain = nn.Parameter(torch.ones(4, 3))
+    p.grad = DTensor.from_local(torch.full((4, 3), 0.5 + dist.get_rank()), mesh, [Partial()])
+    plain.grad = torch.full((4, 3), 2.0)
+    optimizers = [AdEMAMix([q], **OPTIONS) for q in (p, plain)]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_identical(full(p.detach()), plain.detach())
+    assert_identical(full_state(optimizers[0], [p]), full_state(optimizers[1], [plain]))
+
+
+def version_counters():
+    """A backward after the step says that its weights have changed, as with torch's optimizers."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    loss = (p * p).sum()
+    p.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    AdEMAMix([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def scaler_skips_on_every_rank():
+    """Where one process has a gradient that isn't finite, none steps."""
+    model = make_model("fsdp")
+    optimizer = AdEMAMix(model.parameters(), **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    steps = []
+    for batch in range(3):
+        x = torch.randn(2, 256)
+        if batch == 1 and dist.get_rank() == 0:
+            x[0] = float("inf")
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        steps.append({int(state["step"]) for state in optimizer.state.values()})
+    assert steps == [{1}, {1}, {2}]
+    assert all(full(p).isfinite().all() for p in model.parameters())
+
+
+def replicas_stay_equal():
+    """Stochastic rounding draws the same bits for the same element on every process that has it."""
+    model = make_model("hsdp")
+    optimizer = AdEMAMix(model.parameters(), **{**OPTIONS, **BITS[8], "stochastic_rounding": True})
+    for batch in range(3):
+        backward(model, "hsdp", batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    mesh = model.up.weight.device_mesh
+    for p in model.parameters():
+        codes = optimizer.state[p]["exp_avg_sq"].to_local().double()
+        others = [torch.empty_like(codes) for _ in range(mesh.size(0))]
+        dist.all_gather(others, codes, mesh.get_group(0))
+        assert_identical(others, [codes] * mesh.size(0))
+
+
+def released_gradients(layout):
+    """Shards that are updated during the backward pass end up as after ordinary steps."""
+    runs = []
+    for released in (False, True):
+        model = make_model(layout)
+        optimizer = AdEMAMix(model.parameters(), **{**OPTIONS, **BITS[8]})
+        if released:
+            release_gradients(model, optimizer)
+        for batch in range(3):
+            backward(model, layout, batch)
+            assert all((p.grad is None) == released for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(([full(p.detach()) for p in model.parameters()], full_state(optimizer, model.parameters())))
+    assert_identical(*runs)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_released_gradients(workers, layout):
+    workers.run(2, released_gradients, layout)
+
+
+@pytest.mark.parametrize(
+    "case", [gradient_placed_otherwise, version_counters, scaler_skips_on_every_rank], ids=lambda f: f.__name__
+)
+def test_on_two(workers, case):
+    workers.run(2, case)
+
+
+def test_replicas(workers):
+    workers.run(4, replicas_stay_equal)

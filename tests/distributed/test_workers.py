@@ -1,0 +1,49 @@
+"""The workers themselves: failures reach the report, and hung processes end."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from workers import Workers
+
+pytestmark = pytest.mark.distributed
+
+
+def add_ranks(to: int) -> int:
+    total = torch.tensor(dist.get_rank() + to)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def fail_on_rank_1() -> None:
+    assert dist.get_rank() != 1, "this text"
+
+
+def wait_for_rank_1() -> None:
+    if dist.get_rank() == 1:
+        sleep_long()
+    dist.barrier()
+
+
+def sleep_long() -> None:
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_results_of_every_rank(workers, world_size):
+    assert workers.run(world_size, add_ranks, 10) == [world_size * 10 + sum(range(world_size))] * world_size
+
+
+def test_a_failure_is_reported_with_its_traceback(workers):
+    with pytest.raises(AssertionError, match=r"(?s)rank 1:.*fail_on_rank_1.*this text") as failure:
+        workers.run(2, fail_on_rank_1)
+    assert "rank 0" not in str(failure.value)
+    assert workers.run(2, add_ranks, 0) == [1, 1]
+
+
+def test_a_hung_process_ends_with_its_stack():
+    with Workers(2) as workers:
+        with pytest.raises(AssertionError, match=r"(?s)rank 0 has not ended.*barrier.*rank 1 has not.*sleep_long"):
+            workers.run(2, wait_for_rank_1, seconds=1)
+        assert not workers._processes

@@ -1,0 +1,139 @@
+"""Parameters that are spread over processes: DTensors, as `fully_shard` and `parallelize_module` make them.
+
+Each process updates its own shards, by the same op calls as ever; only a gradient that is placed otherwise than its
+parameter is communicated. State tensors are DTensors placed as their parameter, but for `step`, which every process
+has whole: so torch's distributed checkpoints save, load and reshard them as they do AdamW's.
+
+A quantized parameter's scales have the shape [rows, blocks per row] where no block crosses a row, with a row all that
+follows dimension 0. A shard of whole rows then has its own scales, and codes and scales can be sharded anew for
+another number of processes exactly. Where a shard would cut a block, the parameter's state is unquantized.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from torch_ademamix.blockwise import BLOCK_SIZE, block_count
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(value: Any) -> TypeGuard[DTensor]:
+    """Whether a value is a DTensor, without importing what makes these where nothing else has."""
+    if type(value) in (Tensor, nn.Parameter) or not isinstance(value, Tensor) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def local(value: Any) -> Any:
+    """This process's part of a DTensor, sharing its memory; any other value itself."""
+    return value.to_local() if is_dtensor(value) else value
+
+
+def local_lists(p: DTensor, grad: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """This process's parts of a parameter, its gradient and its state, for an op call to update.
+
+    A gradient that is placed otherwise than its parameter is communicated.
+    """
+    if not is_dtensor(grad):
+        raise RuntimeError("a parameter is a DTensor, but its gradient is a plain tensor")
+    if grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    grad = grad.to_local()
+    grad = grad.wait() if hasattr(grad, "wait") else grad  # for what is still being communicated
+    # The op counts a new version of what it changes, which is the part.
+    torch.autograd.graph.increment_version(p)
+    return p.to_local(), grad, {name: local(value) for name, value in state.items()}
+
+
+def scales_shape(p: Tensor) -> tuple[int, ...] | None:
+    """The shape of the scales of a quantized parameter; None where a shard would cut a block."""
+    row = math.prod(p.shape[1:])
+    by_rows = (p.shape[0], row // BLOCK_SIZE) if p.dim() > 1 and row % BLOCK_SIZE == 0 else None
+    if is_dtensor(p):
+        shards = [  # torch has two classes of them, with nothing else in common
+            (getattr(placement, "dim", 0), p.device_mesh.size(i))
+            for i, placement in enumerate(p.placements)
+            if not placement.is_replicate()
+        ]
+        in_rows = math.prod(size for dim, size in shards if dim > 0)  # parts of a row
+        if shards and by_rows is None:
+            return None
+        if in_rows > 1 and (p.dim() > 2 or row % (BLOCK_SIZE * in_rows) != 0):
+            return None
+    return by_rows or (block_count(p.numel()),)
+
+
+def whole(p: Tensor) -> Tensor:
+    """What stands for a DTensor parameter as a plain tensor, of its shape, dtype and device, without memory."""
+    return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
+
+
+def sharded(state: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    """A parameter's state as DTensors if the parameter is one, of this process's parts."""
+    if not is_dtensor(p):
+        return dict(state)
+    from torch.distributed.tensor import DTensor
+
+    result = {}
+    for name, part in state.items():
+        if name != "step":
+            shape = _state_shape(name, p)
+            stride = torch.empty(shape, device="meta").stride() if part.is_contiguous() else p.stride()
+            part = DTensor.from_local(part, p.device_mesh, p.placements, shape=shape, stride=stride)
+        result[name] = part
+    return result
+
+
+def shard(state: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    """A DTensor parameter's whole state, which every process has, as DTensors placed as the parameter."""
+    from torch.distributed.tensor import distribute_tensor
+
+    assert is_dtensor(p)
+    return {
+        name: value if name == "step" else distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        for name, value in state.items()
+    }
+
+
+def parts(saved: Mapping[str, Any], p: Tensor, where: str) -> dict[str, Any]:
+    """This process's parts of a parameter's saved state, of which some entries are DTensors.
+
+    Raises:
+        ValueError: an entry has another shape, mesh or placement than the parameter calls for; `where` begins the
+            text.
+    """
+    if not is_dtensor(p):
+        names = [name for name, value in saved.items() if is_dtensor(value)]
+        raise ValueError(f"{where} has DTensors ({', '.join(names)}), but its parameter is a plain tensor")
+    expected = f"{_placement(p)}"
+    result = {}
+    for name, value in saved.items():
+        if name != "step" and isinstance(value, Tensor):
+            shape = _state_shape(name, p)
+            if value.shape != shape:
+                raise ValueError(f"{where}[{name!r}] has shape {list(value.shape)}, but must have {list(shape)}")
+            actual = _placement(value) if is_dtensor(value) else "a plain tensor"
+            if actual != expected:
+                raise ValueError(f"{where}[{name!r}] is {actual}, but its parameter is {expected}")
+        result[name] = local(value)
+    return result
+
+
+def _placement(tensor: DTensor) -> str:
+    return f"a DTensor placed {tuple(tensor.placements)} on {tensor.device_mesh}"
+
+
+def _state_shape(name: str, p: Tensor) -> torch.Size:
+    """The whole shape of an entry of a parameter's state."""
+    if name.endswith("_absmax") and (shape := scales_shape(p)) is not None:
+        return torch.Size(shape)
+    return p.shape
