@@ -148,6 +148,13 @@ def edit_state(change):
             (edit_state(lambda s, x=x: s.update({x: s[x].bfloat16()})), rf"\[2\]\['{x}'\] has dtype torch.bfloat16")
             for x in ("exp_avg", "exp_avg_slow", "exp_avg_sq")
         ],
+        *[
+            (
+                edit_state(lambda s, x=x: s.update(step=torch.tensor(x))),
+                rf"\[2\]\['step'\] is {x:g}, but must be finite",
+            )
+            for x in (-1.0, NAN, float("inf"))
+        ],
         (edit_state(lambda s: s.update(exp_avg=[0.0] * 5)), r"\[2\]\['exp_avg'\] is a list"),
         (edit_state(lambda s: s.pop("exp_avg_slow")), r"\[2\] has entries \['exp_avg', 'exp_avg_sq', 'step'\]"),
         (edit_state(lambda s: s.update(max_exp_avg_sq=s["exp_avg"])), r"\[2\] has entries .*max_exp_avg_sq"),

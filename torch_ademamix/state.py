@@ -78,7 +78,9 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     step = torch.as_tensor(saved["step"], dtype=torch.float32)
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
-    state = {"step": step.reshape(()).to(p.device)}
+    if not _finite_and_not_negative(step):
+        raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
+    state = {"step": step.reshape(()).to(p.device, copy=True)}  # one saved tensor may be many parameters' step
     for name, format in formats(p, group).items():
         if not quantized:
             value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
@@ -89,6 +91,8 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
         saved_format = allowed[value.dtype]
         absmax_name = f"{name}_absmax"
         absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", (block_count(p.numel()),), torch.float32)
+        if not _finite_and_not_negative(absmax):
+            raise ValueError(f"{where}[{absmax_name!r}] has scales that aren't finite or are below 0")
         value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous()
         if saved_format == format:
             state |= {name: value, f"{name}_absmax": absmax}
@@ -96,6 +100,10 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
             values = dequantize_blockwise(value, absmax, saved_format).to(compute_dtype(p.dtype))
             state |= _stored(name, values, format)
     return paging.placed(state, p, group)
+
+
+def _finite_and_not_negative(x: Tensor) -> bool:
+    return x.is_meta or bool(((x >= 0) & x.isfinite()).all())  # a meta tensor has no values
 
 
 def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tensor]:
