@@ -26,7 +26,9 @@ BAD_OPTIONS = [
         for x in ("t_alpha", "t_beta3")
         for value in (0, -100)
     ],
-    *[({"schedule_start": value}, "schedule_start is") for value in (-1, 0.5)],
+    *[({"schedule_start": value}, "schedule_start is") for value in (-1, 0.5, 2**63)],
+    *[({"seed": value}, "seed is .* an int of 64 bits") for value in (2**63, -(2**63) - 1, 1.5, None)],
+    *[({x: value}, f"{x} is .* True or False") for x in ("maximize", "stochastic_rounding") for value in ("no", None)],
     *[({"optim_bits": bits}, "optim_bits is .* 8 or 32") for bits in (4, 16, "8")],
     ({"slow_ema_bits": 4}, "slow_ema_bits is 4, but must be 8 or 16"),
     ({"min_8bit_size": -1}, "min_8bit_size is -1, but must be at least 0"),
