@@ -155,6 +155,18 @@ def test_one_saved_step_of_all_parameters_loads():
     assert step == 2
 
 
+def test_expanded_state_loads():
+    """As a converter may write zeros."""
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        state["exp_avg_slow"] = torch.zeros(1).expand_as(state["exp_avg_slow"])
+    optimizer.load_state_dict(state_dict)
+    assert all((state["exp_avg_slow"] == 0).all() for state in optimizer.state.values())
+    train(model, optimizer, 1)
+
+
 def test_hooks_of_load_state_dict():
     """A user's hook sees an ordinary state dict, and what it returns is loaded."""
     model, optimizer = make()

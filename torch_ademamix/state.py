@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_ademamix import paging
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
 
@@ -70,6 +71,8 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     Raises:
         ValueError: something is missing, unknown, or of another shape or dtype; `where` begins the text.
     """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{where} is a {type(saved).__name__}, but must be a dict")
     quantized = "exp_avg_absmax" in saved
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
@@ -83,8 +86,10 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     state = {"step": step.reshape(()).to(p.device, copy=True)}  # one saved tensor may be many parameters' step
     for name, format in formats(p, group).items():
         if not quantized:
-            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
-            state |= _stored(name, value.to(p.device), format)
+            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype)).to(p.device)
+            if in_place_problem(name, 0, value):  # expanded, as a converter may write zeros
+                value = value.contiguous()
+            state |= _stored(name, value, format)
             continue
         allowed = {CODE_DTYPES[allowed]: allowed for allowed in ALLOWED_FORMATS[name]}
         value = checked(saved[name], f"{where}[{name!r}]", p.shape, *allowed)
@@ -117,6 +122,8 @@ def checked(value: Any, where: str, shape: Sequence[int] | None, *dtypes: torch.
     """`value`, if it is a tensor of that shape and one of these dtypes (None and none are any); else a ValueError."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is a {type(value).__name__}, but must be a tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{where} has layout {value.layout}, but must be dense")
     if shape is not None and value.shape != tuple(shape):
         raise ValueError(f"{where} has shape {list(value.shape)}, but must have {list(shape)}")
     if dtypes and value.dtype not in dtypes:
