@@ -347,7 +347,7 @@ def _check_options(options: dict[str, Any]) -> None:
     def require(name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
         try:
             error: type[Exception] | None = None if ok(options[name]) else ValueError
-        except TypeError:
+        except (TypeError, RuntimeError):  # the latter of a tensor that isn't one number
             error = TypeError
         if error is not None:
             raise error(f"{name} is {options[name]!r}, but must be {allowed}")
@@ -365,7 +365,7 @@ def _check_options(options: dict[str, Any]) -> None:
         require(name, "positive or None", lambda steps: steps is None or steps > 0)
     require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and 0 <= start < 2**63)
     require("seed", "an int of 64 bits", lambda seed: isinstance(seed, int) and -(2**63) <= seed < 2**63)
-    for name in ("maximize", "stochastic_rounding"):
+    for name in ("maximize", "stochastic_rounding", "capturable", "is_paged"):
         require(name, "True or False", lambda flag: flag in (True, False))
     require("optim_bits", "8 or 32", lambda bits: bits in (8, 32))
     require("slow_ema_bits", "8 or 16", lambda bits: bits in (8, 16))
