@@ -29,12 +29,13 @@ ADEMAMIX_INLINE double alpha_schedule(double step, const Hyperparameters& h) {
 }
 
 // beta3(t): from beta1 to beta3 over t_beta3 steps, linear in the half-life of the average, which is proportional to
-// 1 / ln(beta). This form of the paper's equation also holds at beta1 = 0, where 1 / ln(beta1) is 0.
+// 1 / ln(beta). This form of the paper's equation also holds at beta1 = 0, where 1 / ln(beta1) is -0: so that before
+// the warm-up's first step, where nothing is added to it, exp(1 / -0) is that beta1.
 ADEMAMIX_INLINE double beta3_schedule(double step, const Hyperparameters& h) {
   if (!h.t_beta3 || step >= *h.t_beta3) return h.beta3;
   const double s = step / *h.t_beta3;
-  const double start = h.beta1 > 0 ? 1 / ::log(h.beta1) : 0;
-  const double end = h.beta3 > 0 ? 1 / ::log(h.beta3) : 0;
+  const double start = h.beta1 > 0 ? 1 / ::log(h.beta1) : -0.0;
+  const double end = h.beta3 > 0 ? 1 / ::log(h.beta3) : -0.0;
   return ::fmin(::exp(1 / ((1 - s) * start + s * end)), h.beta3);
 }
 

@@ -222,7 +222,7 @@ def assert_identical(actual: Any, expected: Any, where: str = "") -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten().contiguous().view(torch.uint8)
+    return tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def native_built() -> bool:

@@ -88,6 +88,14 @@ def test_schedules_of_the_op(kernel):
     assert max(errors) <= TOLERANCES["schedule"]
 
 
+def test_beta3_waits_at_a_beta1_of_0(kernel):
+    lists = make_lists(CONTIGUOUS[1:4])
+    for t in lists.steps:
+        t.zero_()
+    step(kernel, lists, beta1=0.0, t_beta3=10, schedule_start=1)
+    assert_identical(lists.exp_avg_slows, lists.grads)
+
+
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
 def test_dtypes_options_and_layouts(kernel, param_dtype, grad_dtype):

@@ -26,14 +26,21 @@ BAD_OPTIONS = [
         for x in ("t_alpha", "t_beta3")
         for value in (0, -100)
     ],
-    *[({"schedule_start": value}, "schedule_start is") for value in (-1, 0.5)],
+    *[({"schedule_start": value}, "schedule_start is") for value in (-1, 0.5, 2**63)],
+    *[({"seed": value}, "seed is .* an int of 64 bits") for value in (2**63, -(2**63) - 1, 1.5, None)],
+    *[
+        ({x: value}, f"{x} is .* True or False")
+        for x in ("maximize", "stochastic_rounding", "capturable", "is_paged")
+        for value in ("no", None)
+    ],
     *[({"optim_bits": bits}, "optim_bits is .* 8 or 32") for bits in (4, 16, "8")],
     ({"slow_ema_bits": 4}, "slow_ema_bits is 4, but must be 8 or 16"),
     ({"min_8bit_size": -1}, "min_8bit_size is -1, but must be at least 0"),
 ]
 WRONG_TYPES = [
     ({x: "high"}, f"{x} is 'high', but must be") for x in ("lr", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")
-] + [({"betas": betas}, "betas is .* three numbers") for betas in (0.9, ("a", "b", "c"), None)]
+] + [({x: torch.ones(2)}, f"{x} is .*, but must be") for x in ("alpha", "eps", "t_beta3", "slow_ema_bits", "maximize")]
+WRONG_TYPES += [({"betas": betas}, "betas is .* three numbers") for betas in (0.9, ("a", "b", "c"), None)]
 REFUSED_OPTIONS = [(ValueError, *row) for row in BAD_OPTIONS] + [(TypeError, *row) for row in WRONG_TYPES]
 
 
@@ -71,7 +78,7 @@ def test_options(trained, error, options, match):
         AdEMAMix([{"params": [p]}, {"params": [q], **options}])
     assert_refused(trained, lambda: trained.add_param_group({"params": [p], **options}), error, match)
     state_dict = copy.deepcopy(trained.state_dict())
-    if not options.keys() & {"optim_bits", "slow_ema_bits", "min_8bit_size"}:  # these aren't loaded
+    if not options.keys() & {"optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged"}:  # these aren't loaded
         state_dict["param_groups"][1].update(options)
         assert_refused(trained, lambda: trained.load_state_dict(state_dict), error, match)
         # A scheduler or a user may write to a group at any time; the first group may not have moved then.
@@ -148,7 +155,19 @@ def edit_state(change):
             (edit_state(lambda s, x=x: s.update({x: s[x].bfloat16()})), rf"\[2\]\['{x}'\] has dtype torch.bfloat16")
             for x in ("exp_avg", "exp_avg_slow", "exp_avg_sq")
         ],
+        *[
+            (
+                edit_state(lambda s, x=x: s.update(step=torch.tensor(x))),
+                rf"\[2\]\['step'\] is {x:g}, but must be finite",
+            )
+            for x in (-1.0, NAN, float("inf"))
+        ],
         (edit_state(lambda s: s.update(exp_avg=[0.0] * 5)), r"\[2\]\['exp_avg'\] is a list"),
+        (
+            edit_state(lambda s: s.update(exp_avg=s["exp_avg"].to_sparse())),
+            r"\['exp_avg'\] has layout torch.sparse_coo",
+        ),
+        (lambda d: d["state"].update({2: [1.0]}), r"\[2\] is a list, but must be a dict"),
         (edit_state(lambda s: s.pop("exp_avg_slow")), r"\[2\] has entries \['exp_avg', 'exp_avg_sq', 'step'\]"),
         (edit_state(lambda s: s.update(max_exp_avg_sq=s["exp_avg"])), r"\[2\] has entries .*max_exp_avg_sq"),
         (edit_state(lambda s: s.clear()), r"\[2\] has entries \[\]"),

@@ -147,6 +147,10 @@ def change(name, change):
     return bend
 
 
+def first_is(value):
+    return lambda tensor: torch.cat((torch.full((1,), value), tensor[1:]))
+
+
 ENTRIES = str(sorted([*MOMENTS, *ABSMAXS, "step"]))
 
 
@@ -200,6 +204,10 @@ ENTRIES = str(sorted([*MOMENTS, *ABSMAXS, "step"]))
             change("step", lambda step: step.repeat(2)),
             "['step'] has shape [2], but must hold one element",
         ),
+        *[
+            (change(name, first_is(value)), f"[{name!r}] has scales that aren't finite or are below 0")
+            for name, value in zip(ABSMAXS, (float("nan"), float("inf"), -1e-30), strict=True)
+        ],
     ],
 )
 def test_damaged_state_is_refused_and_nothing_changes(bend, text):

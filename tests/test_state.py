@@ -141,6 +141,32 @@ def test_float_and_shaped_steps_load():
         assert_identical(state["step"], torch.tensor(2.0))
 
 
+def test_one_saved_step_of_all_parameters_loads():
+    """As a converter may write it; each parameter then counts by itself."""
+    model, optimizer = make()
+    train(model, optimizer, 2)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    step = torch.tensor(2.0)
+    for state in state_dict["state"].values():
+        state["step"] = step
+    optimizer.load_state_dict(state_dict)
+    train(model, optimizer, 1)
+    assert all(state["step"] == 3 for state in optimizer.state.values())
+    assert step == 2
+
+
+def test_expanded_state_loads():
+    """As a converter may write zeros."""
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        state["exp_avg_slow"] = torch.zeros(1).expand_as(state["exp_avg_slow"])
+    optimizer.load_state_dict(state_dict)
+    assert all((state["exp_avg_slow"] == 0).all() for state in optimizer.state.values())
+    train(model, optimizer, 1)
+
+
 def test_hooks_of_load_state_dict():
     """A user's hook sees an ordinary state dict, and what it returns is loaded."""
     model, optimizer = make()

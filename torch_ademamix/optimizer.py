@@ -445,7 +445,7 @@ def _check_options(options: dict[str, Any]) -> None:
     def require(name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
         try:
             error: type[Exception] | None = None if ok(options[name]) else ValueError
-        except TypeError:
+        except (TypeError, RuntimeError):  # the latter of a tensor that isn't one number
             error = TypeError
         if error is not None:
             raise error(f"{name} is {options[name]!r}, but must be {allowed}")
@@ -461,7 +461,10 @@ def _check_options(options: dict[str, Any]) -> None:
     require("betas", "three numbers in [0, 1)", lambda betas: len(betas) == 3 and all(0 <= b < 1 for b in betas))
     for name in ("t_alpha", "t_beta3"):
         require(name, "positive or None", lambda steps: steps is None or steps > 0)
-    require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and start >= 0)
+    require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and 0 <= start < 2**63)
+    require("seed", "an int of 64 bits", lambda seed: isinstance(seed, int) and -(2**63) <= seed < 2**63)
+    for name in ("maximize", "stochastic_rounding", "capturable", "is_paged"):
+        require(name, "True or False", lambda flag: flag in (True, False))
     require("optim_bits", "8 or 32", lambda bits: bits in (8, 32))
     require("slow_ema_bits", "8 or 16", lambda bits: bits in (8, 16))
     require("master_weights", "'remainder' or None", lambda kind: kind in ("remainder", None))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_ademamix import paging, sharding
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
 
@@ -82,6 +83,8 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     Raises:
         ValueError: something is missing, unknown, or of another shape, dtype or placement; `where` begins the text.
     """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{where} is a {type(saved).__name__}, but must be a dict")
     target = formats(p, group)
     if any(sharding.is_dtensor(value) for value in saved.values()):
         part = sharding.parts(saved, p, where)
@@ -129,11 +132,15 @@ def _converted(
     step = torch.as_tensor(saved["step"], dtype=torch.float32)
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
-    state = {"step": step.reshape(()).to(p.device)}
+    if not _finite_and_not_negative(step):
+        raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
+    state = {"step": step.reshape(()).to(p.device, copy=True)}  # one saved tensor may be many parameters' step
     for name, format in target.items():
         if not quantized:
-            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
-            state |= _stored(name, value.to(p.device), format)
+            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype)).to(p.device)
+            if in_place_problem(name, 0, value):  # expanded, as a converter may write zeros
+                value = value.contiguous()
+            state |= _stored(name, value, format)
             continue
         allowed = {CODE_DTYPES[allowed]: allowed for allowed in ALLOWED_FORMATS[name]}
         value = checked(saved[name], f"{where}[{name!r}]", p.shape, *allowed)
@@ -142,6 +149,8 @@ def _converted(
         absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", None, torch.float32)
         if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them
             checked(absmax, f"{where}[{absmax_name!r}]", sharding.scales_shape(p))
+        if not _finite_and_not_negative(absmax):
+            raise ValueError(f"{where}[{absmax_name!r}] has scales that aren't finite or are below 0")
         value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous().flatten()
         if saved_format == format:
             state |= {name: value, f"{name}_absmax": _shaped(absmax, p)}
@@ -155,10 +164,16 @@ def _converted(
         )
     if saved_remainder is not None:
         remainder = checked(saved_remainder, f"{where}[{MASTER_REMAINDER!r}]", p.shape, torch.int16)
+        if in_place_problem(MASTER_REMAINDER, 0, remainder):
+            remainder = remainder.contiguous()
         state[MASTER_REMAINDER] = remainder.to(p.device)
     elif has_remainder(p, group):
         state[MASTER_REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
     return state
+
+
+def _finite_and_not_negative(x: Tensor) -> bool:
+    return x.is_meta or bool(((x >= 0) & x.isfinite()).all())  # a meta tensor has no values
 
 
 def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tensor]:
@@ -177,6 +192,8 @@ def checked(value: Any, where: str, shape: Sequence[int] | None, *dtypes: torch.
     """`value`, if it is a tensor of that shape and one of these dtypes (None and none are any); else a ValueError."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is a {type(value).__name__}, but must be a tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{where} has layout {value.layout}, but must be dense")
     if shape is not None and value.shape != tuple(shape):
         raise ValueError(f"{where} has shape {list(value.shape)}, but must have {list(shape)}")
     if dtypes and value.dtype not in dtypes:

@@ -1,0 +1,247 @@
+"""AdEMAMix in float64 NumPy, from the paper's formula, with how far a step in another arithmetic may be from it.
+
+It shares no code with the package. Errors are carried through the formula as intervals: each operation may add
+some roundings of its operands' size, so what cancels, vanishes or is divided by nearly nothing gets the room that it
+needs and no more.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+ROUNDINGS = 4.0  # of half an eps each, twice over: of a scalar, its product, a sum, and one to spare
+U = 2.0**-53  # half an ulp of 1 in float64, in which all scalars are computed
+
+
+@dataclass
+class Interval:
+    """Values, and how far others may be from them; infinitely far where an arithmetic may overflow."""
+
+    value: Array
+    error: Array
+
+    @property
+    def most(self) -> Array:
+        return np.abs(self.value) + self.error
+
+
+@dataclass
+class Arithmetic:
+    """Of a compute dtype: the relative and the absolute size of its roundings, and its largest value."""
+
+    eps: float
+    tiny: float
+    largest: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> "Arithmetic":
+        info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+        factor = ROUNDINGS * (2 if dtype == torch.float64 else 1)  # where the oracle rounds no less
+        return cls(eps=factor * info.eps, tiny=factor * info.tiny * info.eps, largest=info.max / 8)
+
+    def rounded(self, value: Array, error: Array, summands: Array) -> Interval:
+        """A sum or product that was exact but for `error`, and is rounded at the size of its summands."""
+        error = error + self.eps * summands + self.tiny
+        with np.errstate(invalid="ignore"):
+            overflows = ~(np.abs(summands) + error < self.largest)
+        return Interval(value, np.where(overflows, np.inf, error))
+
+
+def alpha_at(t: float, alpha: float, t_alpha: float | None) -> float:
+    return alpha if t_alpha is None else min(t * alpha / t_alpha, alpha)
+
+
+def beta3_at(t: float, beta1: float, beta3: float, t_beta3: float | None) -> tuple[float, float]:
+    """β3(t), and its error in another float64 arithmetic."""
+    if t_beta3 is None or t >= t_beta3:
+        return beta3, 0.0
+    s = t / t_beta3
+    reciprocal = ((1 - s) / np.log(beta1) if beta1 > 0 else 0.0) + (s / np.log(beta3) if beta3 > 0 else 0.0)
+    if reciprocal == 0:  # a half-life of 0
+        return 0.0, 0.0
+    value = float(np.exp(1 / reciprocal))
+    return min(value, beta3), U * value * (8 * abs(1 / reciprocal) + 2)
+
+
+def bias_correction(beta: float, t: float) -> tuple[float, float]:
+    """1 - β^t, and its error."""
+    return float(1 - np.power(beta, t)), 0.0 if beta == 0 else 4 * U
+
+
+def step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Array,
+    exp_avg_slow: Array,
+    exp_avg_sq: Array,
+    t: float,
+    lr: float,
+    *,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    t_alpha: float | None,
+    t_beta3: float | None,
+    schedule_start: int,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: float = 1.0,
+) -> tuple[Interval, Interval, Interval, Interval]:
+    """One step of a tensor, its t-th: the new parameter and moments (m1, m2, ν).
+
+    The tensors are as an optimizer has them; the moments have the parameter's shape.
+    """
+    with np.errstate(all="ignore"):
+        a = Arithmetic.of(param.dtype)
+        p, g = float64(param), float64(grad) / grad_scale * (-1 if maximize else 1)
+        g_error = a.eps * np.abs(g) + a.tiny
+        warm_up = max(t - schedule_start, 0)
+        alpha_t = alpha_at(warm_up, alpha, t_alpha)
+        beta3_t, beta3_error = beta3_at(warm_up, beta1, beta3, t_beta3)
+
+        def average(beta: float, old: Array, new: Array, new_error: Array, beta_error: float = 0.0) -> Interval:
+            parts = beta * np.abs(old) + (1 - beta) * np.abs(new)
+            error = (1 - beta) * new_error + beta_error * (np.abs(old) + np.abs(new))
+            return a.rounded(beta * old + (1 - beta) * new, error, parts)
+
+        m1 = average(beta1, exp_avg, g, g_error)
+        m2 = average(beta3_t, exp_avg_slow, g, g_error, beta3_error)
+        square = a.rounded(g * g, 2 * np.abs(g) * g_error, g * g)
+        nu = average(beta2, exp_avg_sq, square.value, square.error)
+
+        bias1, bias1_error = bias_correction(beta1, t)
+        bias2, bias2_error = bias_correction(beta2, t)
+        unbiased = divided(m1, Interval(np.full_like(p, bias1), np.full_like(p, bias1_error)))
+        slow = abs(alpha_t) * np.abs(m2.value)
+        numerator = a.rounded(
+            unbiased.value + alpha_t * m2.value,
+            unbiased.error + abs(alpha_t) * m2.error + a.tiny * np.abs(m2.value),
+            unbiased.most + slow,
+        )
+        corrected = divided(nu, Interval(np.full_like(p, bias2), np.full_like(p, bias2_error)))
+        root = np.sqrt(corrected.value)
+        lowest = np.sqrt(np.maximum(corrected.value - corrected.error, 0))
+        root_error = np.maximum(np.sqrt(corrected.most) - root, root - lowest)
+        denominator = a.rounded(root + eps, root_error, root + eps)
+        ratio = divided(numerator, denominator)
+        ratio = a.rounded(ratio.value, ratio.error, ratio.most)
+        parts = ratio.most + np.abs(weight_decay * p)
+        change = a.rounded(ratio.value + weight_decay * p, ratio.error, parts)
+        new_error = (lr + a.tiny) * change.error + a.tiny * parts
+        new = a.rounded(p - lr * change.value, new_error, np.abs(p) + lr * parts)
+        return stored_as(new, param.dtype), m1, m2, nu
+
+
+def divided(a: Interval, b: Interval) -> Interval:
+    """a / b, where b isn't negative; unbounded where it may be 0."""
+    value = a.value / b.value
+    low, high = b.value - b.error, b.value + b.error
+    up = a.most / low - np.abs(value)
+    down = np.abs(value) - (np.abs(a.value) - a.error) / np.where(np.abs(a.value) < a.error, low, high)
+    error = np.where(low > 0, np.maximum(up, down), np.inf)
+    return Interval(value, np.where(np.isnan(error), np.inf, error))
+
+
+def stored_as(x: Interval, dtype: torch.dtype) -> Interval:
+    """Rounded to a parameter's dtype, if that is a 16-bit one."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return x
+    info = torch.finfo(dtype)
+    exponents = np.frexp(x.most)[1] - 1
+    ulp = np.maximum(np.ldexp(info.eps, exponents), info.tiny * info.eps)
+    error = np.where(x.most < info.max, x.error + ulp / 2, np.inf)
+    return Interval(x.value, error)
+
+
+def float64(tensor: Tensor) -> Array:
+    return tensor.detach().double().numpy()
+
+
+def assert_within(actual: Tensor, expected: Interval, where: str) -> None:
+    """That a tensor's elements are finite and in their intervals, where these are bounded."""
+    bounded = np.isfinite(expected.error) & np.isfinite(expected.value)
+    values = float64(actual)[bounded]
+    off = np.abs(values - expected.value[bounded]) - expected.error[bounded]
+    bad = np.flatnonzero(~(off <= 0))
+    if bad.size:
+        i = bad[0]
+        raise AssertionError(
+            f"{where}: {bad.size} of {bounded.size} elements are out of bounds, the first is {values[i]!r}, "
+            f"and should be {expected.value[bounded][i]!r} +- {expected.error[bounded][i]:.3g}"
+        )
+
+
+def dynamic_map(signed: bool) -> NDArray[np.float32]:
+    """As bitsandbytes defines it: per decade the middles of 2^i equal parts of [0.1, 1]; 0, and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        bounds = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        middles = 10.0 ** (i - 6) * (bounds[:-1] + bounds[1:]) / 2
+        values += [*middles, *-middles] if signed else [*middles]
+    return np.sort(np.array(values)).astype(np.float32)
+
+
+MAPS: dict[str, NDArray[np.float32]] = {
+    "signed_dynamic": dynamic_map(signed=True),
+    "unsigned_dynamic": dynamic_map(signed=False),
+    "linear_int16": (np.arange(-32767, 32768) / 32767).astype(np.float32),
+}
+CODE_DTYPES = {"signed_dynamic": torch.uint8, "unsigned_dynamic": torch.uint8, "linear_int16": torch.int16}
+BLOCK_SIZE = 256
+SMALLEST_SCALE = 2.0**-120  # below, the inverse of a scale loses digits, as documented
+
+
+def decoded(codes: Tensor, absmax: Tensor, format: str) -> Array:
+    """The values of codes, in float64."""
+    index = codes.numpy().astype(np.int64) + (32767 if format == "linear_int16" else 0)
+    flat = MAPS[format].astype(np.float64)[index].reshape(-1)
+    scales = np.repeat(float64(absmax).reshape(-1), BLOCK_SIZE)[: flat.size]
+    return (flat * scales).astype(np.float32).astype(np.float64).reshape(codes.shape)
+
+
+def assert_quantized(
+    codes: Tensor, absmax: Tensor, expected: Interval, format: str, *, nearest: bool, lost: Any, where: str
+) -> None:
+    """That codes and scales are a rounding of values in these intervals; `lost` are the elements that must be 0."""
+    a = Arithmetic.of(torch.float32)
+    lost = lost.reshape(-1)
+    values = np.where(lost, 0, expected.value.reshape(-1))
+    errors = np.where(lost, 0, expected.error.reshape(-1))
+    errors = np.where(np.abs(values) < a.largest, errors + a.eps * np.abs(values) + a.tiny, np.inf)
+    actual, scales = decoded(codes, absmax, format).reshape(-1), float64(absmax).reshape(-1)
+    table = MAPS[format].astype(np.float64)
+    for block, scale in enumerate(scales):
+        part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+        v, error, x, gone = values[part], errors[part], actual[part], lost[part]
+        if not np.isfinite(error).all():
+            continue
+        here = f"{where}, block {block}"
+        low, high = (np.abs(v) - error).max(), (np.abs(v) + error).max()
+        assert low <= scale <= high, f"{here}: absmax is {scale!r}, not in [{low!r}, {high!r}]"
+        assert (x[gone] == 0).all(), f"{here}: values that aren't finite must be stored as 0"
+        if scale < SMALLEST_SCALE:
+            continue
+        levels = table * scale
+        if format == "unsigned_dynamic":  # a positive value is never stored as 0
+            assert (x[v > error] > 0).all(), f"{here}: a positive value is stored as 0"
+            levels = levels[1:]
+            v, error, x = (array[v > error] for array in (v, error, x))
+        error = error + a.eps * (np.abs(v) + np.abs(x)) + a.tiny
+        if nearest:
+            above = np.searchsorted(levels, v).clip(1, len(levels) - 1)
+            best = np.minimum(np.abs(v - levels[above - 1]), np.abs(v - levels[above]))
+            ok = np.abs(x - v) <= best + 2 * error
+        else:
+            floor = levels[(np.searchsorted(levels, v - error, "right") - 1).clip(0)]
+            ceiling = levels[np.searchsorted(levels, v + error).clip(max=len(levels) - 1)]
+            ok = (floor - error <= x) & (x <= ceiling + error)
+        bad = np.flatnonzero(~ok)
+        assert bad.size == 0, f"{here}: {v[bad[0]]!r} is stored as {x[bad[0]]!r}"

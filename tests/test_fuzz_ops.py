@@ -1,0 +1,120 @@
+"""The ops with arguments that Hypothesis draws: against the formula in float64, and against one another."""
+
+import float64
+import numpy as np
+import torch
+from config import StepLists, assert_identical, step
+from fuzzing import GRAD_SCALES, effort, fuzz, gaps, laid_out, learning_rates, shapes, step_lists, step_options, values
+from hypothesis import given
+from hypothesis import strategies as st
+from quantized import blockwise_step, expected_blockwise_step
+from quantized import quantized as with_quantized_state
+
+from torch_ademamix import ademamix
+from torch_ademamix.blockwise import dequantize, quantize
+from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
+
+pytestmark = fuzz
+
+found_infs = st.sampled_from([None, None, 0.0, 1.0])
+
+
+def as_tensor(x):
+    return None if x is None else torch.tensor(x)
+
+
+def assert_stepped(lists: StepLists, before: StepLists, lr, grad_scale, options) -> None:
+    names = ("param", "exp_avg", "exp_avg_slow", "exp_avg_sq")
+    for i, (p, g, m1, m2, nu, t) in enumerate(zip(*before, strict=True)):
+        moments = (float64.float64(m) for m in (m1, m2, nu))
+        expected = float64.step(p, g, *moments, float(t) + 1, float(lr), grad_scale=grad_scale or 1.0, **options)
+        actual = (lists.params[i], lists.exp_avgs[i], lists.exp_avg_slows[i], lists.exp_avg_sqs[i])
+        for name, tensor, interval in zip(names, actual, expected, strict=True):
+            float64.assert_within(tensor, interval, f"{name}[{i}]")
+        assert not (lists.params[i].isfinite() & ~g.isfinite()).any()
+        assert lists.steps[i] == t + 1
+    assert_identical(lists.grads, before.grads)
+
+
+@given(step_lists(finite=False), step_options, learning_rates, GRAD_SCALES, found_infs)
+@effort(150)
+def test_step(kernel, lists, options, lr, grad_scale, found_inf):
+    before = lists.clone()
+    around = [[gaps(t) for t in tensors] for tensors in lists]
+    step(kernel, lists, lr, grad_scale=as_tensor(grad_scale), found_inf=as_tensor(found_inf), **options)
+    assert_identical([[gaps(t) for t in tensors] for tensors in lists], around)
+    if found_inf:
+        assert_identical(list(lists), list(before))
+    else:
+        assert_stepped(lists, before, lr, grad_scale, options)
+
+
+@given(
+    step_lists(finite=False, plain_state=True),
+    step_options,
+    learning_rates,
+    found_infs,
+    st.sampled_from([8, 16]),
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+)
+@effort(100)
+def test_blockwise_step(kernel, lists, options, lr, found_inf, slow_ema_bits, stochastic_rounding, seed):
+    """Bit for bit a 32-bit step of the decoded state, encoded anew."""
+    before = with_quantized_state(lists, slow_ema_bits)
+    stepped = before.clone()
+    options = dict(options, lr=lr, stochastic_rounding=stochastic_rounding, seed=seed)
+    blockwise_step(kernel, stepped, found_inf=as_tensor(found_inf), **options)
+    expected = before if found_inf else expected_blockwise_step(kernel, before, **options)
+    assert_identical(list(stepped), list(expected))
+
+
+FORMATS = ("signed_dynamic", "unsigned_dynamic", "linear_int16")
+
+
+@given(
+    st.data(), st.sampled_from(FORMATS), shapes, st.one_of(st.none(), st.tuples(*[st.integers(-(2**40), 2**40)] * 3))
+)
+@effort(150)
+def test_quantize(data, format, shape, key):
+    """The native op, the reference op and NumPy."""
+    x = data.draw(values(shape, finite=False, square=format == "unsigned_dynamic")).float()
+    x = data.draw(laid_out(x, expanded=True))
+    random = dict(zip(("seed", "step", "stream"), key or (), strict=False)) if format == "unsigned_dynamic" else {}
+    codes, absmax = quantize_blockwise(x, format, **random)
+    assert_identical((codes, absmax), quantize(x, format, **random))
+    lost = ~np.isfinite(x.numpy())
+    exact = float64.Interval(np.where(lost, 0, float64.float64(x)), np.zeros(shape))
+    float64.assert_quantized(codes, absmax, exact, format, nearest=not random, lost=lost, where="x")
+    decoded = dequantize_blockwise(codes, absmax, format)
+    assert_identical(decoded, dequantize(codes, absmax, format))
+    error = np.abs(float64.float64(decoded) - float64.decoded(codes, absmax, format))
+    assert (error <= 2**-22 * np.abs(float64.float64(decoded)) + 2**-149).all()
+
+
+@given(st.data(), st.sampled_from(FORMATS), st.integers(0, 1030))
+@effort(100)
+def test_dequantize(data, format, n):
+    """Of any codes and scales, also such as no quantizing gives."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    dtype = np.int16 if format == "linear_int16" else np.uint8
+    info = np.iinfo(dtype)
+    codes = torch.from_numpy(rng.integers(info.min, info.max, n, dtype, endpoint=True))
+    absmax = data.draw(values((-(-n // 256),), finite=False)).float()
+    codes, absmax = data.draw(laid_out(codes)), data.draw(laid_out(absmax))
+    assert_identical(dequantize_blockwise(codes, absmax, format), dequantize(codes, absmax, format))
+
+
+@given(st.lists(step_lists(most=2), min_size=1, max_size=4), step_options, learning_rates)
+@effort(50)
+def test_function_on_mixed_lists(parts, options, lr):
+    """As a call for each part."""
+    mixed = StepLists(*([t for tensors in lists for t in tensors] for lists in zip(*parts, strict=True)))
+    expected = mixed.clone()
+    first = 0
+    for part in parts:
+        n = len(part.params)
+        step("native", StepLists(*(tensors[first : first + n] for tensors in expected)), lr, **options)
+        first += n
+    ademamix(*mixed, lr=lr, **options)
+    assert_identical(list(mixed), list(expected))

@@ -1,0 +1,297 @@
+"""The optimizer in long, drawn sequences of what people do with one, each step against the formula in float64."""
+
+import copy
+import io
+import pickle
+
+import float64
+import numpy as np
+import pytest
+import torch
+from config import DTYPES, assert_identical
+from fuzzing import GRAD_SCALES, OPTIONS, effort, fuzz, laid_out, learning_rates, shapes, values
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from quantized import ABSMAXS, MOMENTS, stored
+from test_optimizer_errors import REFUSED_OPTIONS
+from torch import nn
+
+from torch_ademamix import AdEMAMix
+from torch_ademamix.reference import compute_dtype
+
+pytestmark = fuzz
+
+# What a group may be given, beside the options of the op.
+BETAS = st.tuples(*(OPTIONS[name] for name in ("beta1", "beta2", "beta3")))
+STEP_OPTIONS = {
+    "lr": learning_rates,
+    "betas": BETAS,
+    **{name: strategy for name, strategy in OPTIONS.items() if not name.startswith("beta")},
+    "stochastic_rounding": st.booleans(),
+    "seed": st.integers(0, 2**63 - 1),
+}
+STORAGE = {
+    "optim_bits": st.sampled_from([32, 8, 8]),
+    "slow_ema_bits": st.sampled_from([8, 16]),
+    "min_8bit_size": st.sampled_from([0, 1, 256, 4096]),
+    "is_paged": st.booleans(),
+}
+GROUP = st.fixed_dictionaries({}, optional=STEP_OPTIONS | STORAGE | {"capturable": st.booleans()})
+IN_STATE_DICTS = [row for row in REFUSED_OPTIONS if not row[1].keys() & STORAGE.keys()]
+
+
+@st.composite
+def parameters(draw):
+    p = draw(laid_out(draw(values(draw(shapes))).to(draw(st.sampled_from(DTYPES)))))
+    return nn.Parameter(p)
+
+
+def formats_of(state):
+    if "exp_avg_absmax" not in state:
+        return None, None, None
+    return stored(16 if state["exp_avg_slow"].dtype == torch.int16 else 8)
+
+
+def wanted_formats(p, group):
+    quantized = group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]
+    return stored(group["slow_ema_bits"]) if quantized else (None, None, None)
+
+
+def moments_of(state):
+    """The moments' values, in float64."""
+    return [
+        float64.float64(state[name])
+        if format is None
+        else float64.decoded(state[name], state[f"{name}_absmax"], format)
+        for name, format in zip(MOMENTS, formats_of(state), strict=True)
+    ]
+
+
+def through_state_dict(params, optimizer, new):
+    new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return params, new
+
+
+def through_file(params, optimizer, new):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    new.load_state_dict(torch.load(file, weights_only=True))
+    return params, new
+
+
+def through_pickle(params, optimizer, new):
+    return pickle.loads(pickle.dumps((params, optimizer)))
+
+
+def through_deepcopy(params, optimizer, new):
+    return copy.deepcopy((params, optimizer))
+
+
+WAYS = [through_state_dict, through_file, through_pickle, through_deepcopy]
+
+
+class Training(RuleBasedStateMachine):
+    @initialize(params=st.lists(parameters(), min_size=1, max_size=3), options=GROUP)
+    def make(self, params, options):
+        self.optimizer = AdEMAMix(params, **options)
+
+    @property
+    def params(self):
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def everything(self):
+        """All that a refusal or a way to disk may not change."""
+        return copy.deepcopy(([p.detach() for p in self.params], self.optimizer.state_dict(), self.optimizer.defaults))
+
+    def assert_refuses(self, call, error, match=None):
+        before = self.everything()
+        with pytest.raises(error, match=match):
+            call()
+        assert_identical(self.everything(), before)
+
+    def draw_gradients(self, data, finite=True):
+        for i, p in enumerate(self.params):
+            p.grad = None
+            if p.requires_grad and data.draw(st.booleans(), label=f"gradient of {i}"):
+                p.grad_dtype = None  # any
+                g = data.draw(values(p.shape, finite=finite)).to(data.draw(st.sampled_from(DTYPES)))
+                p.grad = data.draw(laid_out(g, expanded=True))
+
+    @rule(data=st.data(), grad_scale=GRAD_SCALES, finite=st.sampled_from([True, True, True, False]))
+    def step(self, data, grad_scale, finite):
+        self.draw_gradients(data, finite)
+        if grad_scale is not None:
+            self.optimizer.grad_scale, self.optimizer.found_inf = torch.tensor(grad_scale), torch.tensor(0.0)
+        before = {p: copy.deepcopy((p.detach(), dict(self.optimizer.state.get(p, {})))) for p in self.params}
+        self.optimizer.step()
+        for name in ("grad_scale", "found_inf"):
+            vars(self.optimizer).pop(name, None)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                old, old_state = before[p]
+                if p.grad is None:
+                    assert_identical((p.detach(), dict(self.optimizer.state.get(p, {}))), (old, old_state))
+                else:
+                    self.assert_stepped(p, old, old_state, group, grad_scale or 1.0)
+
+    def assert_stepped(self, p, old, old_state, group, grad_scale):
+        state = self.optimizer.state[p]
+        formats = formats_of(state)
+        assert formats == (formats_of(old_state) if old_state else wanted_formats(p, group))
+        t = float(old_state["step"]) + 1 if old_state else 1.0
+        assert state["step"] == t
+        moments = moments_of(old_state) if old_state else [np.zeros(p.shape)] * 3
+        options = {name: group[name] for name in OPTIONS if not name.startswith("beta")}
+        options |= zip(("beta1", "beta2", "beta3"), group["betas"], strict=True)
+        new_p, *new = float64.step(old, p.grad, *moments, t, float(group["lr"]), grad_scale=grad_scale, **options)
+        float64.assert_within(p, new_p, "param")
+        lost = ~np.logical_and.reduce([np.isfinite(m.value) for m in new])
+        for name, format, expected in zip(MOMENTS, formats, new, strict=True):
+            if format is None:
+                float64.assert_within(state[name], expected, name)
+                continue
+            nearest = format != "unsigned_dynamic" or not group["stochastic_rounding"]
+            codes, absmax = state[name], state[f"{name}_absmax"]
+            float64.assert_quantized(codes, absmax, expected, format, nearest=nearest, lost=lost, where=name)
+
+    @rule(data=st.data())
+    def skipped_step(self, data):
+        self.draw_gradients(data, finite=False)
+        self.optimizer.init_state()
+        self.optimizer.grad_scale, self.optimizer.found_inf = torch.tensor(3.0), torch.tensor(1.0)
+        before = self.everything()
+        self.optimizer.step()
+        del self.optimizer.grad_scale, self.optimizer.found_inf
+        assert_identical(self.everything(), before)
+
+    @precondition(lambda self: len(self.params) < 6)
+    @rule(params=st.lists(parameters(), min_size=1, max_size=2), options=GROUP)
+    def add_group(self, params, options):
+        self.optimizer.add_param_group({"params": params, **options})
+
+    @rule(data=st.data(), trained=st.booleans())
+    def freeze_or_not(self, data, trained):
+        data.draw(st.sampled_from(self.params)).requires_grad_(trained)
+
+    @rule()
+    def init_state(self):
+        before = self.everything()
+        self.optimizer.init_state()
+        params, after, defaults = self.everything()
+        after["state"] = {i: state for i, state in after["state"].items() if i in before[1]["state"]}
+        assert_identical((params, after, defaults), before)
+
+    @rule(data=st.data(), name=st.sampled_from(sorted(STEP_OPTIONS)))
+    def change_option(self, data, name):
+        data.draw(st.sampled_from(self.optimizer.param_groups))[name] = data.draw(STEP_OPTIONS[name])
+
+    @rule(data=st.data(), way=st.sampled_from(WAYS))
+    def reload(self, data, way):
+        before = self.everything()
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        _, self.optimizer = way(self.params, self.optimizer, AdEMAMix(groups))
+        self.optimizer.defaults = before[2]
+        assert_identical(self.everything(), before)
+
+    @rule(data=st.data(), bits=st.fixed_dictionaries(STORAGE))
+    def reload_in_other_bits(self, data, bits):
+        old = self.optimizer
+        new = AdEMAMix([{**group, **bits} for group in old.param_groups])
+        before = copy.deepcopy(old.state_dict())
+        new.load_state_dict(old.state_dict())
+        assert_identical(old.state_dict(), before)
+        self.optimizer = new
+        for group in new.param_groups:
+            assert bits.items() <= group.items()
+            for p in group["params"]:
+                assert (p in new.state) == (p in old.state)
+                if p in new.state:
+                    self.assert_converted(p, old.state[p], new.state[p], wanted_formats(p, group))
+
+    def assert_converted(self, p, old, new, wanted):
+        assert_identical(new["step"], old["step"])
+        assert formats_of(new) == wanted
+        for name, was, now, exact in zip(MOMENTS, formats_of(old), wanted, moments_of(old), strict=True):
+            lost = ~np.isfinite(exact)
+            if was == now:
+                entries = [name] if now is None else [name, f"{name}_absmax"]
+                assert_identical([new[entry] for entry in entries], [old[entry] for entry in entries])
+            elif now is None:
+                bound = float64.Interval(exact, np.abs(exact) * 2**-22 + 2**-149)
+                float64.assert_within(new[name], bound, name)
+            else:
+                bound = float64.Interval(exact, np.abs(exact) * 2**-22)
+                float64.assert_quantized(
+                    new[name], new[f"{name}_absmax"], bound, now, nearest=True, lost=lost, where=name
+                )
+
+    @rule(data=st.data(), refused=st.sampled_from(REFUSED_OPTIONS))
+    def refused_option(self, data, refused):
+        error, options, match = refused
+        group = data.draw(st.sampled_from(self.optimizer.param_groups))
+        self.draw_gradients(data)
+        kept = {name: group[name] for name in options}
+        group.update(options)
+        self.assert_refuses(self.optimizer.step, error, match)
+        group.update(kept)
+
+    @rule(p=parameters(), refused=st.sampled_from(REFUSED_OPTIONS))
+    def refused_group(self, p, refused):
+        error, options, match = refused
+        self.assert_refuses(lambda: self.optimizer.add_param_group({"params": [p], **options}), error, match)
+
+    @rule(data=st.data(), dtype=st.sampled_from([torch.int32, torch.complex64, "sparse"]))
+    def refused_gradient(self, data, dtype):
+        self.draw_gradients(data)
+        p = data.draw(st.sampled_from(self.params))
+        p.requires_grad_(True)
+        p.grad_dtype = None
+        p.grad = torch.ones(p.shape).to_sparse() if dtype == "sparse" else torch.ones(p.shape, dtype=dtype)
+        self.assert_refuses(self.optimizer.step, RuntimeError)
+        p.grad = None
+
+    @rule(data=st.data(), refused=st.sampled_from(IN_STATE_DICTS))
+    def refused_state_dict(self, data, refused):
+        error, options, match = refused
+        bent = copy.deepcopy(self.optimizer.state_dict())
+        data.draw(st.sampled_from(bent["param_groups"])).update(options)
+        self.assert_refuses(lambda: self.optimizer.load_state_dict(bent), error, match)
+
+    @precondition(lambda self: self.optimizer.state)
+    @rule(data=st.data(), change=st.sampled_from(["pop", "float16", "longer", "list"]))
+    def refused_state(self, data, change):
+        bent = copy.deepcopy(self.optimizer.state_dict())
+        state = data.draw(st.sampled_from(list(bent["state"].values())))
+        name = data.draw(st.sampled_from(sorted(state.keys() - {"step"})))
+        if change == "pop":
+            del state[name]
+        elif change == "float16":
+            state[name] = state[name].half()
+        elif change == "longer":
+            state[name] = torch.cat((state[name].flatten(), state[name].new_ones(1)))
+        else:
+            state[name] = state[name].tolist()
+        self.assert_refuses(lambda: self.optimizer.load_state_dict(bent), ValueError, "state_dict")
+
+    @invariant()
+    def state_is_sound(self):
+        if not hasattr(self, "optimizer"):
+            return
+        for p, state in self.optimizer.state.items():
+            quantized = "exp_avg_absmax" in state
+            assert state.keys() == {"step", *MOMENTS, *(ABSMAXS if quantized else ())}
+            for name, format in zip(MOMENTS, formats_of(state), strict=True):
+                dtype = compute_dtype(p.dtype) if format is None else float64.CODE_DTYPES[format]
+                assert (state[name].shape, state[name].dtype) == (p.shape, dtype)
+
+
+def test_training():
+    run_state_machine_as_test(Training, settings=effort(40, stateful_step_count=15))
