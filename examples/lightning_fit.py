@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> Training:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", default="AdEMAMix", help="the name of a class of torch_ademamix")
     parser.add_argument("--precision", default="32-true", help="such as bf16-mixed")
-    parser.add_argument("--steps", type=int, default=200, help="updates")
+    parser.add_argument("--steps", type=int, default=200, help=f"updates; a multiple of {EPOCHS}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/lightning_fit"), help="the folder of the checkpoints")
     args = parser.parse_args(arguments)
@@ -71,12 +71,12 @@ def main(arguments: list[str] | None = None) -> Training:
         max_epochs=EPOCHS,
         accumulate_grad_batches=ACCUMULATED,
         precision=args.precision,
-        callbacks=[ModelCheckpoint(args.out, filename="{epoch}", save_top_k=-1, save_last=True)],
+        callbacks=[ModelCheckpoint(args.out, filename="{epoch:02}", save_top_k=-1)],
         default_root_dir=args.out,
         logger=False,
     )
-    last = args.out / "last.ckpt"
-    trainer.fit(module, batches, ckpt_path=last if last.exists() else None)
+    checkpoints = sorted(args.out.glob("*.ckpt"))
+    trainer.fit(module, batches, ckpt_path=checkpoints[-1] if checkpoints else None)
     return module
 
 

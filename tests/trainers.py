@@ -23,6 +23,7 @@ UPDATES = 4
 ACCUMULATED = 2  # batches per update
 BATCH_SIZE = 4
 MAX_NORM = 0.1  # below every gradient's norm
+SCALER = {"init_scale": 2.0**10}  # of the loss in float16; a power of two, so that unscaling is exact
 OPTIONS: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99, 0.999), t_alpha=UPDATES, t_beta3=UPDATES, weight_decay=0.1)
 
 
@@ -55,19 +56,29 @@ def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return mse_loss(model(x), y)
 
 
-def plain_loop(cls: type[AdEMAMix], decay_biases: bool = True) -> nn.Module:
+def plain_loop(
+    cls: type[AdEMAMix],
+    decay_biases: bool = True,
+    max_norm: float = MAX_NORM,
+    autocast: torch.dtype | None = None,
+) -> nn.Module:
     """What training without a trainer makes: accumulated and clipped gradients, a learning rate per update."""
     model = make_model()
     matrices, biases = ([p for p in model.parameters() if p.dim() == n] for n in (2, 1))
     groups = [{"params": matrices}, {"params": biases, "weight_decay": 0.0}]
     optimizer = cls(model.parameters() if decay_biases else groups, **OPTIONS)
     scheduler = make_scheduler(optimizer)
+    scaler = torch.amp.GradScaler("cpu", **SCALER, enabled=autocast == torch.float16)
     for i, batch in enumerate(make_batches(), 1):
-        (loss_fn(model, **batch) / ACCUMULATED).backward()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = loss_fn(model, **batch)
+        scaler.scale(loss / ACCUMULATED).backward()
         if i % ACCUMULATED == 0:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             assert norm > MAX_NORM
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step()
             optimizer.zero_grad()
     assert is_quantized(optimizer.state_dict()) == (cls is AdEMAMix8bit)
