@@ -35,12 +35,17 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.integrations
 
 
-@pytest.fixture(autouse=True)
-def _no_state_between_tests():
-    """Accelerate keeps the first Accelerator's settings for the whole process."""
-    yield
+def forget_settings():
+    """Accelerate keeps those of the first Accelerator for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_its_own():
+    forget_settings()
+    yield
+    forget_settings()
 
 
 def checkpoint(folder):
@@ -55,7 +60,7 @@ def test_example_resumes(name, precision, tmp_path):
     """What goes on from a checkpoint ends as the unbroken run does, bit for bit."""
 
     def run(folder):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_settings()
         arguments = ["--optimizer", name, "--precision", precision, "--steps", "8", "--out", str(folder)]
         with counted_updates() as updates:
             accelerate_loop.main(arguments)

@@ -141,3 +141,32 @@ def test_clipping_under_mixed_precision(dtype, tmp_path):
     module = Unscaled(AdEMAMix)
     make_trainer(tmp_path, **options, **PRECISIONS[dtype]()).fit(module, make_batches())
     assert_identical(module.model.state_dict(), plain_loop(AdEMAMix, autocast=dtype).state_dict())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_fabric(cls, tmp_path):
+    """A loop with Fabric, and its resumption, equal the plain one."""
+    fabric = L.Fabric(accelerator="cpu")
+    model = make_model()
+    model, optimizer = fabric.setup(model, cls(model.parameters(), **OPTIONS))
+    scheduler = make_scheduler(optimizer)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    def train(batches):
+        for i, batch in enumerate(batches, 1):
+            fabric.backward(loss_fn(model, **batch) / ACCUMULATED)
+            if i % ACCUMULATED == 0:
+                fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+    batches = list(make_batches())
+    half = len(batches) // 2
+    train(batches[:half])
+    fabric.save(tmp_path / "checkpoint", parts)
+    expected = plain_loop(cls).state_dict()
+    for _ in range(2):
+        train(batches[half:])
+        assert_identical(model.module.state_dict(), expected)
+        fabric.load(tmp_path / "checkpoint", parts)
