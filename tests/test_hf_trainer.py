@@ -50,13 +50,12 @@ def make_trainer(folder, model, arguments=None, **options):
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=ACCUMULATED,
         train_sampling_strategy="sequential",
-        max_grad_norm=MAX_NORM,
         weight_decay=OPTIONS["weight_decay"],
         save_steps=UPDATES // 2,
         report_to="none",
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        **(arguments or {}),
+        **{"max_grad_norm": MAX_NORM, **(arguments or {})},
     )
     return Trainer(model, training_arguments, train_dataset=make_samples(), **options)
 
@@ -107,12 +106,21 @@ def test_equals_a_plain_loop(cls, given, tmp_path):
     assert [state["step"].item() for state in trainer.optimizer.state.values()] == [UPDATES] * 4
 
 
+def test_clipping_by_the_optimizer(tmp_path):
+    options = {**OPTIONS, "max_grad_norm": MAX_NORM}
+    arguments = {"max_grad_norm": 0.0, "lr_scheduler_type": "linear"}
+    trainer = make_trainer(tmp_path, WithLoss(), arguments, optimizer_cls_and_kwargs=(AdEMAMix, options))
+    trainer.train()
+    expected = plain_loop(AdEMAMix, decay_biases=False)
+    torch.testing.assert_close(trainer.model.model.state_dict(), expected.state_dict())
+
+
 def test_compiled_model(tmp_path):
     arguments = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     trainer = make_trainer(tmp_path, WithLoss(), arguments, optimizer_cls_and_kwargs=(AdEMAMix8bit, OPTIONS))
     trainer.train()
     expected = plain_loop(AdEMAMix8bit, decay_biases=False)
-    torch.testing.assert_close(dict(trainer.model.model.state_dict()), dict(expected.state_dict()))
+    torch.testing.assert_close(trainer.model.model.state_dict(), expected.state_dict())
 
 
 def test_goes_on_from_bitsandbytes(tmp_path):

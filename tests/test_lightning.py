@@ -34,15 +34,15 @@ pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore::Warn
 
 
 class Automatic(L.LightningModule):
-    def __init__(self, cls):
+    def __init__(self, cls, **options):
         super().__init__()
-        self.model, self.cls = make_model(), cls
+        self.model, self.cls, self.options = make_model(), cls, {**OPTIONS, **options}
 
     def training_step(self, batch, index):
         return loss_fn(self.model, **batch)
 
     def configure_optimizers(self):
-        optimizer = self.cls(self.parameters(), **OPTIONS)
+        optimizer = self.cls(self.parameters(), **self.options)
         return [optimizer], [{"scheduler": make_scheduler(optimizer), "interval": "step"}]
 
 
@@ -62,11 +62,10 @@ class Manual(Automatic):
 CLIPPING = {"accumulate_grad_batches": ACCUMULATED, "gradient_clip_val": MAX_NORM}
 
 
-def make_trainer(folder, **options):
+def make_trainer(**options):
     return L.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -100,11 +99,11 @@ def test_example_resumes(name, tmp_path):
 
 @pytest.mark.parametrize("kind", [Automatic, Manual])
 @pytest.mark.parametrize("cls", CLASSES)
-def test_equals_a_plain_loop(cls, kind, tmp_path):
+def test_equals_a_plain_loop(cls, kind):
     """Accumulation, clipping and the scheduler, by Lightning and by hand."""
     module = kind(cls)
     options = CLIPPING if kind is Automatic else {}
-    make_trainer(tmp_path, **options, enable_checkpointing=False).fit(module, make_batches())
+    make_trainer(**options, enable_checkpointing=False).fit(module, make_batches())
     assert_identical(module.model.state_dict(), plain_loop(cls).state_dict())
 
 
@@ -117,30 +116,37 @@ PRECISIONS = {
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_mixed_precision(cls, dtype, tmp_path):
+def test_mixed_precision(cls, dtype):
     module = Automatic(cls)
     options = {"accumulate_grad_batches": ACCUMULATED, "enable_checkpointing": False}
-    make_trainer(tmp_path, **options, **PRECISIONS[dtype]()).fit(module, make_batches())
+    make_trainer(**options, **PRECISIONS[dtype]()).fit(module, make_batches())
     assert_identical(module.model.state_dict(), plain_loop(cls, max_norm=inf, autocast=dtype).state_dict())
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-def test_clipping_under_mixed_precision(dtype, tmp_path):
-    """Lightning refuses it where GradScaler leaves unscaling to the step."""
-    module = Automatic(AdEMAMix)
-    options = {**CLIPPING, "enable_checkpointing": False}
-    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
-        make_trainer(tmp_path, **options, **PRECISIONS[dtype]()).fit(module, make_batches())
+class TestClippingUnderMixedPrecision:
+    """Lightning refuses its own where GradScaler leaves unscaling to the step."""
 
-    class Unscaled(Automatic):
-        def configure_optimizers(self):
-            optimizers, schedulers = super().configure_optimizers()
-            optimizers[0]._step_supports_amp_scaling = False
-            return optimizers, schedulers
+    def train(self, module, dtype, **options):
+        make_trainer(enable_checkpointing=False, **PRECISIONS[dtype](), **options).fit(module, make_batches())
+        return module.model.state_dict()
 
-    module = Unscaled(AdEMAMix)
-    make_trainer(tmp_path, **options, **PRECISIONS[dtype]()).fit(module, make_batches())
-    assert_identical(module.model.state_dict(), plain_loop(AdEMAMix, autocast=dtype).state_dict())
+    def test_refused(self, dtype):
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+            self.train(Automatic(AdEMAMix), dtype, **CLIPPING)
+
+    def test_by_lightning(self, dtype):
+        class Unscaled(AdEMAMix):
+            _step_supports_amp_scaling = False
+
+        actual = self.train(Automatic(Unscaled), dtype, **CLIPPING)
+        assert_identical(actual, plain_loop(AdEMAMix, autocast=dtype).state_dict())
+
+    def test_by_the_optimizer(self, dtype):
+        module = Automatic(AdEMAMix, max_grad_norm=MAX_NORM)
+        actual = self.train(module, dtype, accumulate_grad_batches=ACCUMULATED)
+        torch.testing.assert_close(actual, plain_loop(AdEMAMix, autocast=dtype).state_dict())
+        assert module.optimizers().grad_norm > MAX_NORM
 
 
 @pytest.mark.parametrize("cls", CLASSES)
