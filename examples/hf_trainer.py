@@ -16,6 +16,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import torch_ademamix
 
+CONTEXT = 128
+BATCH_SIZE = 8
+ACCUMULATED = 2  # batches per update
+
 
 def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(
@@ -25,19 +29,19 @@ def make_model() -> LlamaForCausalLM:
             intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=128,
+            max_position_embeddings=CONTEXT,
         )
     )
 
 
 def make_trainer(args: argparse.Namespace) -> Trainer:
     text, _ = standard_library()
-    windows = text.unfold(0, 128, 128)[: 16 * args.steps].long()  # one epoch
+    windows = text.unfold(0, CONTEXT, CONTEXT)[: args.steps * ACCUMULATED * BATCH_SIZE].long()  # one epoch
     training_arguments = TrainingArguments(
         output_dir=args.out,
         max_steps=args.steps,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=BATCH_SIZE,
+        gradient_accumulation_steps=ACCUMULATED,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 10,
         weight_decay=0.1,  # of matrices: the Trainer makes a second group, without decay, of norms and biases
