@@ -19,7 +19,7 @@ STEPS ?=
 SIZE ?=
 OUT ?= out/demo
 
-.PHONY: demo test test-fast lint format bench gpu-check cuda-load-check wheel build clean
+.PHONY: demo test test-fast lint format bench gpu-check cuda-load-check wheel wheel-check build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -48,21 +48,29 @@ bench: $(BUILD)  ## speed on the CPU, beside torch's own optimizers
 gpu-check:  ## on a machine with an NVIDIA GPU and nvcc, with its own Python: build, tests, benchmarks; FOLDER=
 	$(PYTHON) -m benchmarks.gpu_check $(FOLDER)
 
-# Several GB: a torch with CUDA, of the oldest version that is served, in an environment and a copy of its own.
-CUDA_CHECK := build/cuda-load-check
-cuda-load-check:  ## without a GPU, but with nvcc: the CUDA library is built, loaded, and traced
-	$(PYTHON) -m venv $(CUDA_CHECK)/venv
-	$(CUDA_CHECK)/venv/bin/python -m pip --disable-pip-version-check install --quiet \
-	    torch==2.11.0 'setuptools>=77' ninja pybind11 pytest expecttest numpy
-	rm -rf $(CUDA_CHECK)/sources && mkdir $(CUDA_CHECK)/sources
-	cp -r setup.py pyproject.toml README.md LICENSE ops torch_ademamix tests compile_tests $(CUDA_CHECK)/sources
-	rm -f $(CUDA_CHECK)/sources/torch_ademamix/*.so
-	cd $(CUDA_CHECK)/sources && TORCH_ADEMAMIX_CUDA=1 ../venv/bin/python setup.py --quiet build_ext --inplace
-	cd $(CUDA_CHECK)/sources && ../venv/bin/python -m pytest -q compile_tests/test_fake_cuda.py
+# Beside .venv, environments with another torch: several GB each, where that has CUDA.
+OTHER_TORCH := build/torch-
+$(OTHER_TORCH)%/environment.stamp: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -v -E '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt \
+	    torch==$* setuptools ninja pybind11 pytest expecttest hypothesis numpy
+	touch $@
 
-wheel: $(ENVIRONMENT)  ## dist/*.whl
-	rm -rf build/lib* build/bdist*
-	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+CUDA_CHECK := build/cuda-load-check
+cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU, but with nvcc: the CUDA library is built, loaded, and traced
+	rm -rf $(CUDA_CHECK) && mkdir -p $(CUDA_CHECK)
+	cp -r setup.py pyproject.toml README.md LICENSE ops torch_ademamix tests compile_tests $(CUDA_CHECK)
+	rm -f $(CUDA_CHECK)/torch_ademamix/*.so
+	cd $(CUDA_CHECK) && TORCH_ADEMAMIX_CUDA=1 $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
+	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py
+
+wheel: $(ENVIRONMENT)  ## dist/*.whl, for every Linux that its tag names
+	$(PY) -m tools.wheel
+
+TORCH_VERSIONS ?= 2.11.0 2.13.0
+wheel-check: $(ENVIRONMENT) $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/environment.stamp)  ## the wheel, tested beside TORCH_VERSIONS
+	$(PY) -m tools.wheel --check $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/bin/python)
 
 build: $(BUILD)
 

@@ -2,6 +2,9 @@
 // refuses to be included beside it, so the SIMD kernels are files of their own.)
 #pragma once
 
+#ifdef TORCH_FEATURE_VERSION
+#error "torch_stable.h must come before torch's own headers, which would take up what is newer than torch 2.11"
+#endif
 #define TORCH_TARGET_VERSION 0x020b000000000000
 
 #include <torch/csrc/stable/library.h>

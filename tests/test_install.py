@@ -2,21 +2,25 @@
 
 import json
 import os
+import re
 import shutil
-import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from tools import wheel as tool
 from torch_ademamix import ops
 
-ROOT = Path(__file__).parents[1]
+SHARED = Path(torch.__file__).parents[1]  # torch and pytest, for the new environments
+
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "ops", "torch_ademamix")
 NOT_SOURCES = shutil.ignore_patterns("*.so", "__pycache__")
+
+# Of the tests that `make wheel-check` runs against the installed package, those that take seconds.
+QUICK_TESTS = ("tests/test_blockwise.py", "tests/test_errors.py", "tests/test_main.py", "tests/test_optimizer.py")
 
 # Imports the package, trains one step, and tells where it came from and what it said.
 USE = """
@@ -42,39 +46,23 @@ print(json.dumps({
 pytestmark = pytest.mark.slow
 
 
-def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(word) for word in command], env=env, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def build_wheel(folder: Path, env: dict[str, str]) -> Path:
-    """The wheel that a fresh checkout gives."""
-    checkout = folder / "checkout"
-    checkout.mkdir()
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What a fresh clone has."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
     for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, checkout / name, ignore=NOT_SOURCES)
+        if (tool.ROOT / name).is_dir():
+            shutil.copytree(tool.ROOT / name, folder / name, ignore=NOT_SOURCES)
         else:
-            shutil.copy(ROOT / name, checkout)
-    wheel = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
-    run(*wheel, "--wheel-dir", folder, checkout, env=env, cwd=folder)
-    (path,) = folder.glob("*.whl")
-    return path
+            shutil.copy(tool.ROOT / name, folder)
+    return folder
 
 
-def use_wheel(wheel: Path, folder: Path, env: dict[str, str]) -> dict:
-    """Installs the wheel into a new environment that shares torch with this one, and uses it."""
-    environment = folder / "environment"
-    builder = venv.EnvBuilder()
-    builder.create(environment)
-    python = Path(builder.ensure_directories(environment).env_exe)
-    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
-    (site_packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
-    pip = (sys.executable, "-m", "pip", "--python", python)
-    run(*pip, "install", "--no-deps", "--no-index", wheel, env=env, cwd=folder)
-    used = json.loads(run(python, "-c", USE, env=env, cwd=folder).splitlines()[-1])
-    assert Path(used["file"]).is_relative_to(environment.resolve())
+def use(python: Path, folder: Path) -> dict:
+    """What USE says of the package that is installed for that Python."""
+    used = json.loads(tool.run(python, "-c", USE, env=tool.environment(python), cwd=folder).splitlines()[-1])
+    assert Path(used["file"]).is_relative_to(python.parents[1].resolve())
     assert used["p"] < 1
     return used
 
@@ -85,20 +73,30 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(ops.native is None, reason="built without native kernels")
-def test_wheel(tmp_path):
-    env = clean_environment()
-    wheel = build_wheel(tmp_path, env)
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"torch_ademamix/_cpu_{capability}.so" for capability in ops.native.cpu_capabilities.split()} <= names
+def test_wheel(checkout, tmp_path):
+    pytest.importorskip("auditwheel", reason="needs auditwheel, which is for Linux")
+    unaudited = tool.build(checkout, tmp_path / "unaudited", clean_environment())
+    wheel = tool.audit(unaudited, tmp_path / "audited")
+    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert re.fullmatch(rf"torch_ademamix-[\d.]+-{version}-{version}-manylinux_2_\d+_[\w.]+\.whl", wheel.name)
+
+    names = zipfile.ZipFile(wheel).namelist()
+    libraries = {name for name in names if ".so" in name}
+    assert {f"torch_ademamix/_cpu_{capability}.so" for capability in ops.native.cpu_capabilities.split()} < libraries
+    assert [name for name in libraries if not name.startswith("torch_ademamix/")] == []  # nothing is bundled
     assert "torch_ademamix/py.typed" in names
-    assert not [name for name in names if name.startswith(("ops/", "tests/", "benchmarks/"))]
-    used = use_wheel(wheel, tmp_path, env)
+    assert not [name for name in names if name.startswith(("ops/", "tests/", "benchmarks/", "tools/"))]
+
+    python = tool.install(wheel, tmp_path / "environment", SHARED)
+    used = use(python, tmp_path)
     assert used["native"]
     assert used["said"] == []
+    tool.copy_tests(tmp_path / "copy")
+    assert tool.run_tests(python, tmp_path / "copy", QUICK_TESTS)
 
 
 @pytest.mark.parametrize("reason", ["switched off", "no compiler"])
-def test_without_native_kernels(tmp_path, reason):
+def test_without_native_kernels(checkout, tmp_path, reason):
     if reason == "no compiler":
         (tmp_path / "empty").mkdir()
         env = clean_environment(PATH=str(tmp_path / "empty"))
@@ -106,9 +104,9 @@ def test_without_native_kernels(tmp_path, reason):
             env.pop(name, None)
     else:
         env = clean_environment(TORCH_ADEMAMIX_NATIVE="0", TORCH_ADEMAMIX_CUDA="0")
-    wheel = build_wheel(tmp_path, env)
+    wheel = tool.build(checkout, tmp_path / "wheel", env)
     assert wheel.name.endswith("-py3-none-any.whl")
-    used = use_wheel(wheel, tmp_path, env)
+    used = use(tool.install(wheel, tmp_path / "environment", SHARED), tmp_path)
     assert not used["native"]
     (text,) = used["said"]
     assert "built without its native kernels" in text

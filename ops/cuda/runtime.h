@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../torch_stable.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
