@@ -1,0 +1,109 @@
+"""The documentation: it builds without a warning, what it refers to exists, and every Python block in it runs.
+
+The blocks of a page run one after another, with the names of those before. A block of text right after one is what that
+prints. A block that begins with one of the comments in NEEDS is compiled only, by Python's own compiler.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_ademamix
+from benchmarks import memory
+from benchmarks.document import read_table
+
+markdown_it = pytest.importorskip("markdown_it", reason="comes with the extra `docs`")
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+NEEDS = ("# needs a GPU\n", "# needs several processes\n")
+
+
+def tokens(page: Path) -> Iterator[markdown_it.token.Token]:
+    for token in markdown_it.MarkdownIt().enable("table").parse(page.read_text()):
+        yield token
+        yield from token.children or ()
+
+
+def run_code(page: Path) -> dict[str, object]:
+    """Runs the page's Python blocks; errors tell the page's own lines."""
+    names: dict[str, object] = {"__name__": page.stem}
+    fences = [token for token in tokens(page) if token.type == "fence"]
+    for fence, following in pairwise([*fences, None]):
+        if fence.info != "python":
+            continue
+        code = compile("\n" * (fence.map[0] + 1) + fence.content, page, "exec")
+        if fence.content.startswith(NEEDS):
+            continue
+        with redirect_stdout(StringIO()) as printed:
+            exec(code, names)
+        if following is not None and following.info == "text" and following.map[0] == fence.map[1] + 1:
+            assert printed.getvalue() == following.content
+    return names
+
+
+def by_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def _afresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS.glob("*.md") if "```python" in page.read_text()], ids=by_name)
+def test_code(page):
+    run_code(page)
+
+
+def test_code_of_the_readme():
+    optimizer = run_code(README)["optimizer"]
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_commands(page):
+    """The targets of make and the modules that a page tells to run are there."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for token in tokens(page):
+        if token.type not in ("code_inline", "fence"):
+            continue
+        for target in re.findall(r"^make ([a-z-]+)", token.content, re.MULTILINE):
+            assert target in targets, f"make {target}"
+        for module in re.findall(r"python -m ([\w.]+)", token.content):
+            assert importlib.util.find_spec(module), f"python -m {module}"
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=by_name)
+def test_links(page):
+    """Of the pages that Sphinx doesn't build, those to files here."""
+    targets = [token.attrs[name] for token in tokens(page) for name in ("href", "src") if name in token.attrs]
+    for target in targets:
+        if not target.startswith("https://"):
+            assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_build(tmp_path):
+    """Without a warning: links between the pages, references in docstrings, formulas, pages that no menu has."""
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, tmp_path / "html"]
+    done = subprocess.run([sys.executable, *build], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    index = (tmp_path / "html" / "genindex.html").read_text()
+    documented = {name.rpartition(".")[2] for name in re.findall(r'#(?:module-)?(torch_ademamix[\w.]*)"', index)}
+    assert set(torch_ademamix.__all__) <= documented
+
+
+def test_memory_table():
+    assert read_table(memory.DOCUMENT) == memory.table()
