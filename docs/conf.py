@@ -9,6 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = f"{project} {version}"
 html_copy_source = False
+html_show_copyright = False
 
 # `name` in the docstrings is a piece of code. What :func:`name` and its like refer to must exist, but for other
 # projects' names, whose inventories would have to be downloaded.

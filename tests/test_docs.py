@@ -21,7 +21,8 @@ import torch_ademamix
 from benchmarks import memory
 from benchmarks.document import read_table
 
-markdown_it = pytest.importorskip("markdown_it", reason="comes with the extra `docs`")
+pytest.importorskip("myst_parser", reason="comes with the extra `docs`")
+markdown_it = pytest.importorskip("markdown_it")
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -74,16 +75,21 @@ def test_code_of_the_readme():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
-def test_commands(page):
-    """The targets of make and the modules that a page tells to run are there."""
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+def test_names(page):
+    """What a page names is there: targets of make, modules to run, files of sources, files of tests."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    tests = {path.stem for folder in ("tests", "compile_tests") for path in (ROOT / folder).rglob("test_*.py")}
     for token in tokens(page):
         if token.type not in ("code_inline", "fence"):
             continue
         for target in re.findall(r"^make ([a-z-]+)", token.content, re.MULTILINE):
-            assert target in targets, f"make {target}"
+            assert target in targets
         for module in re.findall(r"python -m ([\w.]+)", token.content):
-            assert importlib.util.find_spec(module), f"python -m {module}"
+            assert importlib.util.find_spec(module), module
+        for path in re.findall(r"\b\w+/[\w/]+\.(?:py|h|cpp|cu|cuh)\b", token.content):
+            assert (ROOT / path).exists(), path
+        if re.fullmatch(r"test_\w+", token.content):
+            assert token.content in tests
 
 
 def test_build(tmp_path):
