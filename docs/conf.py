@@ -15,7 +15,7 @@ html_show_copyright = False
 # projects' names, whose inventories would have to be downloaded.
 default_role = "code"
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!torch_ademamix).*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|collections)\..*")]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
