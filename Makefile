@@ -19,7 +19,7 @@ STEPS ?=
 SIZE ?=
 OUT ?= out/demo
 
-.PHONY: demo test test-fast lint format bench gpu-check cuda-load-check wheel wheel-check build clean
+.PHONY: demo test test-fast lint format docs bench gpu-check cuda-load-check wheel wheel-check build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -41,6 +41,10 @@ format: $(ENVIRONMENT)  ## rewrite the sources as `make lint` wants them
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+docs: $(BUILD)  ## build/docs/index.html; a warning is an error
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
+	@echo "wrote build/docs/index.html"
 
 bench: $(BUILD)  ## speed on the CPU, beside torch's own optimizers
 	$(PY) -m benchmarks.cpu $(ARGS)

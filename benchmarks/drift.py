@@ -8,13 +8,13 @@ the table in docs/drift.md.
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import trange
 
+from benchmarks.document import DOCS, write_table
 from torch_ademamix import AdEMAMix
 
 STEPS = 20_000
@@ -37,8 +37,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 BITSANDBYTES = list(SCHEMES)[-1]
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "drift.md"
-TABLE_BEGIN, TABLE_END = "<!-- table: begin -->", "<!-- table: end -->"
+DOCUMENT = DOCS / "drift.md"
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = table(measure(args.steps))
     print(text)
     if args.write:
-        before, _, rest = DOCUMENT.read_text().partition(TABLE_BEGIN)
-        after = rest.partition(TABLE_END)[2]
-        DOCUMENT.write_text(f"{before}{TABLE_BEGIN}\n{text}\n{TABLE_END}{after}")
+        write_table(DOCUMENT, text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import drift
+from benchmarks.document import TABLE_BEGIN, TABLE_END
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
 # What the design allows after 20,000 steps of noisy gradients; see docs/drift.md.
@@ -30,11 +31,11 @@ def test_drift():
 def test_drift_table(tmp_path, monkeypatch, capsys):
     """Written between its marks, whatever was there."""
     document = tmp_path / "drift.md"
-    document.write_text(f"before\n{drift.TABLE_BEGIN}\nold\n{drift.TABLE_END}\nafter\n")
+    document.write_text(f"before\n{TABLE_BEGIN}\nold\n{TABLE_END}\nafter\n")
     monkeypatch.setattr(drift, "DOCUMENT", document)
     drift.main(["--steps", "20", "--write"])
     table = capsys.readouterr().out
-    assert document.read_text() == f"before\n{drift.TABLE_BEGIN}\n{table}{drift.TABLE_END}\nafter\n"
+    assert document.read_text() == f"before\n{TABLE_BEGIN}\n{table}{TABLE_END}\nafter\n"
     assert len(table.splitlines()) == 2 + len(drift.SCHEMES)
     assert all(f"| {scheme} |" in table for scheme in drift.SCHEMES)
 

@@ -1,0 +1,92 @@
+"""What training takes in memory, per optimizer and size of model: `python -m benchmarks.memory`.
+
+Counted from the tensors that each optimizer makes for a parameter of that size, on the meta device, where they take no
+memory. Activations are not in it. `--write` puts the table in docs/choosing.md.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.document import DOCS, write_table
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
+
+SIZES = {"124M": 124_000_000, "1.3B": 1_300_000_000, "8B": 8_000_000_000, "70B": 70_000_000_000}
+GB = 1e9
+
+DOCUMENT = DOCS / "choosing.md"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a parameter is trained."""
+
+    name: str
+    dtype: torch.dtype
+    make: Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+
+RECIPES = (
+    Recipe("AdEMAMix", torch.float32, AdEMAMix),
+    Recipe("AdEMAMix8bit", torch.float32, AdEMAMix8bit),
+    Recipe("AdEMAMix", torch.bfloat16, AdEMAMix),
+    Recipe("AdEMAMix8bit", torch.bfloat16, AdEMAMix8bit),
+    Recipe("AdEMAMix8bit, slow_ema_bits=8", torch.bfloat16, partial(AdEMAMix8bit, slow_ema_bits=8)),
+    Recipe("torch.optim.AdamW", torch.float32, torch.optim.AdamW),
+    Recipe("torch.optim.AdamW", torch.bfloat16, torch.optim.AdamW),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes."""
+
+    param: int
+    grad: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        return self.param + self.grad + self.state
+
+
+def measure(recipe: Recipe, size: int) -> Memory:
+    """What one parameter of so many elements takes, its gradient and the state after a step."""
+    p = nn.Parameter(torch.empty(size, dtype=recipe.dtype, device="meta"))
+    p.grad = torch.empty_like(p)
+    optimizer = recipe.make([p])
+    optimizer.step()
+    state = sum(value.nbytes for value in optimizer.state[p].values() if value.numel() > 1)
+    return Memory(p.nbytes, p.grad.nbytes, state)
+
+
+def table() -> str:
+    """In Markdown."""
+    lines = [f"| weights and gradients | optimizer | state, B | in all, B | {' | '.join(SIZES)} |"]
+    lines.append(f"|---|---|{'---:|' * (2 + len(SIZES))}")
+    for recipe in RECIPES:
+        largest = max(SIZES.values())
+        memory = measure(recipe, largest)
+        each = [memory.state / largest, memory.total / largest]
+        totals = [measure(recipe, size).total / GB for size in SIZES.values()]
+        cells = [str(recipe.dtype).removeprefix("torch."), recipe.name, *(f"{value:.2f}" for value in each)]
+        cells += [f"{value:.1f}" if value < 100 else f"{value:,.0f}" for value in totals]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"put the table in docs/{DOCUMENT.name}")
+    args = parser.parse_args(arguments)
+    print(table())
+    if args.write:
+        write_table(DOCUMENT, table())
+
+
+if __name__ == "__main__":
+    main()
