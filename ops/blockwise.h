@@ -283,7 +283,15 @@ struct RandomKey {
   uint64_t seed;
   uint32_t step;
   uint32_t stream;
+  uint64_t first_group;
 };
+
+// `stream` has the tensor's number in its lower half. In the upper half is the number of the tensor's first block where
+// it is a part of a larger one: so that its elements draw what they would draw in the whole.
+ADEMAMIX_INLINE RandomKey random_key(uint64_t seed, uint32_t step, int64_t stream) {
+  const uint64_t first_block = static_cast<uint64_t>(stream) >> 32;
+  return {seed, step, static_cast<uint32_t>(stream), first_block * (BLOCK_SIZE / RANDOM_GROUP)};
+}
 
 struct RandomWords {
   uint32_t word[4];
@@ -299,9 +307,11 @@ ADEMAMIX_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
+// `group`: its number within the tensor.
 ADEMAMIX_INLINE RandomWords random_words(const RandomKey& key, uint64_t group) {
   constexpr uint32_t multiplier0 = PHILOX_MULTIPLIER[0], multiplier1 = PHILOX_MULTIPLIER[1];
   constexpr uint32_t key_step0 = PHILOX_KEY_STEP[0], key_step1 = PHILOX_KEY_STEP[1];
+  group += key.first_group;
   uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = key.step, c3 = key.stream;
   uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
 #if defined(__CUDACC__)

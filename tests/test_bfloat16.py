@@ -10,6 +10,7 @@ from quantized import blockwise_call, blockwise_step, make_blockwise
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, bfloat16
 from torch_ademamix.blockwise import FIRST_PARAM_GROUP, random_bits
+from torch_ademamix.checkpoint import to_bitsandbytes
 
 SEED = -(2**62) - 12345
 STEPS, LR = 5000, 1e-5
@@ -115,7 +116,7 @@ def test_stochastic_rounding_is_that_of_the_formula(kernel, kind, grad_dtype):
     lists = make(kind, torch.bfloat16, grad_dtype)
     exact = lists.clone()
     exact.params = [p.float() for p in lists.params]
-    streams = [5 * i + 2 for i in range(len(lists.params))]
+    streams = [5 * i + 2 + i * 2**32 for i in range(len(lists.params))]  # with places in larger tensors
     take_step(kernel, exact, seed=SEED, streams=streams)
     take_step(kernel, lists, seed=SEED, streams=streams, stochastic_param_rounding=True)
     for i, weight in enumerate(exact.params):
@@ -266,9 +267,16 @@ def test_remainders_are_not_lost_silently(dtype):
     others, plain = make_optimizer(dtype, master_weights="remainder" if dtype == torch.float32 else None)
     take_steps(others, plain, 1)
     before = copy.deepcopy(everything(others, plain))
-    with pytest.raises(ValueError, match=r"state_dict\['state'\]\[0\] has 'master_remainder', .* would lose"):
+    with pytest.raises(ValueError, match=r"state_dict\['state'\]\[0\] has 'master_remainder', .* would be lost"):
         plain.load_state_dict(optimizer.state_dict())
     assert_identical(everything(others, plain), before)
+
+
+def test_remainders_are_not_lost_to_bitsandbytes():
+    params, optimizer = make_optimizer(master_weights="remainder")
+    take_steps(params, optimizer, 1)
+    with pytest.raises(ValueError, match="'master_remainder', a part of the float32 weights, which would be lost"):
+        to_bitsandbytes(optimizer.state_dict())
 
 
 @pytest.mark.parametrize(

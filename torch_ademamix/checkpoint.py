@@ -144,8 +144,8 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
         AdEMAMix32bit and PagedAdEMAMix32bit don't work: bitsandbytes issue 2075.)
 
     Raises:
-        ValueError: something is missing, unknown, or of another shape or dtype; or a group maximizes, or its schedules
-            don't begin at step 0, which bitsandbytes can't do.
+        ValueError: something is missing, unknown, or of another shape or dtype; or there are remainders of master
+            weights, a group maximizes, or its schedules don't begin at step 0, which bitsandbytes can't do.
 
     >>> p = torch.nn.Parameter(torch.ones(2, 3))
     >>> optimizer = AdEMAMix([p])
@@ -161,7 +161,8 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
 def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
     m1 = checked(saved.get("exp_avg"), f"{where}['exp_avg']", None)
     quantized = "exp_avg_absmax" in saved and m1.numel() % BLOCK_SIZE == 0
-    storage = {"optim_bits": 8 if quantized else 32, "slow_ema_bits": 8, "min_8bit_size": 0, "is_paged": False}
+    bits = 8 if quantized else 32
+    storage = dict(optim_bits=bits, slow_ema_bits=8, min_8bit_size=0, is_paged=False, master_weights=None)
     state = loaded_state(m1, saved, storage, where)  # m1 stands for the parameter: it has its shape
 
     moments = [state[name].to(torch.uint8 if quantized else torch.float32) for name in MOMENTS]

@@ -72,6 +72,35 @@ def scales_shape(p: Tensor) -> tuple[int, ...] | None:
     return by_rows or (block_count(p.numel()),)
 
 
+PART_BLOCKS = 1 << 20  # more than a process's part of a parameter has
+
+
+def first_block(p: DTensor) -> int:
+    """The number, in the whole parameter, of the first block of this process's part: its random bits go by it.
+
+    So runs of any number of processes draw the same bits. Only parts that aren't whole rows have no such place: they
+    get numbers that are far apart.
+    """
+    mesh, coordinate = p.device_mesh, p.device_mesh.get_coordinate()
+    shards = [  # the dimension, how often it is split, which part this is, and whether other splits come first
+        (getattr(placement, "dim", 0), mesh.size(i), coordinate[i], hasattr(placement, "split_factor"))
+        for i, placement in enumerate(p.placements)
+        if not placement.is_replicate()
+    ]
+    if any(dim > 0 for dim, *_ in shards):
+        part = 0
+        for _, size, index, _ in shards:
+            part = part * size + index
+        return part * PART_BLOCKS
+    first, rows = 0, p.shape[0] if p.dim() > 0 else 1
+    in_order = [shard for shard in shards if not shard[3]] + [shard for shard in reversed(shards) if shard[3]]
+    for _, size, index, _ in in_order:
+        most = -(-rows // size)
+        begin = min(index * most, rows)
+        first, rows = first + begin, min(most, rows - begin)
+    return first * math.prod(p.shape[1:]) // BLOCK_SIZE
+
+
 def whole(p: Tensor) -> Tensor:
     """What stands for a DTensor parameter as a plain tensor, of its shape, dtype and device, without memory."""
     return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)

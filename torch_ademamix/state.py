@@ -159,7 +159,7 @@ def _converted(
             state |= _stored(name, values, format)
     if saved_remainder is not None and not has_remainder(p, group):
         raise ValueError(
-            f"{where} has {MASTER_REMAINDER!r}, a part of the float32 weights that this optimizer would lose; give it "
+            f"{where} has {MASTER_REMAINDER!r}, a part of the float32 weights, which would be lost; load it with "
             "master_weights='remainder' and bfloat16 parameters, or delete the entry"
         )
     if saved_remainder is not None:

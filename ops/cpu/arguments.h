@@ -35,8 +35,7 @@ inline ParamRounding param_rounding(const std::vector<TensorView>& remainders, b
 
 // The random bits of one parameter's step, after its increment.
 inline RandomKey random_key(int64_t seed, const TensorView& step, int64_t stream) {
-  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(*static_cast<const float*>(step.data)),
-          static_cast<uint32_t>(stream)};
+  return random_key(static_cast<uint64_t>(seed), static_cast<uint32_t>(*static_cast<const float*>(step.data)), stream);
 }
 
 // Advances each parameter's step and computes its scalars. Parameters of one step share them.

@@ -74,8 +74,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   Tensor codes = torch::stable::new_empty(values, values.sizes(), code_dtype(block_format));
   Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
   const Quantized target{codes.data_ptr(), static_cast<float*>(absmax.data_ptr()), block_format};
-  const RandomKey random{static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step),
-                         static_cast<uint32_t>(stream)};
+  const RandomKey random = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
   parallel_over_elements({numel}, [&](size_t, int64_t begin, int64_t end) {
     quantize_elements(static_cast<const float*>(values.const_data_ptr()), target, seed ? &random : nullptr, begin, end);
   });

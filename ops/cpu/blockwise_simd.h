@@ -408,14 +408,14 @@ inline void encode_unsigned_block(const float* values, float absmax, int count, 
   for (; i < count; ++i) codes[i] = static_cast<uint8_t>(encode_unsigned(values[i], inverse, UNSIGNED_NEAREST));
 }
 
-// random_half for the elements of a block.
-inline void random_block(const RandomKey& key, uint64_t first_group, uint16_t (&random)[BLOCK_SIZE]) {
+// random_half for the elements of a block, whose first group is `group`.
+inline void random_block(const RandomKey& key, uint64_t group, uint16_t (&random)[BLOCK_SIZE]) {
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
   const Ints multiplier0 = wide(PHILOX_MULTIPLIER[0]), multiplier1 = wide(PHILOX_MULTIPLIER[1]);
   constexpr int VECTORS = BLOCK_SIZE / RANDOM_GROUP / WIDE_LANES;
   Ints c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
   for (int i = 0; i < VECTORS; ++i) {
-    c0[i] = wide_add(wide(first_group + static_cast<uint64_t>(i * WIDE_LANES)), wide_count());
+    c0[i] = wide_add(wide(key.first_group + group + static_cast<uint64_t>(i * WIDE_LANES)), wide_count());
     c1[i] = wide_upper(c0[i]);
     c2[i] = wide(key.step);
     c3[i] = wide(key.stream);
@@ -437,7 +437,7 @@ inline void random_block(const RandomKey& key, uint64_t first_group, uint16_t (&
   }
 #else
   for (int i = 0; i < BLOCK_SIZE; i += RANDOM_GROUP) {
-    const RandomWords words = random_words(key, first_group + static_cast<uint64_t>(i / RANDOM_GROUP));
+    const RandomWords words = random_words(key, group + static_cast<uint64_t>(i / RANDOM_GROUP));
     for (int j = 0; j < RANDOM_GROUP; ++j) random[i + j] = static_cast<uint16_t>(random_half(words, j));
   }
 #endif

@@ -34,7 +34,7 @@ std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std
                       aligned<M2>(r.exp_avg_slow) && aligned<uint8_t>(r.exp_avg_sq) && aligned<int16_t>(r.remainder);
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
     r.wide_blocks = wide ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
-    r.stream = static_cast<uint32_t>(streams[i]);
+    r.stream = streams[i];
     records.push_back(r);
   }
   return records;
@@ -128,8 +128,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   const Tensor values = torch::stable::contiguous(x);
   Tensor codes = torch::stable::new_empty(values, values.sizes(), code_dtype(block_format));
   Tensor absmax = torch::stable::new_empty(values, {block_count(values.numel())}, ScalarType::Float);
-  const RandomKey key{static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step),
-                      static_cast<uint32_t>(stream)};
+  const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
   if (values.numel() == 0) return {codes, absmax};
   switch (block_format) {
     case BlockFormat::SIGNED_DYNAMIC:

@@ -34,7 +34,7 @@ struct BlockwiseRecord {
   int64_t numel;
   uint32_t blocks;
   uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
-  uint32_t stream;       // of random bits
+  int64_t stream;        // of random bits
 };
 
 // ---------------------------------------------------------------------------------------------------------- the tables
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BlockwiseTypes<P>::CTAS_PER
   uint32_t end_tile = 0, first_tile = 0;  // of the current tensor
   int32_t tensor = 0;
   StepScalars<V> s;
-  RandomKey key{seed, 0, 0};
+  RandomKey key{};
   float* absmax = nullptr;  // of the first three lanes, each has one state's scales
 
   for (uint32_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
@@ -190,8 +190,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BlockwiseTypes<P>::CTAS_PER
       const TensorScalars<T> loaded = scalars[table.first + tensor].load();
       s = StepScalars<V>(loaded.scalars);
       const BlockwiseRecord& r = table.records[tensor];
-      key.step = loaded.step;
-      key.stream = r.stream;
+      key = random_key(seed, loaded.step, r.stream);
       absmax = lane == 0 ? r.exp_avg_absmax : lane == 1 ? r.exp_avg_slow_absmax : r.exp_avg_sq_absmax;
     }
     const BlockwiseRecord& r = table.records[tensor];

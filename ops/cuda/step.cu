@@ -18,7 +18,7 @@ void launch_steps(const CurrentDevice& device, const StepLists& lists, const Ran
                  lists.exp_avg_sqs[i].data};
     r.numel = lists.params[i].numel;
     if constexpr (ROUNDING == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
-    if constexpr (ROUNDING == ParamRounding::STOCHASTIC) r.stream = static_cast<uint32_t>(random.streams[i]);
+    if constexpr (ROUNDING == ParamRounding::STOCHASTIC) r.stream = random.streams[i];
     r.head = step_head<P, G, ROUNDING>(r);
     records.push_back(r);
   }

@@ -21,8 +21,8 @@ struct StepRecord {
   void* exp_avg_sq;
   int16_t* remainder;  // if ParamRounding::REMAINDER
   int64_t numel;
-  int32_t head;     // elements before the first aligned ones; NO_ALIGNMENT where the pointers never are at once
-  uint32_t stream;  // of random bits, if ParamRounding::STOCHASTIC
+  int64_t stream;  // of random bits, if ParamRounding::STOCHASTIC
+  int32_t head;    // elements before the first aligned ones; NO_ALIGNMENT where the pointers never are at once
 };
 
 constexpr int NO_ALIGNMENT = -1;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(STEP_THREADS)
   const int64_t rest = record.numel - begin;
   const int count = rest < STEP_TILE ? static_cast<int>(rest) : STEP_TILE;
   const int in_lanes = head == NO_ALIGNMENT ? 0 : count / WIDTH * WIDTH;
-  const StepTile<P, G, ROUNDING> tile(record, begin, {seed, loaded.step, record.stream});
+  const StepTile<P, G, ROUNDING> tile(record, begin, random_key(seed, loaded.step, record.stream));
   for (int i = thread * WIDTH; i < in_lanes; i += STEP_THREADS * WIDTH) tile.update_lanes(i, s);
 #pragma unroll 1  // seldom run
   for (int i = in_lanes + thread; i < count; i += STEP_THREADS) tile.update_one(i, s);
