@@ -251,6 +251,25 @@ def test_other_precision_is_refused(workers, tmp_path, saved, stored, message):
     workers.run(2, other_precision, tmp_path, stored, message)
 
 
+def other_shape(folder):
+    model = make_model("fsdp", hidden=256)
+    optimizer = AdEMAMix(model.parameters(), **OPTIONS)
+    train(model, optimizer, range(1))
+    before = everything(model, optimizer)
+    message = (
+        r"Size mismatch between saved torch.Size\(.*512.*\) and current: torch.Size\(.*256.*\) for optimizer.state"
+    )
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    with pytest.raises(CheckpointException, match=message):
+        dcp.load(state, checkpoint_id=folder / "checkpoint", planner=LoadPlanner())
+    assert_identical(everything(model, optimizer), before)
+
+
+def test_another_shape_is_refused(workers, tmp_path):
+    workers.run(2, save, tmp_path, "fsdp", "32")
+    workers.run(2, other_shape, tmp_path)
+
+
 def bad_state_dicts():
     """In memory: what differs is said, and nothing changes."""
     model, optimizer = make("fsdp", "8")

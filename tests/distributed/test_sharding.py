@@ -171,6 +171,18 @@ def gradient_placed_otherwise():
     assert_identical(full_state(optimizers[0], [p]), full_state(optimizers[1], [plain]))
 
 
+def plain_gradient():
+    """Refused before anything changes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p, other = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])), nn.Parameter(torch.ones(3))
+    p.grad, other.grad = torch.ones(4, 3), torch.ones(3)
+    optimizer = AdEMAMix([other, p])
+    with pytest.raises(RuntimeError, match="a parameter is a DTensor, but its gradient is a plain tensor"):
+        optimizer.step()
+    assert_identical(other.detach(), torch.ones(3))
+    assert optimizer.state[other]["step"] == 0
+
+
 def version_counters():
     """A backward after the step says that its weights have changed, as with torch's optimizers."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -239,9 +251,10 @@ def test_released_gradients(workers, layout):
     workers.run(2, released_gradients, layout)
 
 
-@pytest.mark.parametrize(
-    "case", [gradient_placed_otherwise, version_counters, scaler_skips_on_every_rank], ids=lambda f: f.__name__
-)
+CASES = [gradient_placed_otherwise, plain_gradient, version_counters, scaler_skips_on_every_rank]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_on_two(workers, case):
     workers.run(2, case)
 
