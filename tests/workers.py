@@ -146,7 +146,8 @@ def _run(rank: int, world_size: int, rendezvous: str, path: str, name: str, args
     try:
         return getattr(_module(path), name)(*args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @cache

@@ -275,7 +275,7 @@ class AdEMAMix(Optimizer):
                 self._init_param_state(p, group)
             if sharding.is_dtensor(p):
                 stream += sharding.first_block(p) << 32
-                p, grad, state = sharding.local_lists(p, grad, state)
+                p, grad, state = sharding.local_parts(p, grad, state)
             if "exp_avg_absmax" in state:
                 items = (p, grad, *[state[name] for name in QUANTIZED_STATE], state.get(MASTER_REMAINDER), stream)
                 for target, item in zip(blockwise, items, strict=True):

@@ -38,7 +38,7 @@ def local(value: Any) -> Any:
     return value.to_local() if is_dtensor(value) else value
 
 
-def local_lists(p: DTensor, grad: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def local_parts(p: DTensor, grad: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """This process's parts of a parameter, its gradient and its state, for an op call to update.
 
     A gradient that is placed otherwise than its parameter is communicated.
@@ -51,7 +51,8 @@ def local_lists(p: DTensor, grad: Tensor, state: Mapping[str, Tensor]) -> tuple[
     grad = grad.wait() if hasattr(grad, "wait") else grad  # for what is still being communicated
     # The op counts a new version of what it changes, which is the part.
     torch.autograd.graph.increment_version(p)
-    return p.to_local(), grad, {name: local(value) for name, value in state.items()}
+    local_state = {name: value if name == "step" else value.to_local() for name, value in state.items()}
+    return p.to_local(), grad, local_state
 
 
 def scales_shape(p: Tensor) -> tuple[int, ...] | None:
@@ -82,6 +83,8 @@ def first_block(p: DTensor) -> int:
     get numbers that are far apart.
     """
     mesh, coordinate = p.device_mesh, p.device_mesh.get_coordinate()
+    if coordinate is None:  # this process has no part
+        return 0
     shards = [  # the dimension, how often it is split, which part this is, and whether other splits come first
         (getattr(placement, "dim", 0), mesh.size(i), coordinate[i], hasattr(placement, "split_factor"))
         for i, placement in enumerate(p.placements)

@@ -28,11 +28,12 @@ STORED = {
     "32": {},
     "8": {"optim_bits": 8, "min_8bit_size": 600},  # weights, not biases, which can't be quantized in shards
     "8, slow too": {"optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 8},
+    "8 and remainders": {"optim_bits": 8, "min_8bit_size": 600, "master_weights": "remainder"},
 }
 
 
 def make(layout, stored, **options):
-    model = make_model(layout)
+    model = make_model(layout, dtype=torch.bfloat16 if stored == "8 and remainders" else torch.float32)
     return model, AdEMAMix(model.parameters(), **{**OPTIONS, "stochastic_rounding": False, **STORED[stored], **options})
 
 
@@ -41,7 +42,7 @@ def train(model, optimizer, batches):
     for batch in batches:
         generator = torch.Generator().manual_seed(batch)
         for p in model.parameters():
-            grad = torch.randn(p.shape, generator=generator)
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
             if isinstance(p, DTensor):
                 grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
             p.grad = grad
@@ -153,10 +154,15 @@ def load_full(folder, layout, stored, broadcast):
     goes_on(folder, model, optimizer)
 
 
-# Neither NCCL nor gloo can send 16-bit codes.
 @pytest.mark.parametrize(
     ("stored", "ours", "broadcast"),
-    [("32", False, True), ("32", True, False), ("8", True, False), ("8, slow too", False, True)],
+    [
+        ("32", False, True),
+        ("32", True, False),
+        ("8", True, False),  # of which neither NCCL nor gloo can send 16-bit codes
+        ("8, slow too", False, True),
+        ("8 and remainders", True, False),
+    ],
 )
 def test_full_state_dicts(workers, tmp_path, stored, ours, broadcast):
     workers.run(4, save_full, tmp_path, stored, ours)
@@ -249,6 +255,25 @@ def other_precision(folder, stored, message):
 def test_other_precision_is_refused(workers, tmp_path, saved, stored, message):
     workers.run(2, save, tmp_path, "fsdp", saved)
     workers.run(2, other_precision, tmp_path, stored, message)
+
+
+def other_shape(folder):
+    model = make_model("fsdp", hidden=256)
+    optimizer = AdEMAMix(model.parameters(), **OPTIONS)
+    train(model, optimizer, range(1))
+    before = everything(model, optimizer)
+    message = (
+        r"Size mismatch between saved torch.Size\(.*512.*\) and current: torch.Size\(.*256.*\) for optimizer.state"
+    )
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    with pytest.raises(CheckpointException, match=message):
+        dcp.load(state, checkpoint_id=folder / "checkpoint", planner=LoadPlanner())
+    assert_identical(everything(model, optimizer), before)
+
+
+def test_another_shape_is_refused(workers, tmp_path):
+    workers.run(2, save, tmp_path, "fsdp", "32")
+    workers.run(2, other_shape, tmp_path)
 
 
 def bad_state_dicts():

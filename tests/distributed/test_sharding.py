@@ -103,9 +103,9 @@ PLACED = [
 QUANTIZED = [True, True, True, True, True, False, False, False, True, True, False, True]
 
 
-def steps_of_any_placement(dtype):
+def steps_of_any_placement(dtype, master_weights):
     mesh = init_device_mesh("cpu", (2, 2))
-    options = {**OPTIONS, **BITS[8], "min_8bit_size": 0}
+    options = {**OPTIONS, **BITS[8], "min_8bit_size": 0, "master_weights": master_weights}
     quantized = []
     for shape, placements in PLACED:
         values, grads = torch.randn(shape).to(dtype), torch.randn(3, *shape).to(dtype)
@@ -118,13 +118,16 @@ def steps_of_any_placement(dtype):
             optimizer.step()
             plain_optimizer.step()
         assert_identical(full(p.detach()), q.detach())
+        assert_identical(full(optimizer.master_weight(p)), plain_optimizer.master_weight(q))
         assert_identical(full_state(optimizer, [p]), full_state(plain_optimizer, [q]))
     assert quantized == QUANTIZED
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_placement(workers, dtype):
-    workers.run(4, steps_of_any_placement, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "master_weights"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "remainder")]
+)
+def test_any_placement(workers, dtype, master_weights):
+    workers.run(4, steps_of_any_placement, dtype, master_weights)
 
 
 @pytest.mark.parametrize(("world_size", "layout", "backend"), [(2, "fsdp", "inductor"), (4, "fsdp_tp", "aot_eager")])
@@ -171,6 +174,18 @@ def gradient_placed_otherwise():
     assert_identical(full_state(optimizers[0], [p]), full_state(optimizers[1], [plain]))
 
 
+def plain_gradient():
+    """Refused before anything changes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p, other = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])), nn.Parameter(torch.ones(3))
+    p.grad, other.grad = torch.ones(4, 3), torch.ones(3)
+    optimizer = AdEMAMix([other, p])
+    with pytest.raises(RuntimeError, match="a parameter is a DTensor, but its gradient is a plain tensor"):
+        optimizer.step()
+    assert_identical(other.detach(), torch.ones(3))
+    assert optimizer.state[other]["step"] == 0
+
+
 def version_counters():
     """A backward after the step says that its weights have changed, as with torch's optimizers."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -203,18 +218,44 @@ def scaler_skips_on_every_rank():
 
 def replicas_stay_equal():
     """Stochastic rounding draws the same bits for the same element on every process that has it."""
-    model = make_model("hsdp")
-    optimizer = AdEMAMix(model.parameters(), **{**OPTIONS, **BITS[8], "stochastic_rounding": True})
+    model = make_model("hsdp", dtype=torch.bfloat16)
+    options = {**OPTIONS, **BITS[8], "stochastic_rounding": True, "param_rounding": "stochastic"}
+    optimizer = AdEMAMix(model.parameters(), **options)
     for batch in range(3):
         backward(model, "hsdp", batch)
         optimizer.step()
         optimizer.zero_grad()
     mesh = model.up.weight.device_mesh
     for p in model.parameters():
-        codes = optimizer.state[p]["exp_avg_sq"].to_local().double()
-        others = [torch.empty_like(codes) for _ in range(mesh.size(0))]
-        dist.all_gather(others, codes, mesh.get_group(0))
-        assert_identical(others, [codes] * mesh.size(0))
+        for tensor in (p.detach(), optimizer.state[p]["exp_avg_sq"]):
+            ours = tensor.to_local().double()
+            theirs = [torch.empty_like(ours) for _ in range(mesh.size(0))]
+            dist.all_gather(theirs, ours, mesh.get_group(0))
+            assert_identical(theirs, [ours] * mesh.size(0))
+
+
+def clipped_steps(layout):
+    """The norm is that of all processes' gradients."""
+    model, plain = make_model(layout), make_model()
+    options = {**OPTIONS, "eps": 1e-3, "max_grad_norm": 1e-3}  # of eps, see test_training
+    optimizers = [AdEMAMix(m.parameters(), **options) for m in (model, plain)]
+    for batch in range(3):
+        backward(model, layout, batch)
+        for p, q in pairs(model, plain):
+            q.grad = full(p.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            assert not isinstance(optimizer.grad_norm, DTensor)
+            assert optimizer.grad_norm > 1e-3
+            optimizer.zero_grad()
+        torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm, rtol=1e-6, atol=0)
+    for p, q in pairs(model, plain):
+        assert (full(p) - q).abs().max() <= 1e-6 * q.abs().max()
+
+
+@EVERY_LAYOUT
+def test_clipping(workers, layout):
+    workers.run(4, clipped_steps, layout)
 
 
 def released_gradients(layout):
@@ -239,9 +280,10 @@ def test_released_gradients(workers, layout):
     workers.run(2, released_gradients, layout)
 
 
-@pytest.mark.parametrize(
-    "case", [gradient_placed_otherwise, version_counters, scaler_skips_on_every_rank], ids=lambda f: f.__name__
-)
+CASES = [gradient_placed_otherwise, plain_gradient, version_counters, scaler_skips_on_every_rank]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_on_two(workers, case):
     workers.run(2, case)
 
