@@ -286,11 +286,10 @@ struct RandomKey {
   uint64_t first_group;
 };
 
-// `stream` has the tensor's number in its lower half. In the upper half is the number of the tensor's first block where
+// `stream` has the tensor's number in its lower half. In the upper half is the number of the tensor's first group where
 // it is a part of a larger one: so that its elements draw what they would draw in the whole.
 ADEMAMIX_INLINE RandomKey random_key(uint64_t seed, uint32_t step, int64_t stream) {
-  const uint64_t first_block = static_cast<uint64_t>(stream) >> 32;
-  return {seed, step, static_cast<uint32_t>(stream), first_block * (BLOCK_SIZE / RANDOM_GROUP)};
+  return {seed, step, static_cast<uint32_t>(stream), static_cast<uint64_t>(stream) >> 32};
 }
 
 struct RandomWords {

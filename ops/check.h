@@ -185,10 +185,7 @@ class Checker {
   // The scalars that may be tensors: one element each, on the parameters' device.
   template <class Lr>
   void scalars(const Lr& lr, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) const {
-    if constexpr (std::is_same_v<Lr, Tensor>)
-      float_scalar("lr", view_of(lr));
-    else
-      in_range("lr", lr, lr >= 0, "at least 0");
+    if constexpr (std::is_same_v<Lr, Tensor>) float_scalar("lr", view_of(lr));
     if (grad_scale) float_scalar("grad_scale", view_of(*grad_scale));
     if (!found_inf) return;
     const TensorView view = view_of(*found_inf);

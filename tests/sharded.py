@@ -17,8 +17,7 @@ from torch_ademamix.sharding import scales_shape
 OPTIONS: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99, 0.999), t_alpha=6, t_beta3=6, weight_decay=0.1)
 BITS: dict[int, dict[str, Any]] = {
     32: {},
-    # The random bits of stochastic rounding are counted within a shard.
-    8: {"optim_bits": 8, "min_8bit_size": 16, "stochastic_rounding": False},
+    8: {"optim_bits": 8, "min_8bit_size": 16},
 }
 LAYOUTS = {"fsdp": 1, "tp": 1, "hsdp": 2, "fsdp_tp": 2}  # and the dimensions of the mesh
 
@@ -81,6 +80,12 @@ def full(tensor: Tensor) -> Tensor:
 def full_state(optimizer: AdEMAMix, params: Iterable[Tensor]) -> list[dict[str, Tensor]]:
     """The state of each parameter as plain tensors, whole on every process."""
     return [{name: full(value).clone() for name, value in optimizer.state[p].items()} for p in params]
+
+
+def rounding_of_part(p: Tensor) -> dict[str, Any]:
+    """Options by which a parameter is rounded alike in parts and whole: parts of rows draw other random bits."""
+    in_rows = isinstance(p, DTensor) and any(placement.is_shard() and placement.dim > 0 for placement in p.placements)
+    return {"stochastic_rounding": not in_rows}
 
 
 def quantizable(p: Tensor) -> bool:

@@ -85,8 +85,6 @@ REFUSALS = {
         for x in ("params", *STATE)
     },
     "steps[3] has shape [2], but must hold one element": replace("steps", 3, lambda t: t.repeat(2)),
-    "lr is -0.001, but must be at least 0": give(lr=-1e-3),
-    "lr is nan, but must be at least 0": give(lr=NAN),
     "lr has dtype torch.int64, but must be torch.float32 or torch.float64": give(lr=torch.tensor(1)),
     "grad_scale has dtype torch.float16, but must be torch.float32 or torch.float64": give(
         grad_scale=torch.ones(1).half()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from config import assert_identical
 
-from torch_ademamix import AdEMAMix, AdEMAMix32bit, PagedAdEMAMix
+from torch_ademamix import AdEMAMix, AdEMAMix32bit, PagedAdEMAMix, compile_train_step, release_gradients
 
 NAN = float("nan")
 
@@ -188,3 +188,26 @@ def test_fixed_arguments():
         AdEMAMix32bit([torch.ones(2)], optim_bits=8)
     with pytest.raises(TypeError, match="is_paged"):
         PagedAdEMAMix([torch.ones(2)], is_paged=False)
+
+
+@pytest.mark.parametrize("make_tensor", [float, lambda lr: torch.tensor([lr])], ids=["float", "tensor"])
+def test_a_schedule_may_round_to_below_zero(make_tensor):
+    """LinearLR to 0 in four steps ends at -2e-20."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdEMAMix([p], lr=make_tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, end_factor=0.0, total_iters=4)
+    for _ in range(6):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("wrap", [compile_train_step, release_gradients])
+def test_wrapped_optimizers(wrap):
+    """As Accelerate makes them."""
+    model = torch.nn.Linear(2, 2)
+    arguments = (model, torch.optim.SGD(model.parameters()), *([lambda model: 0] if wrap is compile_train_step else []))
+    with pytest.raises(TypeError, match="optimizer is a SGD, but must be an AdEMAMix"):
+        wrap(*arguments)

@@ -52,7 +52,7 @@ def test_random_bits_go_by_seed_stream_step_and_element(kernel):
         tensors[0] = tensors[0][2 * BLOCK_SIZE :].clone()
     for tensors in (part.exp_avg_absmaxs, part.exp_avg_slow_absmaxs, part.exp_avg_sq_absmaxs):
         tensors[0] = tensors[0][2:].clone()
-    assert torch.equal(step_of_one(part, streams=[9 + 2 * 2**32]), nu[1][2 * BLOCK_SIZE :])
+    assert torch.equal(step_of_one(part, streams=[9 + 2 * BLOCK_SIZE // 8 * 2**32]), nu[1][2 * BLOCK_SIZE :])
 
 
 @NATIVE

@@ -108,7 +108,6 @@ REFUSALS = [
         replacing("grads", lambda grad: grad.to_sparse(), 2),
         "grads[2] has layout torch.sparse_coo; only dense tensors are allowed",
     ),
-    (setting(lr=-1.0), "lr is -1, but must be at least 0"),
     (setting(beta3=1.0), "beta3 is 1, but must be in [0, 1)"),
     (setting(t_alpha=0.0), "t_alpha is 0, but must be positive or None"),
     (setting(eps=float("nan")), "eps is nan, but must be at least 0"),

@@ -149,7 +149,7 @@ def random_bits(
         step: int, or 0-dim tensor of any dtype; taken modulo 2^32.
         stream: which of the streams of that seed and step, as the tensor's number in its
             optimizer, below 2^32. Where the tensor is a part of a larger one, it draws what it
-            would draw there if 2^32 times the number of its first block is added.
+            would draw there if 2^32 times the number of its first group is added.
         first_group: the number of the first group; exp_avg_sq's is 0, and the parameters' is
             ``FIRST_PARAM_GROUP``.
         device: where the result goes; the CPU if not given.
@@ -161,7 +161,7 @@ def random_bits(
         >>> random_bits(3, seed=1, step=1, stream=0).tolist()
         [53345, 31637, 451]
     """
-    first_group += ((stream >> 32) & _WORD) * (BLOCK_SIZE // RANDOM_GROUP)
+    first_group += (stream >> 32) & _WORD
     group = torch.arange((count + RANDOM_GROUP - 1) // RANDOM_GROUP, device=device) + first_group
     step = torch.as_tensor(step, device=device).long() & _WORD
     counter = [

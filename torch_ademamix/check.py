@@ -119,8 +119,6 @@ class Checker:
         """The scalars that may be tensors: one element each, on the parameters' device."""
         if isinstance(lr, Tensor):
             self._float_scalar("lr", lr)
-        else:
-            self._in_range("lr", lr, lr >= 0, "at least 0")
         if grad_scale is not None:
             self._float_scalar("grad_scale", grad_scale)
         if found_inf is not None:

@@ -1,6 +1,7 @@
 """The AdEMAMix optimizer (arXiv 2409.03137) and the variants that fix how its state is stored."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -137,7 +138,7 @@ class AdEMAMix(Optimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        _check_options(defaults)
+        _check_options(defaults, first=True)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self._check_max_grad_norm()
@@ -147,7 +148,7 @@ class AdEMAMix(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; refuses options out of range before the optimizer changes."""
         if isinstance(param_group, dict):
-            _check_options({**self.defaults, **param_group})
+            _check_options({**self.defaults, **param_group}, first=True)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -274,7 +275,7 @@ class AdEMAMix(Optimizer):
             if not state:
                 self._init_param_state(p, group)
             if sharding.is_dtensor(p):
-                stream += sharding.first_block(p) << 32
+                stream += sharding.first_group(p) << 32
                 p, grad, state = sharding.local_parts(p, grad, state)
             if "exp_avg_absmax" in state:
                 items = (p, grad, *[state[name] for name in QUANTIZED_STATE], state.get(MASTER_REMAINDER), stream)
@@ -442,7 +443,9 @@ class _Loaded:
         self.state = state
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any], first: bool = False) -> None:
+    """Refuses options out of their range; `first` is where they come from the user."""
+
     def require(name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
         try:
             error: type[Exception] | None = None if ok(options[name]) else ValueError
@@ -456,7 +459,8 @@ def _check_options(options: dict[str, Any]) -> None:
         allowed = "a number, or a float32 or float64 tensor of one element"
         require("lr", allowed, lambda lr: lr.numel() == 1 and lr.dtype in lr_dtypes)
     else:
-        require("lr", "at least 0", lambda lr: lr >= 0)
+        # A schedule that ends at 0 may pass it by rounding, so a step takes any number.
+        require("lr", "at least 0" if first else "a number", lambda lr: lr >= 0 if first else not math.isnan(lr))
     for name in ("alpha", "eps", "weight_decay", "min_8bit_size"):
         require(name, "at least 0", lambda value: value >= 0)
     require("betas", "three numbers in [0, 1)", lambda betas: len(betas) == 3 and all(0 <= b < 1 for b in betas))

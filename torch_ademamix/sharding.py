@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from torch_ademamix.blockwise import BLOCK_SIZE, block_count
+from torch_ademamix.blockwise import BLOCK_SIZE, RANDOM_GROUP, block_count
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -73,14 +73,14 @@ def scales_shape(p: Tensor) -> tuple[int, ...] | None:
     return by_rows or (block_count(p.numel()),)
 
 
-PART_BLOCKS = 1 << 20  # more than a process's part of a parameter has
+PART_GROUPS = 1 << 24  # more than a process's part of a parameter has
 
 
-def first_block(p: DTensor) -> int:
-    """The number, in the whole parameter, of the first block of this process's part: its random bits go by it.
+def first_group(p: DTensor) -> int:
+    """The number, in the whole parameter, of the first group of this process's part: its random bits go by it.
 
-    So runs of any number of processes draw the same bits. Only parts that aren't whole rows have no such place: they
-    get numbers that are far apart.
+    So runs of any number of processes draw the same bits, where parts begin with a group. Parts that aren't whole
+    rows have no such place: they get numbers that are far apart.
     """
     mesh, coordinate = p.device_mesh, p.device_mesh.get_coordinate()
     if coordinate is None:  # this process has no part
@@ -94,14 +94,14 @@ def first_block(p: DTensor) -> int:
         part = 0
         for _, size, index, _ in shards:
             part = part * size + index
-        return part * PART_BLOCKS
+        return part * PART_GROUPS
     first, rows = 0, p.shape[0] if p.dim() > 0 else 1
     in_order = [shard for shard in shards if not shard[3]] + [shard for shard in reversed(shards) if shard[3]]
     for _, size, index, _ in in_order:
         most = -(-rows // size)
         begin = min(index * most, rows)
         first, rows = first + begin, min(most, rows - begin)
-    return first * math.prod(p.shape[1:]) // BLOCK_SIZE
+    return first * math.prod(p.shape[1:]) // RANDOM_GROUP
 
 
 def whole(p: Tensor) -> Tensor:

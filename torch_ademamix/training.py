@@ -34,6 +34,9 @@ def compile_train_step(
     Returns:
         `step(*batch)`, which trains on one batch and returns the loss, detached.
 
+    Raises:
+        TypeError: the optimizer is another one, or a wrapper of one.
+
     >>> model = nn.Linear(8, 1)
     >>> optimizer = AdEMAMix(model.parameters(), lr=1e-2)
     >>> def loss_fn(model, x, y):
@@ -44,6 +47,7 @@ def compile_train_step(
     >>> bool(step(x, y) < first)
     True
     """
+    _refuse_wrapped(optimizer)
     optimizer.init_state()
 
     def train_step(has_hooks: bool, *batch: Any) -> Tensor:
@@ -69,6 +73,12 @@ def compile_train_step(
             return compiled(_has_step_hooks(optimizer), *batch)
 
     return step
+
+
+def _refuse_wrapped(optimizer: object) -> None:
+    if not isinstance(optimizer, AdEMAMix):
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer is a {name}, but must be an AdEMAMix; of a wrapper, give what it wraps")
 
 
 def _has_step_hooks(optimizer: AdEMAMix) -> bool:
@@ -105,9 +115,11 @@ def capture_train_step(
 
     Raises:
         ValueError: the parameters are not on one CUDA device, or a batch isn't like the sample.
+        TypeError: the optimizer is another one, or a wrapper of one.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
+    _refuse_wrapped(optimizer)
     return _CapturedTrainStep(model, optimizer, loss_fn, sample_batch)
 
 
@@ -232,6 +244,7 @@ def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease
     Raises:
         ValueError: the optimizer clips gradients, the model is replicated by `DistributedDataParallel` (which reduces
             gradients after they have been released), or it has none of the optimizer's parameters.
+        TypeError: the optimizer is another one, or a wrapper of one.
         RuntimeError: in the backward pass or in step(), if it turns out that gradients are scaled or accumulated.
 
     >>> model = nn.Linear(8, 1)
@@ -243,6 +256,7 @@ def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease
     >>> optimizer.step()
     >>> handle.remove()
     """
+    _refuse_wrapped(optimizer)
     return GradientRelease(model, optimizer)
 
 

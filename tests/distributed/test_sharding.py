@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from config import assert_identical
 from graphs import op_calls
-from sharded import BITS, LAYOUTS, OPTIONS, backward, full, full_state, make_model, quantizable
+from sharded import BITS, LAYOUTS, OPTIONS, backward, full, full_state, make_model, quantizable, rounding_of_part
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -25,9 +25,15 @@ def steps_equal_plain_steps(layout, bits, hidden=512, backend=None):
     """Each step gives, bit for bit, what a plain parameter's step gives with the same gradient."""
     model, plain = make_model(layout, hidden), make_model(None, hidden)
     options = {**OPTIONS, **BITS[bits], "lr": torch.tensor([1e-2], dtype=torch.float64)}
-    optimizer = AdEMAMix(model.parameters(), **options)
+    # One group, as parameters usually come, where all are rounded alike.
+    groups = [{"params": [p], **rounding_of_part(p)} for p in model.parameters()]
+    alike = all(group["stochastic_rounding"] for group in groups)
+    optimizer = AdEMAMix(model.parameters() if alike else groups, **options)
     # What can't be quantized in shards isn't quantized here either.
-    groups = [{"params": [q], **({} if quantizable(p) else {"optim_bits": 32})} for p, q in pairs(model, plain)]
+    groups = [
+        {"params": [q], **rounding_of_part(p), **({} if quantizable(p) else {"optim_bits": 32})}
+        for p, q in pairs(model, plain)
+    ]
     plain_optimizer = AdEMAMix(groups, **options)
     counter = CompileCounterWithBackend(backend)
     step = torch.compile(optimizer.step, fullgraph=True, backend=counter) if backend else optimizer.step
@@ -111,6 +117,7 @@ def steps_of_any_placement(dtype, master_weights):
         values, grads = torch.randn(shape).to(dtype), torch.randn(3, *shape).to(dtype)
         p, q = nn.Parameter(distribute_tensor(values, mesh, placements)), nn.Parameter(values.clone())
         quantized.append(quantizable(p))
+        options |= rounding_of_part(p)
         optimizer = AdEMAMix([p], **options)
         plain_optimizer = AdEMAMix([q], **{**options, "optim_bits": 8 if quantized[-1] else 32})
         for grad in grads:
