@@ -115,10 +115,12 @@ def test_clipping_by_the_optimizer(tmp_path):
     torch.testing.assert_close(trainer.model.model.state_dict(), expected.state_dict())
 
 
-def test_compiled_model(tmp_path):
+def test_compiled_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")  # TrainingArguments sets it for the whole process
     arguments = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     trainer = make_trainer(tmp_path, WithLoss(), arguments, optimizer_cls_and_kwargs=(AdEMAMix8bit, OPTIONS))
     trainer.train()
+    assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
     expected = plain_loop(AdEMAMix8bit, decay_biases=False)
     torch.testing.assert_close(trainer.model.model.state_dict(), expected.state_dict())
 
