@@ -1,6 +1,7 @@
 """What the optimizer refuses: by which error, in which words, and that nothing has changed then."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ NAN = float("nan")
 
 # Options of the optimizer, each with what the refusal says.
 BAD_OPTIONS = [
-    *[({"lr": lr}, "lr is") for lr in (-1e-3, NAN, torch.ones(2), torch.tensor(1))],
+    *[({"lr": lr}, "lr is") for lr in (NAN, torch.ones(2), torch.tensor(1))],
     *[
         ({"betas": betas}, r"betas is .* three numbers in \[0, 1\)")
         for betas in (
@@ -188,6 +189,14 @@ def test_fixed_arguments():
         AdEMAMix32bit([torch.ones(2)], optim_bits=8)
     with pytest.raises(TypeError, match="is_paged"):
         PagedAdEMAMix([torch.ones(2)], is_paged=False)
+
+
+def test_learning_rates_below_0(trained):
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="lr is -0.001, but must be at least 0"):
+        AdEMAMix([p], lr=-1e-3)
+    add = partial(trained.add_param_group, {"params": [p], "lr": -1e-3})
+    assert_refused(trained, add, ValueError, "lr is -0.001, but must be at least 0")
 
 
 @pytest.mark.parametrize("make_tensor", [float, lambda lr: torch.tensor([lr])], ids=["float", "tensor"])
