@@ -193,7 +193,7 @@ def test_fixed_arguments():
 
 def test_learning_rates_below_0(trained):
     p = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="lr is -0.001, but must be at least 0"):
+    with pytest.raises(ValueError, match=r"lr is -0.001, but must be at least 0"):
         AdEMAMix([p], lr=-1e-3)
     add = partial(trained.add_param_group, {"params": [p], "lr": -1e-3})
     assert_refused(trained, add, ValueError, "lr is -0.001, but must be at least 0")
