@@ -144,6 +144,7 @@ def _run(rank: int, world_size: int, rendezvous: str, path: str, name: str, args
     torch._dynamo.reset()
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     try:
+        dist.barrier()  # none fails and leaves while another still connects to it
         return getattr(_module(path), name)(*args)
     finally:
         if dist.is_initialized():

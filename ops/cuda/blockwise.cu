@@ -45,7 +45,7 @@ uint32_t tiles_of(const BlockwiseRecord& r) { return (r.blocks + TILE_BLOCKS - 1
 template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
 void launch_steps(const CurrentDevice& device, const std::vector<BlockwiseRecord>& records,
                   const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed, const float* found_inf) {
-  const auto ctas = static_cast<uint32_t>(multiprocessors(device.index()) * BlockwiseTypes<P>::CTAS_PER_SM);
+  const auto ctas = static_cast<uint32_t>(multiprocessors(device.index()) * BLOCKWISE_CTAS_PER_SM<P, ROUNDING>);
   const auto state_of = [](const BlockwiseRecord& r) {
     return std::array<const void*, 4>{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq, r.remainder};
   };

@@ -146,13 +146,18 @@ __device__ __forceinline__ void encode_sq(const LaneFloats& values, float invers
 
 // ------------------------------------------------------------------------------------------------------------ the step
 
-// For parameters of dtype P: the type of the scalars, that of the arithmetic, and the CTAs that an SM's registers hold.
+// For parameters of dtype P: the type of the scalars, and that of the arithmetic.
 template <class P>
 struct BlockwiseTypes {
   using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
   using V = std::conditional_t<std::is_same_v<P, double>, double, Approximate>;
-  static constexpr int CTAS_PER_SM = std::is_same_v<P, double> ? 3 : 5;
 };
+
+// The CTAs that an SM's registers hold.
+template <class P, ParamRounding ROUNDING>
+constexpr int BLOCKWISE_CTAS_PER_SM = std::is_same_v<P, double>               ? 3
+                                      : ROUNDING == ParamRounding::STOCHASTIC ? 4
+                                                                              : 5;
 
 __device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
 __device__ __forceinline__ float to_float(Approximate a) { return a.value; }
@@ -160,7 +165,7 @@ __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
 template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
-__global__ void __launch_bounds__(BLOCKWISE_THREADS, BlockwiseTypes<P>::CTAS_PER_SM)
+__global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, ROUNDING>)
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
                           const float* found_inf) {
