@@ -14,6 +14,8 @@ OPTIONS = {
     "32-bit": {},
     "8-bit": {"optim_bits": 8, "min_8bit_size": 16},  # with stochastic rounding: bits by the parameter's number
     "maximize": {"maximize": True, "t_alpha": 3, "t_beta3": 3},
+    "remainders": {"dtype": torch.bfloat16, "master_weights": "remainder"},
+    "stochastic parameters": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "optim_bits": 8},
 }
 
 
@@ -31,9 +33,9 @@ class Model(nn.Module):
         return self.head(self.frozen(torch.tanh(self.hidden(self.embedding(x)))))
 
 
-def make(lr=1e-2, **options):
+def make(lr=1e-2, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    model = Model()
+    model = Model().to(dtype)
     groups = [
         {"params": [*model.hidden.parameters(), *model.frozen.parameters()], "weight_decay": 0.1},
         {"params": [model.embedding.weight, model.head.bias, model.unused], "lr": copy.deepcopy(lr)},
@@ -159,8 +161,7 @@ def test_grad_scaler_is_refused():
 
 
 def test_clipping_is_refused():
-    model, optimizer = make()
-    optimizer.max_grad_norm = 1.0
+    model, optimizer = make(max_grad_norm=1.0)
     with pytest.raises(ValueError, match="can't be clipped"):
         release_gradients(model, optimizer)
     optimizer.max_grad_norm = None

@@ -26,25 +26,29 @@ class LoadPlanner(DefaultLoadPlanner):
     """For ``torch.distributed.checkpoint.load(..., planner=LoadPlanner())``: refuses state of another precision.
 
     torch's own planner compares shapes only. It would copy the codes of 8-bit state into float32 state as if they
-    were values, and has then already overwritten the optimizer's state. This one refuses before anything is read.
+    were values, leave out remainders of master weights, and has then already overwritten the optimizer's state. This
+    one refuses before anything is read.
 
     Raises:
         ValueError: a tensor is saved as integers and loaded into floating-point numbers, or the other way round, or
-            into other integers. torch raises it within a `CheckpointException`.
+            into other integers; or the checkpoint has more entries of a parameter's state than the optimizer. torch
+            raises it within a `CheckpointException`.
     """
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
+        entries = self.metadata.state_dict_metadata
+        hint = "load it with the optim_bits, slow_ema_bits, min_8bit_size and master_weights that it was saved with"
         for name, value in self.state_dict.items():
-            saved = self.metadata.state_dict_metadata.get(name)
+            saved = entries.get(name)
             if not (isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata)):
                 continue
             dtype = saved.properties.dtype
             if dtype != value.dtype and not (dtype.is_floating_point and value.dtype.is_floating_point):
-                raise ValueError(
-                    f"{name} has dtype {dtype} in the checkpoint, but must be {value.dtype}: load it with the "
-                    "optim_bits, slow_ema_bits and min_8bit_size that it was saved with"
-                )
+                raise ValueError(f"{name} has dtype {dtype} in the checkpoint, but must be {value.dtype}: {hint}")
+        params = {name.removesuffix(".exp_avg_slow") for name in self.state_dict if name.endswith(".exp_avg_slow")}
+        if lost := [name for name in entries if name not in self.state_dict and name.rpartition(".")[0] in params]:
+            raise ValueError(f"the checkpoint has {', '.join(lost)}, which would be lost: {hint}")
         return super().create_local_plan()
 
 

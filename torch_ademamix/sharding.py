@@ -82,11 +82,13 @@ def first_group(p: DTensor) -> int:
     So runs of any number of processes draw the same bits, where parts begin with a group. Parts that aren't whole
     rows have no such place: they get numbers that are far apart.
     """
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     mesh, coordinate = p.device_mesh, p.device_mesh.get_coordinate()
     if coordinate is None:  # this process has no part
         return 0
     shards = [  # the dimension, how often it is split, which part this is, and whether other splits come first
-        (getattr(placement, "dim", 0), mesh.size(i), coordinate[i], hasattr(placement, "split_factor"))
+        (getattr(placement, "dim", 0), mesh.size(i), coordinate[i], isinstance(placement, _StridedShard))
         for i, placement in enumerate(p.placements)
         if not placement.is_replicate()
     ]
