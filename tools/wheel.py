@@ -24,8 +24,8 @@ NOT_BUNDLED = ("libtorch*.so", "libc10*.so", "libcudart.so*")
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
-        *("numerics", "opcheck", "errors", "optimizer", "state", "main"),
-        *("blockwise", "quantized_ops", "quantized_step", "quantized_state"),
+        *("numerics", "opcheck", "errors", "optimizer", "state", "clipping", "bfloat16", "main"),
+        *("blockwise", "quantized_ops", "quantized_step", "quantized_state", "gradient_release"),
     )
 )
 COMPILE_TESTS = ("compile_tests",)
