@@ -26,9 +26,9 @@ fuzz = pytest.mark.fuzz
 
 
 def effort(examples: int, **options: Any) -> settings:
-    """The settings of a test that tries so many examples, or ten times as many under `make fuzz`."""
+    """The settings of a test that tries so many examples, or five times as many under `make fuzz`."""
     return settings(
-        max_examples=10 * examples if SEED else examples,
+        max_examples=5 * examples if SEED else examples,
         derandomize=not SEED,
         database=None,
         deadline=None,

@@ -358,9 +358,9 @@ Call draw_call(Choices& choices) {
       const Sizes own = kind == Kind::ABSMAX ? Sizes{block_count(numel)} : sizes;
       const Layout layout = alike ? common : draw_layout(choices, own.size());
       call.lists[l].push_back(make(choices, own, dtype_of(kind), is_contiguous_kind(kind) ? nullptr : &layout));
-      if (kind == Kind::GRAD && !own.empty() && choices.one_in(4)) {  // expanded
+      if (kind == Kind::GRAD && choices.one_in(4)) {  // expanded, or with strides that cross
         Operand& grad = call.lists[l].back();
-        grad.strides[static_cast<size_t>(choices.below(static_cast<int64_t>(own.size())))] = 0;
+        for (int64_t& stride : grad.strides) stride = choices.of<int64_t>({0, 0, stride, 1, 2});
         grad.allocate();
         grad.fill(choices);
       }
