@@ -77,9 +77,9 @@ def bias_correction(beta: float, t: float) -> tuple[float, float]:
 def step(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Array,
-    exp_avg_slow: Array,
-    exp_avg_sq: Array,
+    exp_avg: Interval,
+    exp_avg_slow: Interval,
+    exp_avg_sq: Interval,
     t: float,
     lr: float,
     *,
@@ -97,7 +97,7 @@ def step(
 ) -> tuple[Interval, Interval, Interval, Interval]:
     """One step of a tensor, its t-th: the new parameter and moments (m1, m2, ν).
 
-    The tensors are as an optimizer has them; the moments have the parameter's shape.
+    The tensors are as an optimizer has them; the moments have the parameter's shape, and their errors.
     """
     with np.errstate(all="ignore"):
         a = Arithmetic.of(param.dtype)
@@ -107,10 +107,10 @@ def step(
         alpha_t = alpha_at(warm_up, alpha, t_alpha)
         beta3_t, beta3_error = beta3_at(warm_up, beta1, beta3, t_beta3)
 
-        def average(beta: float, old: Array, new: Array, new_error: Array, beta_error: float = 0.0) -> Interval:
-            parts = beta * np.abs(old) + (1 - beta) * np.abs(new)
-            error = (1 - beta) * new_error + beta_error * (np.abs(old) + np.abs(new))
-            return a.rounded(beta * old + (1 - beta) * new, error, parts)
+        def average(beta: float, old: Interval, new: Array, new_error: Array, beta_error: float = 0.0) -> Interval:
+            parts = beta * old.most + (1 - beta) * np.abs(new)
+            error = beta * old.error + (1 - beta) * new_error + beta_error * (old.most + np.abs(new))
+            return a.rounded(beta * old.value + (1 - beta) * new, error, parts)
 
         m1 = average(beta1, exp_avg, g, g_error)
         m2 = average(beta3_t, exp_avg_slow, g, g_error, beta3_error)
@@ -199,12 +199,17 @@ BLOCK_SIZE = 256
 SMALLEST_SCALE = 2.0**-120  # below, the inverse of a scale loses digits, as documented
 
 
-def decoded(codes: Tensor, absmax: Tensor, format: str) -> Array:
-    """The values of codes, in float64."""
+def exactly(values: Array) -> Interval:
+    return Interval(values, np.zeros_like(values))
+
+
+def decoded(codes: Tensor, absmax: Tensor, format: str) -> Interval:
+    """The values of codes, which are float32; those of linear codes are two roundings from a quotient and a product."""
     index = codes.numpy().astype(np.int64) + (32767 if format == "linear_int16" else 0)
     flat = MAPS[format].astype(np.float64)[index].reshape(-1)
     scales = np.repeat(float64(absmax).reshape(-1), BLOCK_SIZE)[: flat.size]
-    return (flat * scales).astype(np.float32).astype(np.float64).reshape(codes.shape)
+    values = (flat * scales).astype(np.float32).astype(np.float64).reshape(codes.shape)
+    return Interval(values, np.abs(values) * 2**-22 + 2**-149 if format == "linear_int16" else np.zeros_like(values))
 
 
 def assert_quantized(
@@ -216,7 +221,7 @@ def assert_quantized(
     values = np.where(lost, 0, expected.value.reshape(-1))
     errors = np.where(lost, 0, expected.error.reshape(-1))
     errors = np.where(np.abs(values) < a.largest, errors + a.eps * np.abs(values) + a.tiny, np.inf)
-    actual, scales = decoded(codes, absmax, format).reshape(-1), float64(absmax).reshape(-1)
+    actual, scales = decoded(codes, absmax, format).value.reshape(-1), float64(absmax).reshape(-1)
     table = MAPS[format].astype(np.float64)
     for block, scale in enumerate(scales):
         part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
