@@ -75,7 +75,8 @@ def bias_correction(beta: float, t: float) -> tuple[float, float]:
 
 
 def step(
-    param: Tensor,
+    weight: Array,
+    dtype: torch.dtype,
     grad: Tensor,
     exp_avg: Interval,
     exp_avg_slow: Interval,
@@ -94,15 +95,16 @@ def step(
     weight_decay: float,
     maximize: bool,
     grad_scale: float = 1.0,
+    grad_scale_error: float = 0.0,
 ) -> tuple[Interval, Interval, Interval, Interval]:
-    """One step of a tensor, its t-th: the new parameter and moments (m1, m2, ν).
+    """One step of a tensor, its t-th: the new weight, before it is rounded to the parameter's dtype, and m1, m2, ν.
 
-    The tensors are as an optimizer has them; the moments have the parameter's shape, and their errors.
+    The moments have the weight's shape; `grad_scale_error` is relative.
     """
     with np.errstate(all="ignore"):
-        a = Arithmetic.of(param.dtype)
-        p, g = float64(param), float64(grad) / grad_scale * (-1 if maximize else 1)
-        g_error = a.eps * np.abs(g) + a.tiny
+        a = Arithmetic.of(dtype)
+        p, g = weight, float64(grad) / grad_scale * (-1 if maximize else 1)
+        g_error = (a.eps + grad_scale_error) * np.abs(g) + a.tiny
         warm_up = max(t - schedule_start, 0)
         alpha_t = alpha_at(warm_up, alpha, t_alpha)
         beta3_t, beta3_error = beta3_at(warm_up, beta1, beta3, t_beta3)
@@ -137,7 +139,7 @@ def step(
         change = a.rounded(ratio.value + weight_decay * p, ratio.error, parts)
         new_error = (lr + a.tiny) * change.error + a.tiny * parts
         new = a.rounded(p - lr * change.value, new_error, np.abs(p) + lr * parts)
-        return stored_as(new, param.dtype), m1, m2, nu
+        return new, m1, m2, nu
 
 
 def divided(a: Interval, b: Interval) -> Interval:
@@ -150,15 +152,24 @@ def divided(a: Interval, b: Interval) -> Interval:
     return Interval(value, np.where(np.isnan(error), np.inf, error))
 
 
-def stored_as(x: Interval, dtype: torch.dtype) -> Interval:
-    """Rounded to a parameter's dtype, if that is a 16-bit one."""
+def stored_as(x: Interval, dtype: torch.dtype, ulps: float = 0.5) -> Interval:
+    """Rounded to a parameter's dtype, if that is a 16-bit one: to nearest, or to one of two values around."""
     if dtype not in (torch.bfloat16, torch.float16):
         return x
     info = torch.finfo(dtype)
-    exponents = np.frexp(x.most)[1] - 1
+    exponents = np.frexp(np.where(np.isfinite(x.most), x.most, 1))[1] - 1
     ulp = np.maximum(np.ldexp(info.eps, exponents), info.tiny * info.eps)
-    error = np.where(x.most < info.max, x.error + ulp / 2, np.inf)
+    error = np.where(x.most + ulp < info.max, x.error + ulps * ulp, np.inf)
     return Interval(x.value, error)
+
+
+def master_weight(param: Tensor, remainder: Tensor) -> Array:
+    """The float32 weight that bfloat16 parameters and their int16 remainders are."""
+    bits = param.detach().contiguous().view(torch.int16).numpy().astype(np.int64)
+    magnitude = np.maximum((bits & 0x7FFF) * 2**16 + remainder.numpy().astype(np.int64), 0)
+    with np.errstate(invalid="ignore"):
+        values = magnitude.astype(np.uint32).view(np.float32).astype(np.float64)
+    return np.asarray(np.where(bits < 0, -values, values))
 
 
 def float64(tensor: Tensor) -> Array:
