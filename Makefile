@@ -18,8 +18,9 @@ OPTIMIZER ?= AdEMAMix
 STEPS ?=
 SIZE ?=
 OUT ?= out/demo
+SECONDS ?= 600
 
-.PHONY: demo test test-fast lint format docs bench gpu-check cuda-load-check wheel wheel-check build clean
+.PHONY: demo test test-fast fuzz lint format docs bench gpu-check cuda-load-check wheel wheel-check build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -30,6 +31,14 @@ test: $(BUILD) $(if $(shell command -v nvcc),$(CUOBJDUMP))  ## all tests
 
 test-fast: $(BUILD)  ## all tests but the slow ones
 	$(PY) -m pytest -m "not slow" $(ARGS)
+
+# A round takes some minutes, so the last one ends somewhat later than it is told.
+fuzz: $(BUILD)  ## the tests with drawn arguments, others in each round: SECONDS=
+	@end=$$(($$(date +%s) + $(SECONDS))); \
+	while seed=$$(date +%s); [ $$seed -lt $$end ]; do \
+	    echo "FUZZ_SEED=$$seed"; \
+	    FUZZ_SEED=$$seed $(PY) -m pytest -m fuzz -q --hypothesis-seed=$$seed $(ARGS) || exit 1; \
+	done
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
 	$(PY) -m ruff check

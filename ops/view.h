@@ -25,9 +25,14 @@ struct TensorView {
 
 // Whether the elements lie in memory one after another, in whatever order of the dimensions.
 inline bool fills_memory(const TensorView& t) {
-  int64_t extent = 1;  // of the memory between the first and the last element
-  for (int64_t d = 0; d < t.dims; ++d) extent += (t.sizes[d] - 1) * t.strides[d];
-  return extent == t.numel;
+  int64_t filled = 1;  // elements, by the dimensions of smaller strides
+  while (filled < t.numel) {
+    int64_t d = 0;
+    while (d < t.dims && (t.sizes[d] == 1 || t.strides[d] != filled)) ++d;
+    if (d == t.dims) return false;
+    filled *= t.sizes[d];
+  }
+  return true;
 }
 
 // Of two tensors of one shape.

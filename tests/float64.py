@@ -75,11 +75,12 @@ def bias_correction(beta: float, t: float) -> tuple[float, float]:
 
 
 def step(
-    param: Tensor,
+    weight: Array,
+    dtype: torch.dtype,
     grad: Tensor,
-    exp_avg: Array,
-    exp_avg_slow: Array,
-    exp_avg_sq: Array,
+    exp_avg: Interval,
+    exp_avg_slow: Interval,
+    exp_avg_sq: Interval,
     t: float,
     lr: float,
     *,
@@ -94,23 +95,24 @@ def step(
     weight_decay: float,
     maximize: bool,
     grad_scale: float = 1.0,
+    grad_scale_error: float = 0.0,
 ) -> tuple[Interval, Interval, Interval, Interval]:
-    """One step of a tensor, its t-th: the new parameter and moments (m1, m2, ν).
+    """One step of a tensor, its t-th: the new weight, before it is rounded to the parameter's dtype, and m1, m2, ν.
 
-    The tensors are as an optimizer has them; the moments have the parameter's shape.
+    The moments have the weight's shape; `grad_scale_error` is relative.
     """
     with np.errstate(all="ignore"):
-        a = Arithmetic.of(param.dtype)
-        p, g = float64(param), float64(grad) / grad_scale * (-1 if maximize else 1)
-        g_error = a.eps * np.abs(g) + a.tiny
+        a = Arithmetic.of(dtype)
+        p, g = weight, float64(grad) / grad_scale * (-1 if maximize else 1)
+        g_error = (a.eps + grad_scale_error) * np.abs(g) + a.tiny
         warm_up = max(t - schedule_start, 0)
         alpha_t = alpha_at(warm_up, alpha, t_alpha)
         beta3_t, beta3_error = beta3_at(warm_up, beta1, beta3, t_beta3)
 
-        def average(beta: float, old: Array, new: Array, new_error: Array, beta_error: float = 0.0) -> Interval:
-            parts = beta * np.abs(old) + (1 - beta) * np.abs(new)
-            error = (1 - beta) * new_error + beta_error * (np.abs(old) + np.abs(new))
-            return a.rounded(beta * old + (1 - beta) * new, error, parts)
+        def average(beta: float, old: Interval, new: Array, new_error: Array, beta_error: float = 0.0) -> Interval:
+            parts = beta * old.most + (1 - beta) * np.abs(new)
+            error = beta * old.error + (1 - beta) * new_error + beta_error * (old.most + np.abs(new))
+            return a.rounded(beta * old.value + (1 - beta) * new, error, parts)
 
         m1 = average(beta1, exp_avg, g, g_error)
         m2 = average(beta3_t, exp_avg_slow, g, g_error, beta3_error)
@@ -137,7 +139,7 @@ def step(
         change = a.rounded(ratio.value + weight_decay * p, ratio.error, parts)
         new_error = (lr + a.tiny) * change.error + a.tiny * parts
         new = a.rounded(p - lr * change.value, new_error, np.abs(p) + lr * parts)
-        return stored_as(new, param.dtype), m1, m2, nu
+        return new, m1, m2, nu
 
 
 def divided(a: Interval, b: Interval) -> Interval:
@@ -150,15 +152,24 @@ def divided(a: Interval, b: Interval) -> Interval:
     return Interval(value, np.where(np.isnan(error), np.inf, error))
 
 
-def stored_as(x: Interval, dtype: torch.dtype) -> Interval:
-    """Rounded to a parameter's dtype, if that is a 16-bit one."""
+def stored_as(x: Interval, dtype: torch.dtype, ulps: float = 0.5) -> Interval:
+    """Rounded to a parameter's dtype, if that is a 16-bit one: to nearest, or to one of two values around."""
     if dtype not in (torch.bfloat16, torch.float16):
         return x
     info = torch.finfo(dtype)
-    exponents = np.frexp(x.most)[1] - 1
+    exponents = np.frexp(np.where(np.isfinite(x.most), x.most, 1))[1] - 1
     ulp = np.maximum(np.ldexp(info.eps, exponents), info.tiny * info.eps)
-    error = np.where(x.most < info.max, x.error + ulp / 2, np.inf)
+    error = np.where(x.most + ulp < info.max, x.error + ulps * ulp, np.inf)
     return Interval(x.value, error)
+
+
+def master_weight(param: Tensor, remainder: Tensor) -> Array:
+    """The float32 weight that bfloat16 parameters and their int16 remainders are."""
+    bits = param.detach().contiguous().view(torch.int16).numpy().astype(np.int64)
+    magnitude = np.maximum((bits & 0x7FFF) * 2**16 + remainder.numpy().astype(np.int64), 0)
+    with np.errstate(invalid="ignore"):
+        values = magnitude.astype(np.uint32).view(np.float32).astype(np.float64)
+    return np.asarray(np.where(bits < 0, -values, values))
 
 
 def float64(tensor: Tensor) -> Array:
@@ -199,12 +210,17 @@ BLOCK_SIZE = 256
 SMALLEST_SCALE = 2.0**-120  # below, the inverse of a scale loses digits, as documented
 
 
-def decoded(codes: Tensor, absmax: Tensor, format: str) -> Array:
-    """The values of codes, in float64."""
+def exactly(values: Array) -> Interval:
+    return Interval(values, np.zeros_like(values))
+
+
+def decoded(codes: Tensor, absmax: Tensor, format: str) -> Interval:
+    """The values of codes, which are float32; those of linear codes are two roundings from a quotient and a product."""
     index = codes.numpy().astype(np.int64) + (32767 if format == "linear_int16" else 0)
     flat = MAPS[format].astype(np.float64)[index].reshape(-1)
     scales = np.repeat(float64(absmax).reshape(-1), BLOCK_SIZE)[: flat.size]
-    return (flat * scales).astype(np.float32).astype(np.float64).reshape(codes.shape)
+    values = (flat * scales).astype(np.float32).astype(np.float64).reshape(codes.shape)
+    return Interval(values, np.abs(values) * 2**-22 + 2**-149 if format == "linear_int16" else np.zeros_like(values))
 
 
 def assert_quantized(
@@ -216,7 +232,7 @@ def assert_quantized(
     values = np.where(lost, 0, expected.value.reshape(-1))
     errors = np.where(lost, 0, expected.error.reshape(-1))
     errors = np.where(np.abs(values) < a.largest, errors + a.eps * np.abs(values) + a.tiny, np.inf)
-    actual, scales = decoded(codes, absmax, format).reshape(-1), float64(absmax).reshape(-1)
+    actual, scales = decoded(codes, absmax, format).value.reshape(-1), float64(absmax).reshape(-1)
     table = MAPS[format].astype(np.float64)
     for block, scale in enumerate(scales):
         part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)

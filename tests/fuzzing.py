@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from config import DTYPES, StepLists
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,13 +26,14 @@ fuzz = pytest.mark.fuzz
 
 
 def effort(examples: int, **options: Any) -> settings:
-    """The settings of a test that tries so many examples, or ten times as many under `make fuzz`."""
+    """The settings of a test that tries so many examples, or five times as many under `make fuzz`."""
     return settings(
-        max_examples=10 * examples if SEED else examples,
+        max_examples=5 * examples if SEED else examples,
         derandomize=not SEED,
         database=None,
         deadline=None,
         print_blob=True,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
         **options,
     )
@@ -141,12 +142,32 @@ def step_lists(draw: st.DrawFn, *, most: int = 4, finite: bool = True, plain_sta
     return lists
 
 
+@st.composite
+def param_roundings(draw: st.DrawFn, lists: StepLists) -> dict[str, Any]:
+    """The options of an op call that say how bfloat16 parameters are rounded."""
+    way = draw(st.sampled_from(["nearest", "remainders", "stochastic"]))
+    if way == "nearest" or not lists.params or lists.params[0].dtype != torch.bfloat16:
+        return {}
+    if way == "stochastic":
+        streams = [draw(st.integers(-(2**63), 2**63 - 1)) for _ in lists.params]
+        return {"stochastic_param_rounding": True, "seed": draw(st.integers(-(2**63), 2**63 - 1)), "streams": streams}
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    remainders = [torch.from_numpy(np.asarray(rng.integers(-(2**15), 2**15, p.shape, np.int16))) for p in lists.params]
+    return {"remainders": [draw(laid_out(remainder)) for remainder in remainders]}
+
+
 learning_rates = st.one_of(
     LEARNING_RATES,
     st.tuples(LEARNING_RATES, st.sampled_from([torch.float32, torch.float64]), st.sampled_from([(), (1,)])).map(
         lambda drawn: torch.full(drawn[2], drawn[0], dtype=drawn[1])
     ),
 )
+
+
+# Scalars of an op call that may be tensors of either dtype.
+def scalars(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Tensor | None]:
+    dtypes = st.sampled_from([torch.float32, torch.float64])
+    return st.builds(lambda x, dtype: None if x is None else torch.tensor(x, dtype=dtype), values, dtypes)
 
 
 def gaps(tensor: Tensor) -> Tensor:

@@ -113,13 +113,15 @@ def expected_blockwise_step(
     *,
     stochastic_rounding: bool = True,
     seed: int = SEED,
+    streams: list[int] | None = None,
     **options: Any,
 ) -> BlockwiseLists:
     """What a step must give, bit for bit: the same kernel's step of the dequantized state, quantized anew."""
     after = before.clone()
     plain = dequantized(after)
-    step(kernel, plain, **options)
-    for i, stream in enumerate(after.streams):
+    streams = after.streams if streams is None else streams
+    step(kernel, plain, seed=seed, streams=streams, **options)
+    for i, stream in enumerate(streams):
         values = [moments[i].float() for moments in (plain.exp_avgs, plain.exp_avg_slows, plain.exp_avg_sqs)]
         # An element of which one moment isn't finite loses all three.
         finite = torch.stack([value.isfinite() for value in values]).all(0)

@@ -48,6 +48,9 @@ OPTIONS = {
     "schedule_start": st.integers(-(2**63), 2**63 - 1),
     "lr": NUMBERS | SCALARS,
     **{name: st.none() | SCALARS for name in ("grad_scale", "found_inf")},
+    "stochastic_param_rounding": st.booleans(),
+    "streams": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=len(ENTRIES) + 1),
+    "remainders": st.builds(list),
 }
 
 
@@ -59,8 +62,8 @@ def bends(draw, lists, options):
             name = draw(st.sampled_from(sorted(OPTIONS)))
             options[name] = draw(OPTIONS[name])
             continue
-        name = draw(st.sampled_from(list(vars(lists))))
-        tensors = getattr(lists, name)
+        name = draw(st.sampled_from([*vars(lists), "remainders"]))
+        tensors = options["remainders"] if name == "remainders" else getattr(lists, name)
         i = draw(st.integers(-1, len(ENTRIES) - 1))
         if i < 0 or i >= len(tensors):
             tensors.append(torch.ones(3)) if draw(st.booleans()) or not tensors else tensors.pop()
@@ -97,7 +100,8 @@ def call_reference(lists, lr, **options):
 
 def refusal(call, lists, options):
     """The text of a refusal, or None."""
-    written = [t for tensors in lists if tensors is not lists.grads for t in tensors if not t.is_meta]
+    written = [tensors for tensors in lists if tensors is not lists.grads] + [options["remainders"]]
+    written = [t for tensors in written for t in tensors if not t.is_meta]
     before = [t.clone() for t in written]
     try:
         call(lists, **options)
@@ -111,20 +115,31 @@ def assert_alike(lists, options):
     fake, native = (refusal(call, lists, options) for call in (call_fake, call_op))
     assert native == fake
     # What meta tensors there are, the native kernels would have refused.
-    on_cpu = not any(t.is_meta for tensors in lists for t in tensors)
+    on_cpu = not any(t.is_meta for tensors in (*lists, options["remainders"]) for t in tensors)
     if on_cpu or native is not None:
         assert refusal(call_reference, lists, options) == native
 
 
-@given(st.data())
-@effort(60)
-def test_step(data):
-    lists, options = make_lists(ENTRIES), {"lr": 1e-2, **HYPERPARAMETERS}
-    assert_alike(*data.draw(bends(lists, options)))
+def options_for(lists, with_remainders):
+    """Of a good call."""
+    remainders = []
+    if with_remainders and lists.params[0].dtype == torch.bfloat16:
+        remainders = [torch.zeros(p.shape, dtype=torch.int16) for p in lists.params]
+    return {"lr": 1e-2, **HYPERPARAMETERS, "streams": [1, 2, 3, 4], "remainders": remainders}
 
 
-@given(st.data(), st.sampled_from([8, 16]))
-@effort(60)
-def test_blockwise_step(data, slow_ema_bits):
-    lists, options = make_blockwise(ENTRIES, slow_ema_bits=slow_ema_bits), {"lr": 1e-2, **HYPERPARAMETERS}
-    assert_alike(*data.draw(bends(lists, options)))
+PARAM_DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
+
+
+@given(st.data(), PARAM_DTYPES, st.booleans())
+@effort(80)
+def test_step(data, dtype, with_remainders):
+    lists = make_lists(ENTRIES, dtype)
+    assert_alike(*data.draw(bends(lists, options_for(lists, with_remainders))))
+
+
+@given(st.data(), PARAM_DTYPES, st.booleans(), st.sampled_from([8, 16]))
+@effort(80)
+def test_blockwise_step(data, dtype, with_remainders, slow_ema_bits):
+    lists = make_blockwise(ENTRIES, dtype, slow_ema_bits=slow_ema_bits)
+    assert_alike(*data.draw(bends(lists, options_for(lists, with_remainders))))

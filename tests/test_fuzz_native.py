@@ -19,7 +19,7 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-Werror", f"-I{TORCH}/include"]  # after s
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 LIBRARIES = [f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
 
-SECONDS = 100 if SEED else 10
+SECONDS = 30 if SEED else 10
 
 
 def extension(capability):

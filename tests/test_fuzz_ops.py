@@ -1,10 +1,25 @@
 """The ops with arguments that Hypothesis draws: against the formula in float64, and against one another."""
 
+import copy
+
 import float64
 import numpy as np
 import torch
 from config import StepLists, assert_identical, step
-from fuzzing import GRAD_SCALES, effort, fuzz, gaps, laid_out, learning_rates, shapes, step_lists, step_options, values
+from fuzzing import (
+    GRAD_SCALES,
+    effort,
+    fuzz,
+    gaps,
+    laid_out,
+    learning_rates,
+    param_roundings,
+    scalars,
+    shapes,
+    step_lists,
+    step_options,
+    values,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from quantized import blockwise_step, expected_blockwise_step
@@ -16,40 +31,52 @@ from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 
 pytestmark = fuzz
 
-found_infs = st.sampled_from([None, None, 0.0, 1.0])
+found_infs = st.sampled_from([None, None, 0.0, 1.0]).map(lambda x: None if x is None else torch.tensor(x))
 
 
-def as_tensor(x):
-    return None if x is None else torch.tensor(x)
+def weight_of(p, remainder):
+    return float64.float64(p) if remainder is None else float64.master_weight(p, remainder)
 
 
-def assert_stepped(lists: StepLists, before: StepLists, lr, grad_scale, options) -> None:
-    names = ("param", "exp_avg", "exp_avg_slow", "exp_avg_sq")
+def assert_stepped(lists: StepLists, before: StepLists, lr, grad_scale, options, rounding, before_rounding) -> None:
+    names = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+    scale = 1.0 if grad_scale is None else float(grad_scale)
     for i, (p, g, m1, m2, nu, t) in enumerate(zip(*before, strict=True)):
-        moments = (float64.float64(m) for m in (m1, m2, nu))
-        expected = float64.step(p, g, *moments, float(t) + 1, float(lr), grad_scale=grad_scale or 1.0, **options)
-        actual = (lists.params[i], lists.exp_avgs[i], lists.exp_avg_slows[i], lists.exp_avg_sqs[i])
+        moments = (float64.exactly(float64.float64(m)) for m in (m1, m2, nu))
+        old, remainder = (r["remainders"][i] if "remainders" in r else None for r in (before_rounding, rounding))
+        weight, *expected = float64.step(
+            weight_of(p, old), p.dtype, g, *moments, float(t) + 1, float(lr), grad_scale=scale, **options
+        )
+        new = lists.params[i]
+        ulps = 1.0 if "stochastic_param_rounding" in rounding else 0.5
+        float64.assert_within(new, float64.stored_as(weight, p.dtype, ulps), f"params[{i}]")
+        if remainder is not None:
+            float64.assert_within(torch.from_numpy(weight_of(new, remainder)), weight, f"weight {i}")
+        actual = (lists.exp_avgs[i], lists.exp_avg_slows[i], lists.exp_avg_sqs[i])
         for name, tensor, interval in zip(names, actual, expected, strict=True):
             float64.assert_within(tensor, interval, f"{name}[{i}]")
-        assert not (lists.params[i].isfinite() & ~g.isfinite()).any()
+        assert not (new.isfinite() & ~g.isfinite()).any()
         assert lists.steps[i] == t + 1
     assert_identical(lists.grads, before.grads)
 
 
-@given(step_lists(finite=False), step_options, learning_rates, GRAD_SCALES, found_infs)
+@given(st.data(), step_lists(finite=False), step_options, learning_rates, scalars(GRAD_SCALES), found_infs)
 @effort(150)
-def test_step(kernel, lists, options, lr, grad_scale, found_inf):
-    before = lists.clone()
-    around = [[gaps(t) for t in tensors] for tensors in lists]
-    step(kernel, lists, lr, grad_scale=as_tensor(grad_scale), found_inf=as_tensor(found_inf), **options)
-    assert_identical([[gaps(t) for t in tensors] for tensors in lists], around)
+def test_step(kernel, data, lists, options, lr, grad_scale, found_inf):
+    rounding = data.draw(param_roundings(lists))
+    before, before_rounding = lists.clone(), copy.deepcopy(rounding)
+    written = [*lists, rounding.get("remainders", [])]
+    around = [[gaps(t) for t in tensors] for tensors in written]
+    step(kernel, lists, lr, grad_scale=grad_scale, found_inf=found_inf, **options, **rounding)
+    assert_identical([[gaps(t) for t in tensors] for tensors in written], around)
     if found_inf:
-        assert_identical(list(lists), list(before))
+        assert_identical((list(lists), rounding), (list(before), before_rounding))
     else:
-        assert_stepped(lists, before, lr, grad_scale, options)
+        assert_stepped(lists, before, lr, grad_scale, options, rounding, before_rounding)
 
 
 @given(
+    st.data(),
     step_lists(finite=False, plain_state=True),
     step_options,
     learning_rates,
@@ -59,14 +86,17 @@ def test_step(kernel, lists, options, lr, grad_scale, found_inf):
     st.integers(-(2**63), 2**63 - 1),
 )
 @effort(100)
-def test_blockwise_step(kernel, lists, options, lr, found_inf, slow_ema_bits, stochastic_rounding, seed):
+def test_blockwise_step(kernel, data, lists, options, lr, found_inf, slow_ema_bits, stochastic_rounding, seed):
     """Bit for bit a 32-bit step of the decoded state, encoded anew."""
+    rounding = data.draw(param_roundings(lists))
     before = with_quantized_state(lists, slow_ema_bits)
-    stepped = before.clone()
-    options = dict(options, lr=lr, stochastic_rounding=stochastic_rounding, seed=seed)
-    blockwise_step(kernel, stepped, found_inf=as_tensor(found_inf), **options)
-    expected = before if found_inf else expected_blockwise_step(kernel, before, **options)
-    assert_identical(list(stepped), list(expected))
+    stepped, expected = before.clone(), before
+    options = {"seed": seed, **options, "lr": lr, "stochastic_rounding": stochastic_rounding}
+    stepped_rounding = copy.deepcopy(rounding)
+    blockwise_step(kernel, stepped, found_inf=found_inf, **{**options, **stepped_rounding})
+    if not found_inf:
+        expected = expected_blockwise_step(kernel, before, **{**options, **rounding})
+    assert_identical((list(stepped), stepped_rounding), (list(expected), rounding))
 
 
 FORMATS = ("signed_dynamic", "unsigned_dynamic", "linear_int16")
@@ -84,12 +114,11 @@ def test_quantize(data, format, shape, key):
     codes, absmax = quantize_blockwise(x, format, **random)
     assert_identical((codes, absmax), quantize(x, format, **random))
     lost = ~np.isfinite(x.numpy())
-    exact = float64.Interval(np.where(lost, 0, float64.float64(x)), np.zeros(shape))
+    exact = float64.exactly(np.where(lost, 0, float64.float64(x)))
     float64.assert_quantized(codes, absmax, exact, format, nearest=not random, lost=lost, where="x")
     decoded = dequantize_blockwise(codes, absmax, format)
     assert_identical(decoded, dequantize(codes, absmax, format))
-    error = np.abs(float64.float64(decoded) - float64.decoded(codes, absmax, format))
-    assert (error <= 2**-22 * np.abs(float64.float64(decoded)) + 2**-149).all()
+    float64.assert_within(decoded, float64.decoded(codes, absmax, format), "decoded")
 
 
 @given(st.data(), st.sampled_from(FORMATS), st.integers(0, 1030))

@@ -152,6 +152,15 @@ def test_memory_between_elements_stays(kernel, dtype):
     assert not torch.equal(bases[0][:, 0], before[0][:, 0])
 
 
+def test_strides_that_cross_leave_the_memory_between(kernel):
+    """Nine elements in five places, spread over nine: as far as a full tensor reaches."""
+    lists = StepLists(*([torch.full((9,), float(i)).as_strided((3, 3), (2, 2))] for i in range(5)), [torch.zeros(())])
+    step(kernel, lists)
+    for i, tensors in enumerate(list(lists)[:5]):
+        assert (tensors[0].as_strided((4,), (2,), 1) == i).all()
+    assert (lists.params[0] != 0).all()
+
+
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 def test_threads_do_not_change_bits(grad_dtype):
     """Tensors past torch's threads, and many small ones."""

@@ -21,8 +21,10 @@
 #define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) \
   [[maybe_unused]] static void C10_CONCATENATE(unused_, C10_UID)(torch::stable::detail::StableLibrary & m)
 
-#include "../../ops/cpu/blockwise.cpp"
 #include "../../ops/cpu/step.cpp"
+#define run run_blockwise  // each of the files has a function of its own by that name
+#include "../../ops/cpu/blockwise.cpp"
+#undef run
 
 namespace ademamix {
 namespace {
@@ -242,11 +244,12 @@ Sizes draw_sizes(Choices& choices) {
 }
 
 // What the lists of the ops hold.
-enum class Kind { PARAM, GRAD, STATE, CODES, SLOW_CODES, ABSMAX, STEP };
+enum class Kind { PARAM, GRAD, STATE, CODES, SLOW_CODES, ABSMAX, STEP, REMAINDER };
 
-const std::vector<Kind> STEP_KINDS = {Kind::PARAM, Kind::GRAD, Kind::STATE, Kind::STATE, Kind::STATE, Kind::STEP};
+const std::vector<Kind> STEP_KINDS = {Kind::PARAM, Kind::GRAD, Kind::STATE,    Kind::STATE,
+                                      Kind::STATE, Kind::STEP, Kind::REMAINDER};
 const std::vector<Kind> BLOCKWISE_KINDS = {Kind::PARAM,  Kind::GRAD,  Kind::CODES,  Kind::ABSMAX, Kind::SLOW_CODES,
-                                           Kind::ABSMAX, Kind::CODES, Kind::ABSMAX, Kind::STEP};
+                                           Kind::ABSMAX, Kind::CODES, Kind::ABSMAX, Kind::STEP,   Kind::REMAINDER};
 
 bool is_contiguous_kind(Kind kind) { return kind == Kind::CODES || kind == Kind::SLOW_CODES || kind == Kind::ABSMAX; }
 
@@ -256,7 +259,7 @@ struct Call {
   double lr = 1e-3;
   std::optional<Operand> lr_tensor, grad_scale, found_inf;
   Hyperparameters h{};
-  bool stochastic_rounding = false;
+  bool stochastic_rounding = false, stochastic_param_rounding = false;
   int64_t seed = 0;
   std::vector<int64_t> streams;
 
@@ -276,10 +279,12 @@ struct Call {
       if (blockwise)
         blockwise_step<Lr>(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], rate, h.beta1, h.beta2, h.beta3,
                            h.alpha, h.t_alpha, h.t_beta3, h.schedule_start, h.eps, h.weight_decay, h.maximize,
-                           stochastic_rounding, seed, streams, scalar(grad_scale), scalar(found_inf));
+                           stochastic_rounding, t[9], stochastic_param_rounding, seed, streams, scalar(grad_scale),
+                           scalar(found_inf));
       else
         step<Lr>(t[0], t[1], t[2], t[3], t[4], t[5], rate, h.beta1, h.beta2, h.beta3, h.alpha, h.t_alpha, h.t_beta3,
-                 h.schedule_start, h.eps, h.weight_decay, h.maximize, scalar(grad_scale), scalar(found_inf));
+                 h.schedule_start, h.eps, h.weight_decay, h.maximize, t[6], stochastic_param_rounding, seed, streams,
+                 scalar(grad_scale), scalar(found_inf));
     };
     if (lr_tensor)
       call(lr_tensor->tensor());
@@ -300,10 +305,11 @@ struct Call {
     v[list][i].device_index = 1;
     v[list][i].data = nullptr;
     if (blockwise)
-      check_blockwise_step({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]}, streams.size(), lr, h, std::nullopt,
-                           std::nullopt);
+      check_blockwise_step({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]}, lr, h,
+                           stochastic_param_rounding, streams.size(), std::nullopt, std::nullopt);
     else
-      check_step({v[0], v[1], v[2], v[3], v[4], v[5]}, lr, h, std::nullopt, std::nullopt);
+      check_step({v[0], v[1], v[2], v[3], v[4], v[5], v[6]}, lr, h, stochastic_param_rounding, streams.size(),
+                 std::nullopt, std::nullopt);
   }
 
   bool skips() const {
@@ -331,6 +337,9 @@ Call draw_call(Choices& choices) {
   call.lists.resize(call.kinds().size());
   const auto floating = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
   const ScalarType param_dtype = choices.of(floating), grad_dtype = choices.of(floating);
+  const bool rounded_otherwise = param_dtype == ScalarType::BFloat16 && choices.one_in(2);
+  call.stochastic_param_rounding = rounded_otherwise && choices.one_in(2);
+  const bool has_remainders = rounded_otherwise && !call.stochastic_param_rounding;
   const ScalarType slow_dtype = choices.of({ScalarType::Short, ScalarType::Byte});
   const auto dtype_of = [&](Kind kind) {
     switch (kind) {
@@ -339,6 +348,7 @@ Call draw_call(Choices& choices) {
       case Kind::STATE: return compute_dtype(param_dtype);
       case Kind::CODES: return ScalarType::Byte;
       case Kind::SLOW_CODES: return slow_dtype;
+      case Kind::REMAINDER: return ScalarType::Short;
       default: return ScalarType::Float;
     }
   };
@@ -350,6 +360,7 @@ Call draw_call(Choices& choices) {
     for (const int64_t size : sizes) numel *= size;
     for (size_t l = 0; l < call.lists.size(); ++l) {
       const Kind kind = call.kinds()[l];
+      if (kind == Kind::REMAINDER && !has_remainders) continue;
       if (kind == Kind::STEP) {
         const double steps = static_cast<double>(choices.of<int64_t>({0, 1, 1000, (1 << 24) - 1}));
         call.lists[l].push_back(scalar_operand(choices, ScalarType::Float, steps));
@@ -358,9 +369,9 @@ Call draw_call(Choices& choices) {
       const Sizes own = kind == Kind::ABSMAX ? Sizes{block_count(numel)} : sizes;
       const Layout layout = alike ? common : draw_layout(choices, own.size());
       call.lists[l].push_back(make(choices, own, dtype_of(kind), is_contiguous_kind(kind) ? nullptr : &layout));
-      if (kind == Kind::GRAD && !own.empty() && choices.one_in(4)) {  // expanded
+      if (kind == Kind::GRAD && choices.one_in(4)) {  // expanded, or with strides that cross
         Operand& grad = call.lists[l].back();
-        grad.strides[static_cast<size_t>(choices.below(static_cast<int64_t>(own.size())))] = 0;
+        for (int64_t& stride : grad.strides) stride = choices.of<int64_t>({0, 0, stride, 1, 2});
         grad.allocate();
         grad.fill(choices);
       }
@@ -371,7 +382,8 @@ Call draw_call(Choices& choices) {
   if (choices.one_in(3))
     call.lr_tensor = scalar_operand(choices, choices.of({ScalarType::Float, ScalarType::Double}), call.lr);
   if (choices.one_in(3))
-    call.grad_scale = scalar_operand(choices, ScalarType::Float, choices.of<double>({1, 65536, 0, NAN}));
+    call.grad_scale = scalar_operand(choices, choices.of({ScalarType::Float, ScalarType::Double}),
+                                     choices.of<double>({1, 65536, 0, NAN}));
   if (choices.one_in(3)) call.found_inf = scalar_operand(choices, ScalarType::Float, choices.of<double>({0, 1, NAN}));
   const auto warm_up = [&] {
     return choices.one_in(2) ? std::optional<double>(draw_number(choices, 1e-3, 1e6)) : std::nullopt;
@@ -400,7 +412,7 @@ void bend_options(Choices& choices, Call& call) {
     if (choices.one_in(2)) return make(choices, {choices.of<int64_t>({0, 2})}, ScalarType::Float, nullptr);
     return scalar_operand(choices, choices.of(dtypes), 1);
   };
-  switch (choices.below(11)) {
+  switch (choices.below(12)) {
     case 0: call.h.beta1 = beta; break;
     case 1: call.h.beta2 = beta; break;
     case 2: call.h.beta3 = beta; break;
@@ -413,19 +425,24 @@ void bend_options(Choices& choices, Call& call) {
       call.lr = negative;
       break;
     case 8: call.lr_tensor = bad_scalar({ScalarType::Half, ScalarType::Int, ScalarType::ComplexFloat}); break;
-    case 9: call.grad_scale = bad_scalar({ScalarType::Double, ScalarType::Byte}); break;
+    case 9: call.grad_scale = bad_scalar({ScalarType::Half, ScalarType::Byte}); break;
+    case 10:  // both ways of rounding at once, or of parameters that aren't rounded; or numbers of random streams
+      call.streams.resize(call.lists[0].size() + 1);
+      call.stochastic_param_rounding = true;
+      break;
     default: call.found_inf = bad_scalar({ScalarType::Double, ScalarType::Bool}); break;
   }
 }
 
 void bend_lists(Choices& choices, Call& call) {
-  const size_t l = static_cast<size_t>(choices.below(static_cast<int64_t>(call.lists.size())));
+  const int64_t used = static_cast<int64_t>(call.lists.size()) - call.lists.back().empty();  // without remainders
+  const size_t l = static_cast<size_t>(choices.below(used));
   const Kind kind = call.kinds()[l];
   auto& list = call.lists[l];
   if (choices.one_in(6)) {  // a list's length
     if (call.blockwise && choices.one_in(4))
       call.streams.pop_back();
-    else if (choices.one_in(2))
+    else if (choices.one_in(2) && kind != Kind::REMAINDER)  // an only one may be left out
       list.pop_back();
     else
       list.push_back(list[0]);
@@ -491,7 +508,8 @@ void run_step(Choices& choices) {
     return require_unchanged(call, before);
   }
   if (!call.lists[0].empty() && choices.one_in(4)) {
-    const auto list = static_cast<size_t>(choices.below(static_cast<int64_t>(call.lists.size())));
+    const int64_t used = static_cast<int64_t>(call.lists.size()) - call.lists.back().empty();
+    const auto list = static_cast<size_t>(choices.below(used));
     const auto i = static_cast<size_t>(choices.below(static_cast<int64_t>(call.lists[0].size())));
     const Device device = choices.of({Device::CUDA, Device::OTHER});
     require_refusal(op, [&] { call.check_with_foreign(list, i, device); });
