@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
+ELSEWHERE = (README, DOCS / "distributed.md")  # whose code has tests of its own
 OPTIONAL = ("accelerate", "lightning", "transformers")  # of the extra `integrations`
 NEEDS = ("# needs a GPU\n", "# needs several processes\n")
 
@@ -55,6 +56,10 @@ def run_code(page: Path) -> dict[str, object]:
     return names
 
 
+def has_code(page: Path) -> bool:
+    return any(token.info == "python" for token in tokens(page) if token.type == "fence")
+
+
 def by_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -65,7 +70,7 @@ def _afresh(tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if "```python" in page.read_text()], ids=by_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and has_code(page)], ids=by_name)
 def test_code(page):
     try:
         run_code(page)

@@ -45,6 +45,6 @@ def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of this norm are divided by to bring it down to `max_norm`; 1 where it isn't above.
 
     >>> clip_scale(torch.tensor([1.0, 4.0]), max_norm=2.0)
-    tensor([1., 2.])
+    tensor([1.0000, 2.0000])
     """
     return ((norm + _EPS) / max_norm).clamp_min(1)
