@@ -27,7 +27,7 @@ from benchmarks import drift, report
 from examples.byte_gpt import ByteGPT, loss_fn, standard_library
 from torch_ademamix import AdEMAMix
 
-SIZE, CONTEXT, BATCH = "nano", 64, 8
+SIZE, CONTEXT, BATCH = "nano", 64, 4
 WEIGHT_DECAY = 0.1
 EVALUATIONS = 24  # points of a curve
 EVALUATION_BATCH = 32
