@@ -19,7 +19,7 @@ STEPS ?=
 SIZE ?=
 OUT ?= out/demo
 
-.PHONY: demo test test-fast lint format bench gpu-check cuda-load-check wheel build clean
+.PHONY: demo test test-fast lint format bench convergence gpu-check cuda-load-check wheel build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -42,8 +42,11 @@ format: $(ENVIRONMENT)  ## rewrite the sources as `make lint` wants them
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-bench: $(BUILD)  ## speed on the CPU, beside torch's own optimizers
+bench: $(BUILD)  ## speed on the CPU, beside other optimizers: benchmarks/results/cpu; ARGS=--quick
 	$(PY) -m benchmarks.cpu $(ARGS)
+
+convergence: $(BUILD)  ## loss in training, beside AdamW's, each at its best: benchmarks/results/convergence; ARGS=--short
+	$(PY) -m benchmarks.convergence $(ARGS)
 
 gpu-check:  ## on a machine with an NVIDIA GPU and nvcc, with its own Python: build, tests, benchmarks; FOLDER=
 	$(PYTHON) -m benchmarks.gpu_check $(FOLDER)
