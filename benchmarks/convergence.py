@@ -2,17 +2,17 @@
 
 A small byte-level GPT learns the sources of Python's standard library. First a search on one seed: AdamW over learning
 rates; AdEMAMix over learning rates at each pair of β3 and α. Each line of learning rates is extended until its best one
-has a neighbour on either side, and the best one's neighbours at a factor of √2 are tried as well. Then new seeds at the
-best settings, for AdamW and AdEMAMix with 32-bit and quantized state, at the best β3 and at the others.
+has a neighbour on either side, and around the best of AdamW and of each β3 a factor of √2 is tried as well. Then new
+seeds at these settings, for AdamW and for AdEMAMix with 32-bit and quantized state. The paper's toy comes first.
 
 Each run is kept in a file of its own as soon as it has ended, and isn't repeated: an interrupted search goes on where
-it was. Tables and plots are written after every run.
+it was. Tables and plots are written at the end, and when the search is interrupted.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from benchmarks import drift, report
+from benchmarks import convergence_report, drift, report, rosenbrock
 from examples.byte_gpt import ByteGPT, loss_fn, standard_library
 from torch_ademamix import AdEMAMix
 
@@ -71,6 +71,7 @@ class Plan:
     extend: bool = True  # lines of learning rates, until the best isn't at the edge; and refine the best
     evaluation_windows: int = 256  # per point of a curve, spread evenly over the held-out files
     final_windows: int = 4096
+    rosenbrock_steps: int = 10_000
 
 
 SHORT = Plan(
@@ -82,6 +83,7 @@ SHORT = Plan(
     extend=False,
     evaluation_windows=32,
     final_windows=32,
+    rosenbrock_steps=100,
 )
 
 
@@ -183,10 +185,9 @@ def quantized_parameters(optimizer: torch.optim.Optimizer) -> int:
 class Runs:
     """The runs in a folder, made where they are missing."""
 
-    def __init__(self, folder: Path, plan: Plan, after_each: Callable[["Runs"], None]) -> None:
+    def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
-        self.after_each = after_each
         self.trainer: Trainer | None = None
         files = sorted(folder.glob("*.json"))
         self.records = {file.name: json.loads(file.read_text()) for file in files}
@@ -196,7 +197,6 @@ class Runs:
             record = self._train(config)
             report.write(self.folder / config.filename, json.dumps(record, indent=1) + "\n")
             self.records[config.filename] = record
-            self.after_each(self)
         return self.records[config.filename]
 
     def _train(self, config: Config) -> dict[str, Any]:
@@ -262,8 +262,6 @@ def comparison(plan: Plan, found: dict[str, Config], runs: Runs) -> Iterator[Con
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from benchmarks import convergence_report
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few steps of a few runs, to try it; not for figures")
     parser.add_argument("--out", type=Path, help="folder of the runs and the report (benchmarks/results/convergence)")
@@ -272,14 +270,15 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or (report.ROOT / "out" / "convergence" if args.short else report.RESULTS / "convergence")
     torch.set_num_threads(1)  # the model is small; and one thread adds in one order, so that runs repeat bit for bit
 
-    def write_report(runs: Runs) -> None:
-        convergence_report.write(out, plan, runs)
-
-    runs = Runs(out / "runs", plan, write_report)
-    found = search(plan, runs)
-    for config in comparison(plan, found, runs):
-        runs.record(config)
-    write_report(runs)
+    runs = Runs(out / "runs", plan)
+    walks = rosenbrock.measure(plan.rosenbrock_steps)
+    try:
+        found = search(plan, runs)
+        for config in comparison(plan, found, runs):
+            runs.record(config)
+    finally:
+        if runs.records:
+            convergence_report.write(out, plan, runs, walks)
     print((out / "README.md").read_text())
 
 
