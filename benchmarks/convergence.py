@@ -2,8 +2,8 @@
 
 A small byte-level GPT learns the sources of Python's standard library. First a search on one seed: AdamW over learning
 rates; AdEMAMix over learning rates at each pair of β3 and α. Each line of learning rates is extended until its best one
-has a neighbour on either side, and around the best of AdamW and of each β3 a factor of √2 is tried as well. Then new
-seeds at these settings, for AdamW and for AdEMAMix with 32-bit and quantized state. The paper's toy comes first.
+has a neighbour on either side, and around the best of AdamW and of AdEMAMix a factor of √2 is tried as well. Then new
+seeds, for AdamW, and for AdEMAMix with 32-bit and quantized state at each β3. The paper's toy comes first.
 
 Each run is kept in a file of its own as soon as it has ended, and isn't repeated: an interrupted search goes on where
 it was. Tables and plots are written at the end, and when the search is interrupted.
@@ -246,7 +246,11 @@ def search(plan: Plan, runs: Runs) -> dict[str, Config]:
                 lr = lines[-1].lr
                 lrs = (rounded(lr / 2), lr, rounded(lr * 2))
         found[f"β3 = {beta3:g}"] = min(lines, key=runs.loss)
-    return {name: runs.refined(config) if plan.extend else config for name, config in found.items()}
+    if plan.extend:
+        mixtures = [name for name in found if name != ADAMW]
+        for name in (ADAMW, min(mixtures, key=lambda name: runs.loss(found[name]))):
+            found[name] = runs.refined(found[name])
+    return found
 
 
 def comparison(plan: Plan, found: dict[str, Config], runs: Runs) -> Iterator[Config]:

@@ -110,13 +110,13 @@ def _differences(axes: "Axes", found: "Report", beta3: float) -> None:
 def search(path: Path, found: "Report") -> None:
     """Final validation loss by learning rate."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for setting, record in found.search.items():
+    for setting, record in sorted(found.search.items(), key=lambda item: (item[0].beta3 or 0, item[0].alpha or 0)):
         label = "AdamW" if setting.beta3 is None else f"AdEMAMix, β3 = {setting.beta3:g}, α = {setting.alpha:g}"
         if record["final"] is not None:
             lines[label].append((setting.lr, record["final"]))
     with figure(path, 6.5, 4.2) as made:
         axes = made.subplots()
-        for (label, points), colour in zip(sorted(lines.items(), key=lambda item: item[0]), LINES, strict=False):
+        for (label, points), colour in zip(lines.items(), LINES, strict=False):
             axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=label, markersize=3)
         axes.set_xscale("log")
         axes.set(xlabel="peak learning rate", ylabel="final validation loss (nats per byte)")

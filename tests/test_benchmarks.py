@@ -47,6 +47,17 @@ def test_state_bytes_counts_shared_tensors_once():
     assert memory.state_bytes({"a": [shared, torch.zeros(2)], "b": {"c": shared, "d": 1}}) == 1024 + 8
 
 
+def test_state_bytes_of_bitsandbytes():
+    pytest.importorskip("bitsandbytes")
+    params = [torch.nn.Parameter(torch.randn(4096)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    peer = peers.PEERS["bitsandbytes AdEMAMix8bit"](params)
+    peer.step()
+    scales, maps = 3 * 3 * 4096 // 256 * 4, 2 * 256 * 4  # the two maps are shared
+    assert memory.state_bytes(peer.state) == 3 * 3 * 4096 + scales + maps
+
+
 def test_peak_bytes():
     size = 64 * 2**20
 
