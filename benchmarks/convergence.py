@@ -3,7 +3,7 @@
 A small byte-level GPT learns the sources of Python's standard library. First a search on one seed: AdamW over learning
 rates; AdEMAMix over learning rates at each pair of β3 and α. Each line of learning rates is extended until its best one
 has a neighbour on either side, and around the best of AdamW and of AdEMAMix a factor of √2 is tried as well. Then new
-seeds, for AdamW, and for AdEMAMix with 32-bit and quantized state at each β3. The paper's toy comes first.
+seeds, for AdamW, and for AdEMAMix with 32-bit and quantized state at each β3. The paper's toy comes last.
 
 Each run is kept in a file of its own as soon as it has ended, and isn't repeated: an interrupted search goes on where
 it was. Tables and plots are written at the end, and when the search is interrupted.
@@ -193,10 +193,12 @@ class Runs:
         self.records = {file.name: json.loads(file.read_text()) for file in files}
 
     def record(self, config: Config) -> dict[str, Any]:
+        file = self.folder / config.filename
+        if config.filename not in self.records and file.exists():  # another process' since
+            self.records[config.filename] = json.loads(file.read_text())
         if config.filename not in self.records:
-            record = self._train(config)
-            report.write(self.folder / config.filename, json.dumps(record, indent=1) + "\n")
-            self.records[config.filename] = record
+            self.records[config.filename] = self._train(config)
+            report.write(file, json.dumps(self.records[config.filename], indent=1) + "\n")
         return self.records[config.filename]
 
     def _train(self, config: Config) -> dict[str, Any]:
@@ -275,14 +277,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # the model is small; and one thread adds in one order, so that runs repeat bit for bit
 
     runs = Runs(out / "runs", plan)
-    walks = rosenbrock.measure(plan.rosenbrock_steps)
     try:
         found = search(plan, runs)
         for config in comparison(plan, found, runs):
             runs.record(config)
     finally:
         if runs.records:
-            convergence_report.write(out, plan, runs, walks)
+            convergence_report.write(out, plan, runs, rosenbrock.measure(plan.rosenbrock_steps))
     print((out / "README.md").read_text())
 
 
