@@ -8,6 +8,7 @@ required ratios came out. A full run writes its figures and a plot to a folder, 
 
 import argparse
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from benchmarks import cpu_report, memory, report
 from benchmarks.gpu import GPT2
 from benchmarks.peers import ADAMW, PEERS, PLAIN
 from benchmarks.rounds import Times, seconds_per_call, take_turns
+
+Clock = Callable[[], float]
 
 IN_PLACE = "in-place multiply"  # of one large buffer: what this machine's memory gives
 IN_PLACE_NUMEL = 2**26
@@ -58,15 +61,15 @@ AS_IN_FLOAT32 = dict.fromkeys(COMPILED, "compiled in the float32 case only, to s
 TENS_OF_SECONDS = dict.fromkeys(SLOW[1:], "tens of seconds a step, as in float32")
 
 CASES = {
-    "host 1000": Case("1000 tensors of 1", [(1,)] * 1000, HOST),
     "host 400": Case("400 tensors of 1", [(1,)] * 400, HOST),
     "host 400 x 1000": Case("400 tensors of 1000", [(1000,)] * 400, HOST),
     "large": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS),
-    "large, bf16": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS, torch.bfloat16),
-    "GPT-2": Case("GPT-2 124M, 148 tensors", GPT2, GROUPS),
-    "GPT-2, bf16": Case("GPT-2 124M, 148 tensors", GPT2, GROUPS, torch.bfloat16, {**AS_IN_FLOAT32, **TENS_OF_SECONDS}),
     "small": Case("1000 tensors of 4096", [(4096,)] * 1000, GROUPS, left_out=LONG_LIST),
+    "GPT-2": Case("GPT-2 124M, 148 tensors", GPT2, GROUPS),
+    "large, bf16": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS, torch.bfloat16),
     "small, bf16": Case("1000 tensors of 4096", [(4096,)] * 1000, GROUPS, torch.bfloat16, AS_IN_FLOAT32),
+    "GPT-2, bf16": Case("GPT-2 124M, 148 tensors", GPT2, GROUPS, torch.bfloat16, {**AS_IN_FLOAT32, **TENS_OF_SECONDS}),
+    "host 1000": Case("1000 tensors of 1", [(1,)] * 1000, HOST),
 }
 QUICK = ("host 400", "host 400 x 1000", "large")  # without the slow peers
 QUICK_ROUNDS = 10
@@ -157,19 +160,19 @@ REQUIREMENTS = (
 )
 
 
-def run_case(case: Case, rounds: int | None = None) -> Result:
+def run_case(case: Case, rounds: int | None = None, clock: Clock = time.perf_counter) -> Result:
     """Measures one case; `rounds` instead of those that its groups ask for."""
     result = Result(case, load_average=[os.getloadavg()[0]])
     for group in case.groups:
         params = [torch.nn.Parameter(torch.randn(shape, dtype=case.dtype)) for shape in case.shapes]
         for p in params:
             p.grad = torch.randn_like(p)
-        result.times.append(run_group(group, params, result, rounds or group.rounds))
+        result.times.append(run_group(group, params, result, rounds or group.rounds, clock))
     result.load_average.append(os.getloadavg()[0])
     return result
 
 
-def run_group(group: Group, params: list[torch.Tensor], result: Result, rounds: int) -> Times:
+def run_group(group: Group, params: list[torch.Tensor], result: Result, rounds: int, clock: Clock) -> Times:
     torch._dynamo.reset()  # other groups' guards
     steps: dict[str, Callable[[], object]] = {}
     first = {}
@@ -192,7 +195,8 @@ def run_group(group: Group, params: list[torch.Tensor], result: Result, rounds: 
         result.state_bytes[name] = memory.state_bytes(peer.state)
         allocated = memory.peak_bytes(peer.step)
         result.peak_bytes[name] = None if allocated is None else result.state_bytes[name] + allocated
-    return Times(take_turns(steps, rounds=rounds, calls=group.calls, title=result.case.title), first)
+    measured = take_turns(steps, rounds=rounds, calls=group.calls, title=result.case.title, clock=clock)
+    return Times(measured, first)
 
 
 def verdicts(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
@@ -212,12 +216,18 @@ def main(arguments: list[str] | None = None) -> Mapping[str, Result]:
     parser.add_argument("--threads", type=int, help="threads that torch uses (its own choice)")
     parser.add_argument("--case", choices=list(CASES), action="append", help="only this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="few rounds of few cases; writes nothing")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="for a machine with other work: one thread, whose own time counts and not the clock's",
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (benchmarks/results/cpu)")
     args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.threads or args.busy:
+        torch.set_num_threads(1 if args.busy else args.threads)
+    clock: Clock = time.process_time if args.busy else time.perf_counter
 
-    host = cpu_report.machine()
+    host = {**cpu_report.machine(), "time": "the process' own" if args.busy else "the clock's"}
     print(", ".join(f"{name}: {value}" for name, value in host.items()))
     out = args.out or (None if args.quick or args.case else report.RESULTS / "cpu")
     results: dict[str, Result] = {}
@@ -226,7 +236,7 @@ def main(arguments: list[str] | None = None) -> Mapping[str, Result]:
             case = CASES[name]
             if args.quick:
                 case = replace(case, groups=tuple(group for group in case.groups if group.names != SLOW))
-            results[name] = run_case(case, QUICK_ROUNDS if args.quick else None)
+            results[name] = run_case(case, QUICK_ROUNDS if args.quick else None, clock)
             print("\n".join(cpu_report.lines(results[name])), flush=True)
             if out:
                 cpu_report.write(out, host, results, verdicts(results))

@@ -32,15 +32,22 @@ class Times:
         return median(a / b for a, b in pairs)
 
 
-def seconds_per_call(step: Callable[[], object], calls: int = 1) -> float:
-    start = time.perf_counter()
+def seconds_per_call(
+    step: Callable[[], object], calls: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    start = clock()
     for _ in range(calls):
         step()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def take_turns(
-    steps: Mapping[str, Callable[[], object]], *, rounds: int, calls: int, title: str
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int,
+    title: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Mapping[str, list[float]]:
     """The seconds per call of each step and round; a round calls each so often, in an order of its own."""
     measured: dict[str, list[float]] = {name: [] for name in steps}
@@ -52,7 +59,7 @@ def take_turns(
         for _ in tqdm(range(rounds), title, leave=False, disable=None):  # no bar in a file
             generator.shuffle(order)
             for name in order:
-                measured[name].append(seconds_per_call(steps[name], calls))
+                measured[name].append(seconds_per_call(steps[name], calls, clock))
     finally:
         gc.enable()
     return measured

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -79,6 +80,13 @@ def test_take_turns():
     assert len(turns) == 20
     assert set(turns) == {"aabb", "bbaa"}
     assert all(len(times[name]) == 20 for name in steps)
+
+
+def test_own_time_leaves_waiting_out():
+    steps = {"waits": lambda: time.sleep(0.2)}
+    (own,) = take_turns(steps, rounds=1, calls=1, title="test", clock=time.process_time)["waits"]
+    (clock,) = take_turns(steps, rounds=1, calls=1, title="test")["waits"]
+    assert own < 0.1 < 0.2 <= clock
 
 
 def test_ratio_is_taken_within_rounds():
