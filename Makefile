@@ -20,7 +20,7 @@ SIZE ?=
 OUT ?= out/demo
 SECONDS ?= 600
 
-.PHONY: demo test test-fast fuzz lint format docs bench gpu-check cuda-load-check wheel wheel-check build clean
+.PHONY: demo test test-fast fuzz lint format docs bench convergence gpu-check cuda-load-check wheel wheel-check build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -55,8 +55,11 @@ docs: $(BUILD)  ## build/docs/index.html; a warning is an error
 	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
 	@echo "wrote build/docs/index.html"
 
-bench: $(BUILD)  ## speed on the CPU, beside torch's own optimizers
+bench: $(BUILD)  ## speed on the CPU, beside other optimizers: benchmarks/results/cpu; ARGS=--quick
 	$(PY) -m benchmarks.cpu $(ARGS)
+
+convergence: $(BUILD)  ## loss in training, beside AdamW's, each at its best: benchmarks/results/convergence; ARGS=--short
+	$(PY) -m benchmarks.convergence $(ARGS)
 
 gpu-check:  ## on a machine with an NVIDIA GPU and nvcc, with its own Python: build, tests, benchmarks; FOLDER=
 	$(PYTHON) -m benchmarks.gpu_check $(FOLDER)

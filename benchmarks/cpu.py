@@ -1,149 +1,113 @@
 """Speed on the CPU, side by side with others, in one run: `python -m benchmarks.cpu`.
 
-Times are medians over rounds in which the competitors take turns, ratios medians of the rounds'
-ratios; the last lines say how the required ones came out. With large tensors the memory is the
-limit, and GB/s counts the traffic that an update can't do without; with tiny ones the host is.
+Competitors take turns, in another order each round; times are medians over the rounds, ratios medians of the rounds'
+ratios. With large tensors the memory is the limit, and GB/s counts the traffic that an update can't do without: the
+parameters and the state read and written, the gradients read. With tiny ones the host is. The last lines say how the
+required ratios came out. A full run writes its figures and a plot to a folder, after each case anew.
 """
 
 import argparse
-import json
 import os
-import platform
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.rounds import Times, take_turns
-from torch_ademamix import AdEMAMix, AdEMAMix8bit
+from benchmarks import cpu_report, footprint, report
+from benchmarks.gpu import GPT2
+from benchmarks.peers import ADAMW, PEERS, PLAIN
+from benchmarks.rounds import Times, seconds_per_call, take_turns
 
-Step = Callable[[], object]
+Clock = Callable[[], float]
 
-
-# The competitors: each takes parameters that have gradients, makes its state and returns its step.
-
-
-def ademamix(params: list[Tensor]) -> Step:
-    return AdEMAMix(params).step
-
-
-def ademamix_compiled(params: list[Tensor]) -> Step:
-    optimizer = AdEMAMix(params)
-    optimizer.init_state()
-    return torch.compile(optimizer.step, fullgraph=True)
-
-
-def ademamix_8bit(params: list[Tensor]) -> Step:
-    return AdEMAMix8bit(params).step
-
-
-def ademamix_8bit_slow_8(params: list[Tensor]) -> Step:
-    return AdEMAMix8bit(params, slow_ema_bits=8).step
-
-
-def bitsandbytes_8bit(params: list[Tensor]) -> Step:
-    from bitsandbytes.optim import AdEMAMix8bit as Peer
-
-    return Peer(params).step
-
-
-def torchao_8bit(params: list[Tensor]) -> Step:
-    from torchao.optim import AdamW8bit as Peer
-
-    return Peer(params).step
-
-
-def plain_compiled(params: list[Tensor]) -> Step:
-    """The formula written down for torch.compile; tensors hold what changes with the step."""
-    beta1, beta2, beta3, alpha, lr, eps, weight_decay = 0.9, 0.999, 0.9999, 5.0, 1e-3, 1e-8, 1e-2
-    grads = [p.grad for p in params]
-    state = [tuple(torch.zeros_like(p) for _ in range(3)) for p in params]
-    step = 0
-
-    @torch.compile(fullgraph=True)
-    def update(bias1: Tensor, sqrt_bias2: Tensor) -> None:
-        for p, g, (m1, m2, nu) in zip(params, grads, state, strict=True):
-            m1.copy_(beta1 * m1 + (1 - beta1) * g)
-            m2.copy_(beta3 * m2 + (1 - beta3) * g)
-            nu.copy_(beta2 * nu + (1 - beta2) * g * g)
-            direction = (m1 / bias1 + alpha * m2) / (nu.sqrt() / sqrt_bias2 + eps)
-            p.copy_(p - lr * (direction + weight_decay * p))
-
-    @torch.no_grad()
-    def step_all() -> None:
-        nonlocal step
-        step += 1
-        update(torch.tensor(1 - beta1**step), torch.tensor((1 - beta2**step) ** 0.5))
-
-    return step_all
-
-
-def adamw_fused(params: list[Tensor]) -> Step:
-    return torch.optim.AdamW(params, fused=True).step
-
-
-def multiply_in_place(params: list[Tensor]) -> Step:
-    buffer = torch.ones(sum(p.numel() for p in params))
-    return lambda: buffer.mul_(1.0)
+IN_PLACE = "in-place multiply"  # of one large buffer: what this machine's memory gives
+IN_PLACE_NUMEL = 2**26
+IN_PLACE_BYTES = 2 * 4 * IN_PLACE_NUMEL
 
 
 @dataclass(frozen=True)
-class Competitor:
-    make: Callable[[list[Tensor]], Step]  # raises ImportError where the peer isn't installed
-    bytes_per_param: int  # read and written; parameters and gradients are float32
+class Group:
+    """Competitors that take turns; each group has fused AdamW and the in-place multiply to compare with."""
+
+    names: tuple[str, ...]
+    rounds: int
+    calls: int = 1  # per round and competitor
+    references: tuple[str, ...] = (ADAMW, IN_PLACE)
 
 
-COMPETITORS = {
-    "AdEMAMix": Competitor(ademamix, 36),
-    "AdEMAMix, compiled": Competitor(ademamix_compiled, 36),
-    "plain formula, compiled": Competitor(plain_compiled, 36),
-    "AdamW, fused": Competitor(adamw_fused, 28),
-    "in-place multiply": Competitor(multiply_in_place, 8),
-    "AdEMAMix8bit": Competitor(ademamix_8bit, 20),
-    "AdEMAMix8bit, slow 8": Competitor(ademamix_8bit_slow_8, 18),
-    "bitsandbytes 8-bit": Competitor(bitsandbytes_8bit, 18),
-    "torchao AdamW8bit": Competitor(torchao_8bit, 16),
-}
+FLOAT32_STATE = ("AdEMAMix", "AdEMAMix, compiled", PLAIN, "plain loop (Apple's)", "AdamW, foreach")
+EAGER_8BIT = ("AdEMAMix8bit", "AdEMAMix8bit, slow 8")
+QUANTIZED = tuple(name + how for name in EAGER_8BIT for how in ("", ", compiled"))
+SLOW = ("torchao AdamW8bit", "bitsandbytes AdEMAMix", "bitsandbytes AdEMAMix8bit")  # seconds per step
+GROUPS = (Group(FLOAT32_STATE, rounds=15), Group(QUANTIZED, rounds=10), Group(SLOW, rounds=2))
+HOST = (Group(("AdEMAMix", "AdEMAMix, compiled"), rounds=200, calls=5, references=(ADAMW,)),)
 
 
 @dataclass(frozen=True)
 class Case:
-    tensors: int
-    shape: tuple[int, ...]
-    competitors: tuple[str, ...]
-    rounds: int
-    calls: int = 1  # per round and competitor
+    title: str
+    shapes: list[tuple[int, ...]]
+    groups: tuple[Group, ...]
+    dtype: torch.dtype = torch.float32
+    left_out: Mapping[str, str] = field(default_factory=dict)  # why
+
+
+COMPILED = ("AdEMAMix, compiled", *(name for name in QUANTIZED if name.endswith(", compiled")), PLAIN)
+LONG_LIST = dict.fromkeys(COMPILED[1:], "takes minutes to compile for 1000 tensors")
+AS_IN_FLOAT32 = dict.fromkeys(COMPILED, "compiled in the float32 case only, to save time")
+TENS_OF_SECONDS = dict.fromkeys(SLOW[1:], "tens of seconds a step, as in float32")
+
+CASES = {
+    "host 400": Case("400 tensors of 1", [(1,)] * 400, HOST),
+    "host 400 x 1000": Case("400 tensors of 1000", [(1000,)] * 400, HOST),
+    "large": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS),
+    "small": Case("1000 tensors of 4096", [(4096,)] * 1000, GROUPS, left_out=LONG_LIST),
+    "GPT-2": Case("GPT-2 124M, 148 tensors", GPT2, GROUPS),
+    "large, bf16": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS, torch.bfloat16),
+    "small, bf16": Case("1000 tensors of 4096", [(4096,)] * 1000, GROUPS, torch.bfloat16, AS_IN_FLOAT32),
+    "GPT-2, bf16": Case("GPT-2 124M, 148 tensors", GPT2, GROUPS, torch.bfloat16, {**AS_IN_FLOAT32, **TENS_OF_SECONDS}),
+    "host 1000": Case("1000 tensors of 1", [(1,)] * 1000, HOST),
+}
+QUICK = ("host 400", "host 400 x 1000", "large")  # without the slow peers
+QUICK_ROUNDS = 10
+
+
+@dataclass
+class Result:
+    """What was measured in one case."""
+
+    case: Case
+    times: list[Times] = field(default_factory=list)  # by group
+    state_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)  # of state and what a step allocates beside it
+    absent: dict[str, str] = field(default_factory=dict)
+    load_average: list[float] = field(default_factory=list)  # before and after
 
     @property
-    def title(self) -> str:
-        return f"{self.tensors} tensors of {' x '.join(map(str, self.shape))}"
+    def numel(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.case.shapes)
 
+    def times_of(self, name: str) -> Times:
+        return next(times for times in self.times if name in times.rounds)
 
-HOST = ("AdEMAMix", "AdEMAMix, compiled", "AdamW, fused")
+    def ratio(self, name: str, other: str) -> float:
+        return self.times_of(name).ratio(name, other)
 
-LARGE = ("AdEMAMix", "AdEMAMix, compiled", "plain formula, compiled", "AdamW, fused", "in-place multiply")
-QUANTIZED = ("AdEMAMix8bit", "AdEMAMix8bit, slow 8", "AdamW, fused", "bitsandbytes 8-bit", "torchao AdamW8bit")
-
-# The first case finds the compiler's caches cold.
-CASES = {
-    "host 1000": Case(1000, (1,), HOST, rounds=200, calls=5),
-    "host 400": Case(400, (1,), HOST, rounds=300, calls=10),
-    "small": Case(400, (1000,), HOST, rounds=300, calls=10),
-    "large": Case(32, (2048, 1024), LARGE, rounds=100),
-    "quantized": Case(16, (2048, 1024), QUANTIZED, rounds=30),
-}
-QUICK = ("host 400", "small", "large", "quantized")
-QUICK_ROUNDS = 20
+    def traffic(self, name: str) -> int:
+        """Bytes that a step reads and writes."""
+        if name == IN_PLACE:
+            return IN_PLACE_BYTES
+        return 3 * self.case.dtype.itemsize * self.numel + 2 * self.state_bytes[name]
 
 
 @dataclass(frozen=True)
 class Requirement:
     text: str
     case: str
-    value: Callable[[Times], float]
+    value: Callable[[Result], float]
     at_least: float | None = None
     at_most: float | None = None
 
@@ -157,46 +121,32 @@ class Requirement:
         return value <= self.at_most
 
 
-def traffic(name: str) -> int:
-    return COMPETITORS[name].bytes_per_param
-
-
 REQUIREMENTS = (
     Requirement(
         "parameters/s, over the plain formula's under torch.compile",
         "large",
-        lambda t: 1 / t.ratio("AdEMAMix", "plain formula, compiled"),
+        lambda r: 1 / r.ratio("AdEMAMix", PLAIN),
         at_least=1.0,
     ),
     Requirement(
         "bytes/s, over fused AdamW's",
         "large",
-        lambda t: traffic("AdEMAMix") / traffic("AdamW, fused") / t.ratio("AdEMAMix", "AdamW, fused"),
+        lambda r: r.traffic("AdEMAMix") / r.traffic(ADAMW) / r.ratio("AdEMAMix", ADAMW),
         at_least=0.95,
     ),
     Requirement(
         "parameters/s of AdEMAMix8bit, over fused AdamW's",
-        "quantized",
-        lambda t: 1 / t.ratio("AdEMAMix8bit", "AdamW, fused"),
+        "large",
+        lambda r: 1 / r.ratio("AdEMAMix8bit", ADAMW),
         at_least=0.5,
     ),
-    Requirement(
-        "time, over fused AdamW's",
-        "small",
-        lambda t: t.ratio("AdEMAMix", "AdamW, fused"),
-        at_most=1.0,
-    ),
-    Requirement(
-        "the host's time, over fused AdamW's",
-        "host 400",
-        lambda t: t.ratio("AdEMAMix", "AdamW, fused"),
-        at_most=2.0,
-    ),
+    Requirement("time, over fused AdamW's", "host 400 x 1000", lambda r: r.ratio("AdEMAMix", ADAMW), at_most=1.0),
+    Requirement("the host's time, over fused AdamW's", "host 400", lambda r: r.ratio("AdEMAMix", ADAMW), at_most=2.0),
     *(
         Requirement(
             "the host's time, compiled over eager",
             case,
-            lambda t: t.ratio("AdEMAMix, compiled", "AdEMAMix"),
+            lambda r: r.ratio("AdEMAMix, compiled", "AdEMAMix"),
             at_most=3.0,
         )
         for case in ("host 400", "host 1000")
@@ -204,83 +154,95 @@ REQUIREMENTS = (
     Requirement(
         "seconds to compile, caches cold",
         "host 1000",
-        lambda t: t.first["AdEMAMix, compiled"],
+        lambda r: r.times_of("AdEMAMix, compiled").first["AdEMAMix, compiled"],
         at_most=60.0,
     ),
 )
 
 
-def run_case(case: Case, rounds: int) -> Times:
-    params = [torch.nn.Parameter(torch.randn(case.shape)) for _ in range(case.tensors)]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    steps = {}
-    for name in case.competitors:
+def run_case(case: Case, rounds: int | None = None, clock: Clock = time.perf_counter) -> Result:
+    """Measures one case; `rounds` instead of those that its groups ask for."""
+    result = Result(case, load_average=[os.getloadavg()[0]])
+    for group in case.groups:
+        params = [torch.nn.Parameter(torch.randn(shape, dtype=case.dtype)) for shape in case.shapes]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        result.times.append(run_group(group, params, result, rounds or group.rounds, clock))
+    result.load_average.append(os.getloadavg()[0])
+    return result
+
+
+def run_group(group: Group, params: list[torch.Tensor], result: Result, rounds: int, clock: Clock) -> Times:
+    torch._dynamo.reset()  # other groups' guards
+    steps: dict[str, Callable[[], object]] = {}
+    first = {}
+    for name in (*group.names, *group.references):
+        if name == IN_PLACE:
+            buffer = torch.ones(IN_PLACE_NUMEL)
+            steps[name] = lambda buffer=buffer: buffer.mul_(1.0)
+            first[name] = seconds_per_call(steps[name])
+            continue
+        if name in result.case.left_out:
+            result.absent[name] = result.case.left_out[name]
+            continue
         try:
-            steps[name] = COMPETITORS[name].make(params)
+            peer = PEERS[name](params)
+            first[name] = seconds_per_call(peer.step)
         except ImportError as error:
-            print(f"absent: {name} ({error})")
-    torch._dynamo.reset()  # other cases' guards
-    return take_turns(steps, rounds=rounds, calls=case.calls, title=case.title)
+            result.absent[name] = f"not installed: {error}"
+            continue
+        steps[name] = peer.step
+        result.state_bytes[name] = footprint.state_bytes(peer.state)
+        allocated = footprint.peak_bytes(peer.step)
+        result.peak_bytes[name] = None if allocated is None else result.state_bytes[name] + allocated
+    measured = take_turns(steps, rounds=rounds, calls=group.calls, title=result.case.title, clock=clock)
+    return Times(measured, first)
 
 
-def table(case: Case, times: Times) -> Iterable[str]:
-    numel = case.tensors * torch.Size(case.shape).numel()
-    rounds = len(next(iter(times.rounds.values())))
-    yield f"\n{case.title}, {rounds} rounds, load average {os.getloadavg()[0]:.1f}"
-    columns = f"{'us/step':>10}{'best':>10}{'params/s':>10}{'GB/s':>8}{'x AdamW':>9}{'first call':>12}"
-    yield f"{'':24}{columns}"
-    for name in times.rounds:
-        seconds = times.median(name)
-        yield (
-            f"{name:<24}{seconds * 1e6:10,.0f}{times.best(name) * 1e6:10,.0f}{numel / seconds:10.2e}"
-            f"{numel * traffic(name) / seconds / 1e9:8.1f}"
-            f"{times.ratio(name, 'AdamW, fused'):9.2f}{times.first[name]:10.1f} s"
-        )
-
-
-def machine() -> dict[str, object]:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    return {
-        "processor": model,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def main(arguments: list[str] | None = None) -> Mapping[str, Times]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--threads", type=int, help="threads that torch uses (its own choice)")
-    parser.add_argument("--case", choices=list(CASES), action="append", help="only this one; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="few rounds, and no compile time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there as well")
-    args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    host = machine()
-    print(", ".join(f"{name}: {value}" for name, value in host.items()))
-    results: dict[str, Times] = {}
-    with fresh_cache():
-        for name in args.case or (QUICK if args.quick else CASES):
-            case = CASES[name]
-            results[name] = run_case(case, QUICK_ROUNDS if args.quick else case.rounds)
-            print("\n".join(table(case, results[name])), flush=True)
-
-    print("\nrequired")
+def verdicts(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
+    """Case, requirement, value, bound and whether it holds, for the cases that have been measured."""
+    found = []
     for requirement in REQUIREMENTS:
         if requirement.case in results:
             value = requirement.value(results[requirement.case])
             verdict = "holds" if requirement.holds(value) else "MISSED"
-            print(f"{CASES[requirement.case].title:<28}{requirement.text}: {value:.2f} ({requirement.bound}) {verdict}")
-    if args.json:
-        times = {name: asdict(result) for name, result in results.items()}
-        args.json.write_text(json.dumps({"machine": host, "seconds": times}, indent=1))
+            case = CASES[requirement.case].title
+            found.append((case, requirement.text, f"{value:.2f}", requirement.bound, verdict))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> Mapping[str, Result]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    parser.add_argument("--threads", type=int, help="threads that torch uses (its own choice)")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="only this one; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="few rounds of few cases; writes nothing")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="for a machine with other work: one thread, whose own time counts and not the clock's",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the report (benchmarks/results/cpu)")
+    args = parser.parse_args(arguments)
+    if args.threads or args.busy:
+        torch.set_num_threads(1 if args.busy else args.threads)
+    clock: Clock = time.process_time if args.busy else time.perf_counter
+
+    host = {**cpu_report.machine(), "time": "the process' own" if args.busy else "the clock's"}
+    print(", ".join(f"{name}: {value}" for name, value in host.items()))
+    out = args.out or (None if args.quick or args.case else report.RESULTS / "cpu")
+    results: dict[str, Result] = {}
+    with fresh_cache():
+        for name in args.case or (QUICK if args.quick else CASES):
+            case = CASES[name]
+            if args.quick:
+                case = replace(case, groups=tuple(group for group in case.groups if group.names != SLOW))
+            results[name] = run_case(case, QUICK_ROUNDS if args.quick else None, clock)
+            print("\n".join(cpu_report.lines(results[name])), flush=True)
+            if out:
+                cpu_report.write(out, host, results, verdicts(results))
+    print("\nrequired")
+    for case, text, value, bound, verdict in verdicts(results):
+        print(f"{case:<28}{text}: {value} ({bound}) {verdict}")
     return results
 
 

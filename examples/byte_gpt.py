@@ -12,7 +12,7 @@ HEAD_SIZE = 32
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 # name: (width, layers)
-SIZES = {"tiny": (64, 4), "small": (128, 6), "medium": (384, 8), "large": (768, 12)}
+SIZES = {"nano": (64, 2), "tiny": (64, 4), "small": (128, 6), "medium": (384, 8), "large": (768, 12)}
 
 
 def standard_library(validation_every: int = 20) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """The benchmarks measure what they say."""
 
 import json
+import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import cpu
+from benchmarks import cpu, cpu_report, footprint, peers, report
 from benchmarks.rounds import Times, take_turns
 from torch_ademamix import ReferenceAdEMAMix
 
@@ -17,7 +19,7 @@ def parameters(count: int = 3) -> list[torch.nn.Parameter]:
     return params
 
 
-@pytest.mark.parametrize("name", [name for name, c in cpu.COMPETITORS.items() if c.bytes_per_param == 36])
+@pytest.mark.parametrize("name", peers.SAME_FORMULA)
 def test_competitors_compute_the_same_step(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda g: g))
     torch.manual_seed(0)
@@ -25,46 +27,130 @@ def test_competitors_compute_the_same_step(name, monkeypatch):
     expected = [torch.nn.Parameter(p.detach().clone()) for p in params]
     for p, q in zip(params, expected, strict=True):
         q.grad = p.grad
-    step, reference = cpu.COMPETITORS[name].make(params), ReferenceAdEMAMix(expected)
+    peer, reference = peers.PEERS[name](params), ReferenceAdEMAMix(expected)
     for _ in range(3):
-        step()
+        peer.step()
         reference.step()
     torch.testing.assert_close(params, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "per_parameter"), [("AdEMAMix", 12), ("AdamW, fused", 8), (peers.PLAIN, 12)])
+def test_state_bytes(name, per_parameter, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda g: g))
+    peer = peers.PEERS[name](parameters())
+    peer.step()
+    steps = 0 if name == peers.PLAIN else 3 * 4
+    assert footprint.state_bytes(peer.state) == 300 * per_parameter + steps
+
+
+def test_state_bytes_counts_shared_tensors_once():
+    shared = torch.zeros(256)
+    assert footprint.state_bytes({"a": [shared, torch.zeros(2)], "b": {"c": shared, "d": 1}}) == 1024 + 8
+
+
+def test_state_bytes_of_bitsandbytes():
+    pytest.importorskip("bitsandbytes")
+    params = [torch.nn.Parameter(torch.randn(4096)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    peer = peers.PEERS["bitsandbytes AdEMAMix8bit"](params)
+    peer.step()
+    scales, maps = 3 * 3 * 4096 // 256 * 4, 2 * 256 * 4  # the two maps are shared
+    assert footprint.state_bytes(peer.state) == 3 * 3 * 4096 + scales + maps
+
+
+def test_peak_bytes():
+    size = 64 * 2**20
+
+    def allocate() -> None:
+        torch.ones(size, dtype=torch.uint8)
+
+    peak = footprint.peak_bytes(allocate)
+    if peak is None:
+        pytest.skip("this system doesn't count resident memory")
+    assert peak == pytest.approx(size, rel=0.1)
+    assert footprint.peak_bytes(lambda: None) < size / 10
 
 
 def test_take_turns():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = take_turns(steps, rounds=3, calls=2, title="test")
-    assert "".join(order) == "ab" + "aabb" + "aabb" + "bbaa" + "aabb"
-    assert all(len(times.rounds[name]) == 3 for name in steps)
+    times = take_turns(steps, rounds=20, calls=2, title="test")
+    turns = ["".join(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert len(turns) == 20
+    assert set(turns) == {"aabb", "bbaa"}
+    assert all(len(times[name]) == 20 for name in steps)
+
+
+def test_own_time_leaves_waiting_out():
+    steps = {"waits": lambda: time.sleep(0.2)}
+    (own,) = take_turns(steps, rounds=1, calls=1, title="test", clock=time.process_time)["waits"]
+    (clock,) = take_turns(steps, rounds=1, calls=1, title="test")["waits"]
+    assert own < 0.1 < 0.2 <= clock
 
 
 def test_ratio_is_taken_within_rounds():
     times = Times({"a": [1.0, 10.0, 3.0], "b": [2.0, 10.0, 1.0]}, {"a": 1.0, "b": 1.0})
     assert times.median("a") == 3.0
+    assert times.quartiles("a") == (2.0, 6.5)
     assert times.ratio("a", "b") == 1.0
-    assert times.best("b") == 1.0
 
 
-def test_absent_peers_are_named(capsys, monkeypatch):
+@pytest.fixture
+def small_buffer(monkeypatch):
+    monkeypatch.setattr(cpu, "IN_PLACE_NUMEL", 1000)
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_absent_peers_are_named(monkeypatch):
     def absent(params):
         raise ImportError("No module named 'peer'")
 
-    monkeypatch.setitem(cpu.COMPETITORS, "peer", cpu.Competitor(absent, 12))
-    case = cpu.Case(3, (5,), ("AdEMAMix", "AdamW, fused", "peer"), rounds=2)
-    times = cpu.run_case(case, case.rounds)
-    assert set(times.rounds) == {"AdEMAMix", "AdamW, fused"}
-    assert "absent: peer (No module named 'peer')" in capsys.readouterr().out
+    monkeypatch.setitem(peers.PEERS, "peer", absent)
+    group = cpu.Group(("AdEMAMix", "peer", peers.PLAIN), rounds=2)
+    result = cpu.run_case(cpu.Case("test", [(5,)] * 3, (group,), left_out={peers.PLAIN: "too slow"}))
+    assert set(result.times[0].rounds) == {"AdEMAMix", "AdamW, fused", cpu.IN_PLACE}
+    printed = "\n".join(cpu_report.lines(result))
+    assert "absent: peer (not installed: No module named 'peer')" in printed
+    assert f"absent: {peers.PLAIN} (too slow)" in printed
 
 
+def test_traffic_of_a_step():
+    case = cpu.Case("test", [(5,)] * 3, (), torch.bfloat16)
+    result = cpu.Result(case, state_bytes={"a": 180})
+    assert result.traffic("a") == 15 * 2 * 3 + 360
+
+
+@pytest.mark.usefixtures("small_buffer")
 def test_command(capsys, monkeypatch, tmp_path):
-    eager = ("AdEMAMix", "AdamW, fused")
-    monkeypatch.setattr(cpu, "CASES", {"small": cpu.Case(3, (5,), eager, rounds=2)})
-    monkeypatch.setattr(cpu, "QUICK", ("small",))
-    cpu.main(["--quick", "--json", str(tmp_path / "out.json")])
+    pytest.importorskip("matplotlib")
+    group = cpu.Group(("AdEMAMix",), rounds=2)
+    case = cpu.Case("3 small ones", [(5,)] * 3, (group,))
+    monkeypatch.setattr(cpu, "CASES", {"host 400": case, "large": case})
+    monkeypatch.setattr(
+        cpu, "REQUIREMENTS", [r for r in cpu.REQUIREMENTS if r.text == "the host's time, over fused AdamW's"]
+    )
+    cpu.main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "3 tensors of 5, 20 rounds" in printed
-    assert "time, over fused AdamW's" in printed
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert set(written["seconds"]["small"]["rounds"]) == set(eager)
+    assert "3 small ones, float32: 15 parameters" in printed
+    assert "the host's time, over fused AdamW's" in printed
+    written = json.loads((tmp_path / "cpu.json").read_text())
+    rows = {row["name"]: row for row in written["cases"]["large"]["rows"]}
+    assert set(rows) == {"AdEMAMix", "AdamW, fused", cpu.IN_PLACE}
+    assert rows["AdEMAMix"]["state_bytes_per_parameter"] == (15 * 12 + 3 * 4) / 15
+    assert "AdEMAMix" in (tmp_path / "README.md").read_text()
+    assert "</svg>" in (tmp_path / "speed.svg").read_text()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "folder" / "file.txt"
+    report.write(file, "old")
+    with pytest.raises(TypeError):
+        report.write(file, None)
+    assert file.read_text() == "old"
+
+
+def test_versions_name_what_is_installed():
+    versions = report.versions("numpy", "no-such-package")
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert "no-such-package" not in versions

@@ -1,0 +1,138 @@
+"""The competitors of `benchmarks.cpu`: each takes parameters that have gradients, and makes its state and its step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
+
+BETA1, BETA2, BETA3, ALPHA, LR, EPS, WEIGHT_DECAY = 0.9, 0.999, 0.9999, 5.0, 1e-3, 1e-8, 1e-2
+
+
+@dataclass(frozen=True)
+class Peer:
+    step: Callable[[], object]
+    state: object  # nested dicts and lists of tensors
+
+
+Make = Callable[[list[Tensor]], Peer]  # raises ImportError where the peer isn't installed
+
+
+def stepping(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Make:
+    def peer(params: list[Tensor]) -> Peer:
+        optimizer = make(params)
+        return Peer(optimizer.step, optimizer.state)
+
+    return peer
+
+
+def compiled(make: Callable[[list[Tensor]], AdEMAMix]) -> Make:
+    def peer(params: list[Tensor]) -> Peer:
+        optimizer = make(params)
+        optimizer.init_state()
+        return Peer(torch.compile(optimizer.step, fullgraph=True), optimizer.state)
+
+    return peer
+
+
+def ademamix_8bit_slow_8(params: list[Tensor]) -> AdEMAMix:
+    return AdEMAMix8bit(params, slow_ema_bits=8)
+
+
+def bitsandbytes_32bit(params: list[Tensor]) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdEMAMix as Other
+
+    return Other(params)
+
+
+def bitsandbytes_8bit(params: list[Tensor]) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdEMAMix8bit as Other
+
+    return Other(params)
+
+
+def torchao_8bit(params: list[Tensor]) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit as Other
+
+    return Other(params)
+
+
+def adamw_fused(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, fused=True)
+
+
+def adamw_foreach(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, foreach=True)
+
+
+def plain_compiled(params: list[Tensor]) -> Peer:
+    """The formula written down for torch.compile, in float32; tensors hold what changes with the step."""
+    grads = [p.grad for p in params]
+    state = [[torch.zeros_like(p, dtype=torch.float32) for _ in range(3)] for p in params]
+    step = 0
+
+    @torch.compile(fullgraph=True)
+    def update(bias1: Tensor, sqrt_bias2: Tensor) -> None:
+        for p, grad, (m1, m2, nu) in zip(params, grads, state, strict=True):
+            g = grad.float()
+            m1.copy_(BETA1 * m1 + (1 - BETA1) * g)
+            m2.copy_(BETA3 * m2 + (1 - BETA3) * g)
+            nu.copy_(BETA2 * nu + (1 - BETA2) * g * g)
+            direction = (m1 / bias1 + ALPHA * m2) / (nu.sqrt() / sqrt_bias2 + EPS)
+            p.copy_(p - LR * (direction + WEIGHT_DECAY * p))
+
+    @torch.no_grad()
+    def step_all() -> None:
+        nonlocal step
+        step += 1
+        update(torch.tensor(1 - BETA1**step), torch.tensor((1 - BETA2**step) ** 0.5))
+
+    return Peer(step_all, state)
+
+
+def plain_loop(params: list[Tensor]) -> Peer:
+    """A loop of in-place operations over the parameters, state in their dtype, as in Apple's reference.
+
+    That reference also has 1e-8 in the logarithms of its β3 schedule; no competitor here has a schedule.
+    """
+    state = [[torch.zeros_like(p) for _ in range(3)] for p in params]
+    step = 0
+
+    @torch.no_grad()
+    def step_all() -> None:
+        nonlocal step
+        step += 1
+        bias1, bias2 = 1 - BETA1**step, 1 - BETA2**step
+        for p, (m1, m2, nu) in zip(params, state, strict=True):
+            m1.mul_(BETA1).add_(p.grad, alpha=1 - BETA1)
+            m2.mul_(BETA3).add_(p.grad, alpha=1 - BETA3)
+            nu.mul_(BETA2).addcmul_(p.grad, p.grad, value=1 - BETA2)
+            denominator = nu.sqrt().div_(bias2**0.5).add_(EPS)
+            update = (m1 / bias1 + ALPHA * m2) / denominator
+            update.add_(p, alpha=WEIGHT_DECAY)
+            p.add_(update, alpha=-LR)
+
+    return Peer(step_all, state)
+
+
+ADAMW = "AdamW, fused"
+PLAIN = "plain formula, compiled"
+
+PEERS: dict[str, Make] = {
+    "AdEMAMix": stepping(AdEMAMix),
+    "AdEMAMix, compiled": compiled(AdEMAMix),
+    "AdEMAMix8bit": stepping(AdEMAMix8bit),
+    "AdEMAMix8bit, compiled": compiled(AdEMAMix8bit),
+    "AdEMAMix8bit, slow 8": stepping(ademamix_8bit_slow_8),
+    "AdEMAMix8bit, slow 8, compiled": compiled(ademamix_8bit_slow_8),
+    PLAIN: plain_compiled,
+    "plain loop (Apple's)": plain_loop,
+    ADAMW: stepping(adamw_fused),
+    "AdamW, foreach": stepping(adamw_foreach),
+    "torchao AdamW8bit": stepping(torchao_8bit),
+    "bitsandbytes AdEMAMix": stepping(bitsandbytes_32bit),
+    "bitsandbytes AdEMAMix8bit": stepping(bitsandbytes_8bit),
+}
+SAME_FORMULA = ("AdEMAMix", "AdEMAMix, compiled", PLAIN, "plain loop (Apple's)")
