@@ -306,11 +306,11 @@ ADEMAMIX_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// `group`: its number within the tensor.
-ADEMAMIX_INLINE RandomWords random_words(const RandomKey& key, uint64_t group) {
+// `group`: its number within the tensor. `purpose` sets bits that no group's number has.
+ADEMAMIX_INLINE RandomWords random_words(const RandomKey& key, uint64_t group, uint64_t purpose = 0) {
   constexpr uint32_t multiplier0 = PHILOX_MULTIPLIER[0], multiplier1 = PHILOX_MULTIPLIER[1];
   constexpr uint32_t key_step0 = PHILOX_KEY_STEP[0], key_step1 = PHILOX_KEY_STEP[1];
-  group += key.first_group;
+  group = (group + key.first_group) ^ purpose;
   uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = key.step, c3 = key.stream;
   uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
 #if defined(__CUDACC__)

@@ -80,19 +80,23 @@ def test_registers(build: tuple[Path, str]) -> None:
     expecttest.assert_expected_inline(
         "\n".join(lines),
         """\
-                           sm_75   sm_80   sm_90  sm_100  sm_120
-blockwise_step BFloat16       96      90      96      94      96
-blockwise_step Half           96      90      96      94      96
-blockwise_step double        130     135     130     141     144
-blockwise_step float          96      92      96      96      96
-dequantize                    26      26      26      26      27
-prologue double               42      40      42      46      40
-prologue float                44      40      42      42      40
-quantize                      42      32      38      34      40
-step BFloat16                 70      64      64      68      68
-step Half                     70      64      64      68      68
-step double                  104     101     102      96      98
-step float                    74      74      72      64      64""",
+                                     sm_75   sm_80   sm_90  sm_100  sm_120
+blockwise_step BFloat16                 96      96      96      96      96
+blockwise_step BFloat16 remainder       96      96      96      96      96
+blockwise_step BFloat16 stochastic     110     120     112     128     124
+blockwise_step Half                     96      96      96      96      96
+blockwise_step double                  134     136     138     142     149
+blockwise_step float                    96      96      96      96      96
+dequantize                              26      26      26      26      27
+prologue double                         42      40      42      46      40
+prologue float                          44      40      42      42      40
+quantize                                42      32      38      34      40
+step BFloat16                           62      70      70      70      70
+step BFloat16 remainder                 78      78      78      78      78
+step BFloat16 stochastic                80      80      80      74      76
+step Half                               68      70      70      70      70
+step double                            104     101     102      96      98
+step float                              74      74      72      64      64""",
     )
 
 

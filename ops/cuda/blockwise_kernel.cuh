@@ -245,7 +245,8 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
       m2[i] = to_float(e.exp_avg_slow);
       nu[i] = to_float(e.exp_avg_sq);
     }
-    p.set_all(new_param, key, first);
+    const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
+    p.set_all(new_param, key, group);
     if (wide)
       p.store(param, remainder);
     else
@@ -269,7 +270,6 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
     const float inverse = inverse_absmax(new_absmax);
     encode(m1, __shfl_sync(0xffffffff, inverse, 0), tables.signed_nearest, m1_lanes);
     encode(m2, __shfl_sync(0xffffffff, inverse, 1), tables.signed_nearest, m2_lanes);
-    const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
     encode_sq(nu, __shfl_sync(0xffffffff, inverse, 2), tables.unsigned_encoder, key, group, nu_lanes);
     if (wide) {
       m1_lanes.store(m1_codes);

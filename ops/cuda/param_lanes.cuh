@@ -46,9 +46,9 @@ class ParamLanes {
       return param_.template get<T>(i);
   }
 
-  // `first` is the number of the first element, a multiple of RANDOM_GROUP.
+  // `group` is the number of the group of elements that these are, for random bits.
   template <class T>
-  __device__ __forceinline__ void set_all(const T (&weights)[N], const RandomKey& key, int64_t first) {
+  __device__ __forceinline__ void set_all(const T (&weights)[N], const RandomKey& key, uint64_t group) {
     if constexpr (ROUNDING == ParamRounding::NEAREST) {
       param_.set_all(weights);
     } else if constexpr (ROUNDING == ParamRounding::REMAINDER) {
@@ -63,7 +63,7 @@ class ParamLanes {
       remainder_.set_all(remainders);
     } else {
       static_assert(N == RANDOM_GROUP);
-      const RandomWords words = random_words(key, FIRST_PARAM_GROUP + static_cast<uint64_t>(first) / RANDOM_GROUP);
+      const RandomWords words = random_words(key, group, FIRST_PARAM_GROUP);
       uint32_t params[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) params[i] = round_stochastically(weights[i], random_half(words, i));
@@ -98,7 +98,7 @@ __device__ __forceinline__ void store_weight(T weight, P* param, int16_t* remain
     param->x = static_cast<uint16_t>(split.param >> 16);
     *remainder = static_cast<int16_t>(split.remainder);
   } else {
-    const RandomWords words = random_words(key, FIRST_PARAM_GROUP + static_cast<uint64_t>(number) / RANDOM_GROUP);
+    const RandomWords words = random_words(key, static_cast<uint64_t>(number) / RANDOM_GROUP, FIRST_PARAM_GROUP);
     const int i = static_cast<int>(number % RANDOM_GROUP);
     // By comparisons: an array that is indexed by a variable would have to lie in memory.
     const uint32_t word = i < 4 ? (i < 2 ? words.word[0] : words.word[1]) : i < 6 ? words.word[2] : words.word[3];

@@ -122,7 +122,7 @@ struct StepTile {
       m2.set(j, e.exp_avg_slow);
       nu.set(j, e.exp_avg_sq);
     }
-    p.set_all(weights, key, begin + i);
+    p.set_all(weights, key, static_cast<uint64_t>(begin + i) / RANDOM_GROUP);
     p.store(param + i, remainder_at<ROUNDING>(remainder, i));
     m1.store(exp_avg + i);
     m2.store(exp_avg_slow + i);
