@@ -74,6 +74,7 @@ def scales_shape(p: Tensor) -> tuple[int, ...] | None:
 
 
 PART_GROUPS = 1 << 24  # more than a process's part of a parameter has
+MAX_GROUPS = 1 << 31  # what the upper half of a stream, an int64 above 0, can count
 
 
 def first_group(p: DTensor) -> int:
@@ -96,14 +97,14 @@ def first_group(p: DTensor) -> int:
         part = 0
         for _, size, index, _ in shards:
             part = part * size + index
-        return part * PART_GROUPS
+        return part * PART_GROUPS % MAX_GROUPS
     first, rows = 0, p.shape[0] if p.dim() > 0 else 1
     in_order = [shard for shard in shards if not shard[3]] + [shard for shard in reversed(shards) if shard[3]]
     for _, size, index, _ in in_order:
         most = -(-rows // size)
         begin = min(index * most, rows)
         first, rows = first + begin, min(most, rows - begin)
-    return first * math.prod(p.shape[1:]) // RANDOM_GROUP
+    return first * math.prod(p.shape[1:]) // RANDOM_GROUP % MAX_GROUPS
 
 
 def whole(p: Tensor) -> Tensor:

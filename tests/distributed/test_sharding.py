@@ -12,8 +12,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_ademamix import AdEMAMix, release_gradients
+from torch_ademamix.sharding import first_group
 
 pytestmark = pytest.mark.distributed
 
@@ -285,6 +289,31 @@ def released_gradients(layout):
 @pytest.mark.parametrize("layout", ["fsdp", "tp"])
 def test_released_gradients(workers, layout):
     workers.run(2, released_gradients, layout)
+
+
+def parts_of_many_processes():
+    """The last of 512 processes, which torch's "fake" backend imitates, has a place for its random bits too."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=511, world_size=512)
+    mesh = init_device_mesh("cpu", (64, 8))
+    for placements, local_shape, shape in (
+        ([_StridedShard(0, split_factor=8), Shard(0)], (2, 256), (1024, 256)),
+        ([Shard(0), Shard(1)], (1, 256), (64, 2048)),
+    ):
+        stride = (shape[1], 1)
+        place = {"device_mesh": mesh, "placements": placements, "shape": torch.Size(shape), "stride": stride}
+        p = nn.Parameter(DTensor.from_local(torch.ones(local_shape), **place))
+        p.grad = DTensor.from_local(torch.ones(local_shape), **place)
+        optimizer = AdEMAMix([p], **{**OPTIONS, **BITS[8]})
+        optimizer.step()
+        assert "exp_avg_absmax" in optimizer.state[p]
+        _, (first_row, _) = compute_local_shape_and_global_offset(shape, mesh, placements)
+        if Shard(1) not in placements:
+            assert first_group(p) == first_row * 256 // 8
+
+
+def test_parts_of_many_processes(workers):
+    workers.run(1, parts_of_many_processes)
 
 
 CASES = [gradient_placed_otherwise, plain_gradient, version_counters, scaler_skips_on_every_rank]
