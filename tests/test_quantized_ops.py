@@ -81,8 +81,8 @@ def test_version_counters(call, lr):
 
 
 def test_mutations_are_declared():
-    """Of every overload: all lists but the gradients."""
-    names = [field for field in make_blockwise([]).__dataclass_fields__ if field != "grads"]
+    """Of every overload: all lists but the gradients, and the remainders."""
+    names = [field for field in make_blockwise([]).__dataclass_fields__ if field != "grads"] + ["remainders"]
     for overload in PACKET.overloads():
         schema = getattr(PACKET, overload)._schema
         mutated = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
