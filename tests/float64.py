@@ -112,6 +112,7 @@ def step(
         def average(beta: float, old: Interval, new: Array, new_error: Array, beta_error: float = 0.0) -> Interval:
             parts = beta * old.most + (1 - beta) * np.abs(new)
             error = beta * old.error + (1 - beta) * new_error + beta_error * (old.most + np.abs(new))
+            error = error + a.tiny * old.most  # of a beta so small that it vanishes
             return a.rounded(beta * old.value + (1 - beta) * new, error, parts)
 
         m1 = average(beta1, exp_avg, g, g_error)
@@ -136,7 +137,7 @@ def step(
         ratio = divided(numerator, denominator)
         ratio = a.rounded(ratio.value, ratio.error, ratio.most)
         parts = ratio.most + np.abs(weight_decay * p)
-        change = a.rounded(ratio.value + weight_decay * p, ratio.error, parts)
+        change = a.rounded(ratio.value + weight_decay * p, ratio.error + a.tiny * np.abs(p), parts)
         new_error = (lr + a.tiny) * change.error + a.tiny * parts
         new = a.rounded(p - lr * change.value, new_error, np.abs(p) + lr * parts)
         return new, m1, m2, nu

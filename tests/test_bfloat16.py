@@ -48,6 +48,20 @@ def every_float():
     return (upper[:, None] + lower).flatten().view(torch.float32)
 
 
+@EVERY_KERNEL
+@pytest.mark.parametrize("way", ["remainders", "stochastic_param_rounding"])
+def test_float64_scale_of_a_parameter_without_dimensions(kernel, way):
+    before = make_lists([((), "contiguous", "contiguous", "contiguous")], torch.bfloat16)
+    before.grads[0].fill_(1)
+    stepped = []
+    for dtype in (torch.float32, torch.float64):
+        options = {"remainders": [torch.zeros((), dtype=torch.int16)]} if way == "remainders" else {way: True}
+        stepped.append((before.clone(), options))
+        step(kernel, stepped[-1][0], lr=1.0, grad_scale=torch.tensor(2.0, dtype=dtype), streams=[0], **options)
+    assert stepped[0][0].params[0] != before.params[0]
+    assert_identical(*[(list(lists), options) for lists, options in stepped])
+
+
 def test_weights_are_split_without_loss():
     weights = every_float()
     weights = weights[~weights.isnan()]

@@ -44,7 +44,16 @@ STORAGE = {
     "min_8bit_size": st.sampled_from([0, 1, 256, 4096]),
     "is_paged": st.booleans(),
 }
-GROUP = st.fixed_dictionaries(STORAGE, optional=STEP_OPTIONS | {"capturable": st.booleans()})
+ROUNDING = st.sampled_from([{}, {}, {"master_weights": "remainder"}, {"param_rounding": "stochastic"}])
+
+
+@st.composite
+def groups(draw, most):
+    """A new group: parameters, and options that go with them."""
+    params = draw(st.lists(parameters(), min_size=1, max_size=most))
+    options = draw(st.fixed_dictionaries(STORAGE, optional=STEP_OPTIONS | {"capturable": st.booleans()}))
+    rounding = draw(ROUNDING) if all(p.dtype != torch.float16 for p in params) else {}
+    return {"params": params, **options, **rounding}
 
 
 @st.composite
@@ -57,6 +66,10 @@ def formats_of(state):
     if "exp_avg_absmax" not in state:
         return None, None, None
     return stored(16 if state["exp_avg_slow"].dtype == torch.int16 else 8)
+
+
+def weight_of(p, state):
+    return float64.master_weight(p, state[REMAINDER]) if REMAINDER in state else float64.float64(p)
 
 
 def wanted_formats(p, group):
@@ -95,13 +108,14 @@ def through_deepcopy(params, optimizer, new):
     return copy.deepcopy((params, optimizer))
 
 
+REMAINDER = "master_remainder"
 WAYS = [through_state_dict, through_file, through_pickle, through_deepcopy]
 
 
 class Training(RuleBasedStateMachine):
-    @initialize(params=st.lists(parameters(), min_size=1, max_size=3), options=GROUP, trained=st.booleans())
-    def make(self, params, options, trained):
-        self.optimizer = AdEMAMix(params, **options)
+    @initialize(group=groups(3), max_grad_norm=st.sampled_from([None, None, 1e-3, 10.0]), trained=st.booleans())
+    def make(self, group, max_grad_norm, trained):
+        self.optimizer = AdEMAMix([group], max_grad_norm=max_grad_norm)
         if trained:
             self.optimizer.init_state()
 
@@ -133,22 +147,36 @@ class Training(RuleBasedStateMachine):
             self.step(data, grad_scale, finite)
 
     def step(self, data, grad_scale, finite):
-        self.draw_gradients(data, finite)
+        self.draw_gradients(data, finite or self.optimizer.max_grad_norm is not None)
         if grad_scale is not None:
             self.optimizer.grad_scale, self.optimizer.found_inf = torch.tensor(grad_scale), torch.tensor(0.0)
         before = {p: copy.deepcopy((p.detach(), dict(self.optimizer.state.get(p, {})))) for p in self.params}
         self.optimizer.step()
         for name in ("grad_scale", "found_inf"):
             vars(self.optimizer).pop(name, None)
+        scale, scale_error = self.clipped(grad_scale or 1.0)
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 old, old_state = before[p]
                 if p.grad is None:
                     assert_identical((p.detach(), dict(self.optimizer.state.get(p, {}))), (old, old_state))
                 else:
-                    self.assert_stepped(p, old, old_state, group, grad_scale or 1.0)
+                    self.assert_stepped(p, old, old_state, group, grad_scale=scale, grad_scale_error=scale_error)
 
-    def assert_stepped(self, p, old, old_state, group, grad_scale):
+    def clipped(self, scale):
+        """What the gradients were divided by, and its relative error."""
+        largest = self.optimizer.max_grad_norm
+        grads = [float64.float64(p.grad).ravel() for p in self.params if p.grad is not None]
+        if largest is None or not grads:
+            return scale, 0.0
+        norm = np.linalg.norm(np.concatenate(grads)) / scale
+        if norm * scale > 1e18:  # the squares may overflow
+            return scale, np.inf
+        error = 2e-5  # sums of a few thousand squares in float32
+        np.testing.assert_allclose(self.optimizer.grad_norm.item(), norm, rtol=error, atol=1e-18)
+        return scale * max(1.0, (norm + 1e-6) / largest), error
+
+    def assert_stepped(self, p, old, old_state, group, **grad_scale):
         state = self.optimizer.state[p]
         formats = formats_of(state)
         assert formats == (formats_of(old_state) if old_state else wanted_formats(p, group))
@@ -157,8 +185,13 @@ class Training(RuleBasedStateMachine):
         moments = moments_of(old_state) if old_state else [float64.exactly(np.zeros(p.shape))] * 3
         options = {name: group[name] for name in OPTIONS if not name.startswith("beta")}
         options |= zip(("beta1", "beta2", "beta3"), group["betas"], strict=True)
-        new_p, *new = float64.step(old, p.grad, *moments, t, float(group["lr"]), grad_scale=grad_scale, **options)
-        float64.assert_within(p, new_p, "param")
+        weight, *new = float64.step(
+            weight_of(old, old_state), p.dtype, p.grad, *moments, t, float(group["lr"]), **grad_scale, **options
+        )
+        stochastic = group["param_rounding"] == "stochastic" and p.dtype == torch.bfloat16
+        float64.assert_within(p, float64.stored_as(weight, p.dtype, 1.0 if stochastic else 0.5), "param")
+        if REMAINDER in state:
+            float64.assert_within(self.optimizer.master_weight(p), weight, "weight")
         # Of an element of which one moment isn't finite all are lost, and of one that may overflow perhaps.
         lost = ~np.logical_and.reduce([np.isfinite(m.value) for m in new])
         may_be_lost = ~np.logical_and.reduce([m.most < 1e37 for m in new])
@@ -182,9 +215,9 @@ class Training(RuleBasedStateMachine):
         assert_identical(self.everything(), before)
 
     @precondition(lambda self: len(self.params) < 6)
-    @rule(params=st.lists(parameters(), min_size=1, max_size=2), options=GROUP)
-    def add_group(self, params, options):
-        self.optimizer.add_param_group({"params": params, **options})
+    @rule(group=groups(2))
+    def add_group(self, group):
+        self.optimizer.add_param_group(group)
 
     @rule(data=st.data(), trained=st.booleans())
     def freeze_or_not(self, data, trained):
@@ -206,14 +239,15 @@ class Training(RuleBasedStateMachine):
     def reload(self, data, way):
         before = self.everything()
         groups = [dict(group) for group in self.optimizer.param_groups]
-        _, self.optimizer = way(self.params, self.optimizer, AdEMAMix(groups))
+        new = AdEMAMix(groups, max_grad_norm=self.optimizer.max_grad_norm)
+        _, self.optimizer = way(self.params, self.optimizer, new)
         self.optimizer.defaults = before[2]
         assert_identical(self.everything(), before)
 
     @rule(data=st.data(), bits=st.fixed_dictionaries(STORAGE))
     def reload_in_other_bits(self, data, bits):
         old = self.optimizer
-        new = AdEMAMix([{**group, **bits} for group in old.param_groups])
+        new = AdEMAMix([{**group, **bits} for group in old.param_groups], max_grad_norm=old.max_grad_norm)
         before = copy.deepcopy(old.state_dict())
         new.load_state_dict(old.state_dict())
         assert_identical(old.state_dict(), before)
@@ -252,8 +286,8 @@ class Training(RuleBasedStateMachine):
         if any(
             group["maximize"] or (group["schedule_start"] > 0 and (group["t_alpha"] or group["t_beta3"]))
             for group in self.optimizer.param_groups
-        ):
-            return self.assert_refuses(lambda: to_bitsandbytes(self.optimizer.state_dict()), ValueError, "but must be")
+        ) or any(REMAINDER in state for state in before["state"].values()):
+            return self.assert_refuses(lambda: to_bitsandbytes(self.optimizer.state_dict()), ValueError)
         converted = from_bitsandbytes(to_bitsandbytes(self.optimizer.state_dict()))
         assert_identical(self.optimizer.state_dict(), before)
         for i, old in before["state"].items():
@@ -262,7 +296,8 @@ class Training(RuleBasedStateMachine):
             for name, was, now, exact in zip(MOMENTS, formats_of(old), formats_of(new), moments_of(old), strict=True):
                 assert now is None or old[name].numel() % float64.BLOCK_SIZE == 0
                 if was == now is not None:
-                    assert_identical([new[name], new[f"{name}_absmax"]], [old[name], old[f"{name}_absmax"]])
+                    assert_identical(new[name], old[name])
+                    assert_identical(new[f"{name}_absmax"].flatten(), old[f"{name}_absmax"].flatten())
                 else:
                     self.assert_rounded(new, name, exact, now)
 
@@ -297,7 +332,8 @@ class Training(RuleBasedStateMachine):
     def refused_state(self, data, change):
         bent = copy.deepcopy(self.optimizer.state_dict())
         state = data.draw(st.sampled_from(list(bent["state"].values())))
-        name = data.draw(st.sampled_from(sorted(state.keys() - {"step"})))
+        optional = {REMAINDER} if change == "pop" else set()
+        name = data.draw(st.sampled_from(sorted(state.keys() - {"step"} - optional)))
         if change == "pop":
             del state[name]
         elif change == "float16":
@@ -312,9 +348,15 @@ class Training(RuleBasedStateMachine):
     def state_is_sound(self):
         if not hasattr(self, "optimizer"):
             return
+        groups_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         for p, state in self.optimizer.state.items():
             quantized = "exp_avg_absmax" in state
-            assert state.keys() == {"step", *MOMENTS, *(ABSMAXS if quantized else ())}
+            with_remainder = groups_of[p]["master_weights"] and p.dtype == torch.bfloat16
+            assert state.keys() == {
+                *("step", *MOMENTS),
+                *(ABSMAXS if quantized else ()),
+                *([REMAINDER] if with_remainder else []),
+            }
             for name, format in zip(MOMENTS, formats_of(state), strict=True):
                 dtype = compute_dtype(p.dtype) if format is None else float64.CODE_DTYPES[format]
                 assert (state[name].shape, state[name].dtype) == (p.shape, dtype)

@@ -141,6 +141,16 @@ def test_gradients(trained, grad, match, group, steps_before):
     assert_refused(trained, trained.step, RuntimeError, match)
 
 
+def test_stochastic_rounding_of_float16_parameters_set_later():
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3).half())]
+    optimizer = AdEMAMix([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[1]["param_rounding"] = "stochastic"
+    assert_refused(optimizer, optimizer.step, ValueError, r"params\[0\] has dtype torch.float16")
+
+
 def edit_state(change):
     return lambda state_dict: change(state_dict["state"][2])
 

@@ -225,6 +225,8 @@ class AdEMAMix(Optimizer):
         # Before the first state is made or parameter changed: a group refused later may not find others stepped.
         for i, group in enumerate(self.param_groups):
             _check_options(group)
+            if group["param_rounding"] == "stochastic":
+                _check_params(group)
             _check_grads(group["params"], f"gradients of param_groups[{i}]")
         self._check_max_grad_norm()
         grad_scale = self._grad_scale()

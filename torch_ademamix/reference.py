@@ -108,7 +108,7 @@ def ademamix_step_(
         p = bfloat16.join(param, remainders[i]) if remainders else param.to(compute_dtype(param.dtype))
         g = grad.to(p.dtype)
         if grad_scale is not None:
-            g = g / grad_scale.reshape(())
+            g = (g / grad_scale.reshape(())).to(p.dtype)  # of no dimensions both, g would become float64
         if maximize:
             g = -g
         weight, *moments = ademamix_update(p, g, m1, m2, nu, step + 1, lr, **hyperparameters)
