@@ -41,7 +41,7 @@ class Group:
 FLOAT32_STATE = ("AdEMAMix", "AdEMAMix, compiled", PLAIN, "plain loop (Apple's)", "AdamW, foreach")
 EAGER_8BIT = ("AdEMAMix8bit", "AdEMAMix8bit, slow 8")
 QUANTIZED = tuple(name + how for name in EAGER_8BIT for how in ("", ", compiled"))
-SLOW = ("torchao AdamW8bit", "bitsandbytes AdEMAMix", "bitsandbytes AdEMAMix8bit")  # seconds per step
+SLOW = ("torchao AdamW8bit", "bitsandbytes AdEMAMix", "bitsandbytes AdEMAMix8bit")
 GROUPS = (Group(FLOAT32_STATE, rounds=15), Group(QUANTIZED, rounds=10), Group(SLOW, rounds=2))
 HOST = (Group(("AdEMAMix", "AdEMAMix, compiled"), rounds=200, calls=5, references=(ADAMW,)),)
 
