@@ -58,7 +58,7 @@ def ademamix(
         grads: their gradients, of the same shapes and devices, in any of these dtypes.
         exp_avgs, exp_avg_slows, exp_avg_sqs: m1, m2 and ν, of the parameters' shapes: float32, or float64
             for float64 parameters. All zero before the first step.
-        steps: float32 tensors of one element, on the parameters' devices: the steps done so far.
+        steps: float32 tensors of one element, on the parameters' devices, each parameter's own: the steps done so far.
         lr: the learning rate η; a tensor of one element (float32 or float64, on the parameters' device)
             may change from step to step without a recompilation.
         beta1, beta2, beta3: in [0, 1).
