@@ -412,7 +412,7 @@ void bend_options(Choices& choices, Call& call) {
     if (choices.one_in(2)) return make(choices, {choices.of<int64_t>({0, 2})}, ScalarType::Float, nullptr);
     return scalar_operand(choices, choices.of(dtypes), 1);
   };
-  switch (choices.below(12)) {
+  switch (choices.below(11)) {
     case 0: call.h.beta1 = beta; break;
     case 1: call.h.beta2 = beta; break;
     case 2: call.h.beta3 = beta; break;
@@ -420,13 +420,9 @@ void bend_options(Choices& choices, Call& call) {
     case 4: call.h.t_beta3 = choices.of({negative, 0.0}); break;
     case 5: call.h.schedule_start = choices.of<int64_t>({-1, INT64_MIN}); break;
     case 6: call.h.eps = negative; break;
-    case 7:
-      call.lr_tensor.reset();
-      call.lr = negative;
-      break;
-    case 8: call.lr_tensor = bad_scalar({ScalarType::Half, ScalarType::Int, ScalarType::ComplexFloat}); break;
-    case 9: call.grad_scale = bad_scalar({ScalarType::Half, ScalarType::Byte}); break;
-    case 10:  // both ways of rounding at once, or of parameters that aren't rounded; or numbers of random streams
+    case 7: call.lr_tensor = bad_scalar({ScalarType::Half, ScalarType::Int, ScalarType::ComplexFloat}); break;
+    case 8: call.grad_scale = bad_scalar({ScalarType::Half, ScalarType::Byte}); break;
+    case 9:  // both ways of rounding at once, or of parameters that aren't rounded; or numbers of random streams
       call.streams.resize(call.lists[0].size() + 1);
       call.stochastic_param_rounding = true;
       break;
