@@ -209,7 +209,7 @@ def plot(path: Path, measured: Mapping[str, Case]) -> None:
                 axes.set_title(f"{case['title']}, {case['dtype']}")
                 axes.spines[["top", "right"]].set_visible(False)
             axes_row[0].set_yticks(range(len(names)), names)
-            axes_row[0].invert_yaxis()
+        grid[0, 0].invert_yaxis()  # of all panels: they share it
         for axes in grid[-1]:
             axes.set_xlabel("parameters per second (bars: millions)")
         path.parent.mkdir(parents=True, exist_ok=True)
