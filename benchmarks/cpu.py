@@ -2,8 +2,8 @@
 
 Competitors take turns, in another order each round; times are medians over the rounds, ratios medians of the rounds'
 ratios. With large tensors the memory is the limit, and GB/s counts the traffic that an update can't do without: the
-parameters and the state read and written, the gradients read. With tiny ones the host is. The last lines say how the
-required ratios came out. A full run writes its figures and a plot to a folder, after each case anew.
+parameters and the state read and written, the gradients read. With tiny ones the host is. Required ratios stand below
+their case. Each case goes into the report as soon as it is measured, in place of an older one.
 """
 
 import argparse
@@ -198,15 +198,14 @@ def run_group(group: Group, params: list[torch.Tensor], result: Result, rounds: 
     return Times(measured, first)
 
 
-def verdicts(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
-    """Case, requirement, value, bound and whether it holds, for the cases that have been measured."""
+def verdicts(name: str, result: Result) -> list[tuple[str, ...]]:
+    """What is required of a case: the text, the value, the bound and whether it holds."""
     found = []
     for requirement in REQUIREMENTS:
-        if requirement.case in results:
-            value = requirement.value(results[requirement.case])
+        if requirement.case == name:
+            value = requirement.value(result)
             verdict = "holds" if requirement.holds(value) else "MISSED"
-            case = CASES[requirement.case].title
-            found.append((case, requirement.text, f"{value:.2f}", requirement.bound, verdict))
+            found.append((requirement.text, f"{value:.2f}", requirement.bound, verdict))
     return found
 
 
@@ -228,7 +227,7 @@ def main(arguments: list[str] | None = None) -> Mapping[str, Result]:
 
     host = {**cpu_report.machine(), "time": "the process' own" if args.busy else "the clock's"}
     print(", ".join(f"{name}: {value}" for name, value in host.items()))
-    out = args.out or (None if args.quick or args.case else report.RESULTS / "cpu")
+    out = args.out or (None if args.quick else report.RESULTS / "cpu")
     results: dict[str, Result] = {}
     with fresh_cache():
         for name in args.case or (QUICK if args.quick else CASES):
@@ -236,12 +235,10 @@ def main(arguments: list[str] | None = None) -> Mapping[str, Result]:
             if args.quick:
                 case = replace(case, groups=tuple(group for group in case.groups if group.names != SLOW))
             results[name] = run_case(case, QUICK_ROUNDS if args.quick else None, clock)
-            print("\n".join(cpu_report.lines(results[name])), flush=True)
+            record = cpu_report.record(results[name], host, verdicts(name, results[name]))
+            print("\n".join(cpu_report.lines(record)), flush=True)
             if out:
-                cpu_report.write(out, host, results, verdicts(results))
-    print("\nrequired")
-    for case, text, value, bound, verdict in verdicts(results):
-        print(f"{case:<28}{text}: {value} ({bound}) {verdict}")
+                cpu_report.write(out, {name: record}, CASES)
     return results
 
 

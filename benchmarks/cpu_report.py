@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.cpu import Result
 
 PLOTTED = {"float32": ("large", "GPT-2", "small"), "bfloat16": ("large, bf16", "GPT-2, bf16", "small, bf16")}
+Case = dict[str, Any]  # a measured case, as the JSON has it
 OURS, OTHERS = "#08519c", "#9e9e9e"
 
 
@@ -95,23 +96,41 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def heading(result: "Result") -> str:
-    dtype = str(result.case.dtype).removeprefix("torch.")
-    before, after = result.load_average
-    return f"{result.case.title}, {dtype}: {result.numel:,} parameters (load average {before:.1f} to {after:.1f})"
+def record(result: "Result", host: Mapping[str, Any], verdicts: Sequence[Sequence[str]]) -> Case:
+    """What the JSON holds of a case."""
+    return {
+        "title": result.case.title,
+        "dtype": str(result.case.dtype).removeprefix("torch."),
+        "tensors": len(result.case.shapes),
+        "parameters": result.numel,
+        "machine": dict(host),
+        "load average": result.load_average,
+        "rows": [asdict(row) for row in rows(result)],
+        "absent": result.absent,
+        "required": [list(verdict) for verdict in verdicts],
+        "seconds by group and round": [times.rounds for times in result.times],
+    }
 
 
-def lines(result: "Result") -> Iterable[str]:
+def heading(case: Case) -> str:
+    before, after = case["load average"]
+    parameters = f"{case['parameters']:,} parameters"
+    return f"{case['title']}, {case['dtype']}: {parameters} (load average {before:.1f} to {after:.1f})"
+
+
+def lines(case: Case) -> Iterable[str]:
     """For the terminal."""
-    yield f"\n{heading(result)}"
-    table = [list(HEADS), *map(cells, rows(result))]
+    yield f"\n{heading(case)}"
+    table = [list(HEADS), *(cells(Row(**row)) for row in case["rows"])]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         yield "  ".join(
             [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
         )
-    for name, reason in result.absent.items():
+    for name, reason in case["absent"].items():
         yield f"absent: {name} ({reason})"
+    for text, value, bound, verdict in case["required"]:
+        yield f"required: {text}: {value} ({bound}) {verdict}"
 
 
 def machine() -> dict[str, object]:
@@ -126,66 +145,60 @@ def machine() -> dict[str, object]:
     }
 
 
-def write(
-    folder: Path, host: Mapping[str, object], results: Mapping[str, "Result"], verdicts: Sequence[Sequence[str]]
-) -> None:
-    document = {
-        "machine": host,
-        "cases": {
-            name: {
-                "title": result.case.title,
-                "dtype": str(result.case.dtype),
-                "tensors": len(result.case.shapes),
-                "parameters": result.numel,
-                "load average": result.load_average,
-                "rows": [asdict(row) for row in rows(result)],
-                "absent": result.absent,
-                "seconds by group and round": [times.rounds for times in result.times],
-            }
-            for name, result in results.items()
-        },
-        "required": verdicts,
-    }
-    report.write(folder / "cpu.json", json.dumps(document, indent=1) + "\n")
-    report.write(folder / "README.md", markdown(host, results, verdicts))
-    plot(folder / "speed.svg", results)
+def write(folder: Path, measured: Mapping[str, Case], order: Iterable[str]) -> None:
+    """Puts these cases into the report, in the given order with those that it has already."""
+    file = folder / "cpu.json"
+    cases = json.loads(file.read_text()) if file.exists() else {}
+    cases |= measured
+    cases = {name: cases[name] for name in order if name in cases}
+    report.write(file, json.dumps(cases, indent=1) + "\n")
+    report.write(folder / "README.md", markdown(cases.values()))
+    plot(folder / "speed.svg", cases)
 
 
-def markdown(host: Mapping[str, object], results: Mapping[str, "Result"], verdicts: Sequence[Sequence[str]]) -> str:
+def markdown(cases: Collection[Case]) -> str:
+    def values(name: str) -> str:
+        return "; ".join(sorted({str(case["machine"][name]) for case in cases}))
+
+    required = [[case["title"], *verdict] for case in cases for verdict in case["required"]]
     parts = [
         "# Speed on the CPU",
         "Written by `python -m benchmarks.cpu`, which also says how each figure is taken.",
-        "\n".join(f"- {name}: {value}" for name, value in host.items()),
+        "\n".join(f"- {name}: {values(name)}" for name in next(iter(cases))["machine"]),
         "![Parameters per second](speed.svg)",
     ]
-    for result in results.values():
-        parts += [f"## {heading(result)}", report.markdown_table(HEADS, map(cells, rows(result)))]
-        if result.absent:
-            parts.append("\n".join(f"- absent: {name} ({reason})" for name, reason in result.absent.items()))
-    parts += ["## Required", report.markdown_table(("case", "what", "value", "bound", ""), verdicts)]
+    for case in cases:
+        rows_of_case = [cells(Row(**row)) for row in case["rows"]]
+        parts += [f"## {heading(case)}", report.markdown_table(HEADS, rows_of_case)]
+        if case["absent"]:
+            parts.append("\n".join(f"- absent: {name} ({reason})" for name, reason in case["absent"].items()))
+    if required:
+        parts += ["## Required", report.markdown_table(("case", "what", "value", "bound", ""), required)]
     return "\n\n".join(parts) + "\n"
 
 
-def plot(path: Path, results: Mapping[str, "Result"]) -> None:
+def plot(path: Path, measured: Mapping[str, Case]) -> None:
     """Parameters per second: a panel for each case, a row for each dtype of the parameters."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = [[case for case in cases if case in results] for cases in PLOTTED.values()]
+    panels = [[measured[name] for name in names if name in measured] for names in PLOTTED.values()]
     panels = [cases for cases in panels if cases]
     if not panels:
         return
-    names = list(dict.fromkeys(row.name for cases in panels for case in cases for row in rows(results[case])))
-    names = [name for name in names if any(name in results[case].state_bytes for cases in panels for case in cases)]
+    speeds = {
+        (case["title"], case["dtype"]): {row["name"]: row["parameters_per_second"] for row in case["rows"]}
+        for cases in panels
+        for case in cases
+    }
+    names = list(dict.fromkeys(name for of_case in speeds.values() for name, speed in of_case.items() if speed))
     with rc_context({"svg.hashsalt": path.name, "font.size": 9}):
         figure = Figure(figsize=(13, 3.8 * len(panels)), layout="constrained")
         grid = figure.subplots(len(panels), max(map(len, panels)), sharex=True, sharey=True, squeeze=False)
         for axes_row, cases in zip(grid, panels, strict=True):
             for axes, case in zip(axes_row, cases, strict=False):
-                result = results[case]
-                speeds = {row.name: row.parameters_per_second for row in rows(result)}
                 for y, name in enumerate(names):
-                    speed = speeds.get(name)
+                    speed = speeds[case["title"], case["dtype"]].get(name)
                     if speed is None:
                         axes.text(1.2e6, y, "not measured", va="center", color=OTHERS)
                         continue
@@ -193,11 +206,10 @@ def plot(path: Path, results: Mapping[str, "Result"]) -> None:
                     axes.text(speed * 1.1, y, f"{speed / 1e6:,.0f}", va="center")
                 axes.set_xscale("log")
                 axes.set_xlim(1e6, 2e10)
-                dtype = str(result.case.dtype).removeprefix("torch.")
-                axes.set_title(f"{result.case.title}, {dtype}")
+                axes.set_title(f"{case['title']}, {case['dtype']}")
                 axes.spines[["top", "right"]].set_visible(False)
             axes_row[0].set_yticks(range(len(names)), names)
-            axes_row[0].invert_yaxis()
+        grid[0, 0].invert_yaxis()  # of all panels: they share it
         for axes in grid[-1]:
             axes.set_xlabel("parameters per second (bars: millions)")
         path.parent.mkdir(parents=True, exist_ok=True)

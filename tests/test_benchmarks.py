@@ -99,6 +99,9 @@ def test_ratio_is_taken_within_rounds():
 @pytest.fixture
 def small_buffer(monkeypatch):
     monkeypatch.setattr(cpu, "IN_PLACE_NUMEL", 1000)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("small_buffer")
@@ -110,7 +113,7 @@ def test_absent_peers_are_named(monkeypatch):
     group = cpu.Group(("AdEMAMix", "peer", peers.PLAIN), rounds=2)
     result = cpu.run_case(cpu.Case("test", [(5,)] * 3, (group,), left_out={peers.PLAIN: "too slow"}))
     assert set(result.times[0].rounds) == {"AdEMAMix", "AdamW, fused", cpu.IN_PLACE}
-    printed = "\n".join(cpu_report.lines(result))
+    printed = "\n".join(cpu_report.lines(cpu_report.record(result, {}, [])))
     assert "absent: peer (not installed: No module named 'peer')" in printed
     assert f"absent: {peers.PLAIN} (too slow)" in printed
 
@@ -135,11 +138,17 @@ def test_command(capsys, monkeypatch, tmp_path):
     assert "3 small ones, float32: 15 parameters" in printed
     assert "the host's time, over fused AdamW's" in printed
     written = json.loads((tmp_path / "cpu.json").read_text())
-    rows = {row["name"]: row for row in written["cases"]["large"]["rows"]}
+    rows = {row["name"]: row for row in written["large"]["rows"]}
     assert set(rows) == {"AdEMAMix", "AdamW, fused", cpu.IN_PLACE}
     assert rows["AdEMAMix"]["state_bytes_per_parameter"] == (15 * 12 + 3 * 4) / 15
     assert "AdEMAMix" in (tmp_path / "README.md").read_text()
     assert "</svg>" in (tmp_path / "speed.svg").read_text()
+
+    cpu.main(["--out", str(tmp_path), "--case", "large", "--busy"])
+    again = json.loads((tmp_path / "cpu.json").read_text())
+    assert again["host 400"] == written["host 400"]
+    assert again["large"]["machine"]["time"] != written["large"]["machine"]["time"]
+    assert "- time: the clock's; the process' own" in (tmp_path / "README.md").read_text()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
