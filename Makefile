@@ -20,7 +20,7 @@ SIZE ?=
 OUT ?= out/demo
 SECONDS ?= 600
 
-.PHONY: demo test test-fast fuzz lint format docs bench convergence gpu-check cuda-load-check wheel wheel-check build clean
+.PHONY: demo test test-fast fuzz lint format docs bench convergence drift memory gpu-check cuda-load-check wheel wheel-check build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -60,6 +60,12 @@ bench: $(BUILD)  ## speed on the CPU, beside other optimizers: benchmarks/result
 
 convergence: $(BUILD)  ## loss in training, beside AdamW's, each at its best: benchmarks/results/convergence; ARGS=--short
 	$(PY) -m benchmarks.convergence $(ARGS)
+
+drift: $(BUILD)  ## how far quantized state is from the truth after 20,000 steps; ARGS=--write puts it into docs/drift.md
+	$(PY) -m benchmarks.drift $(ARGS)
+
+memory: $(BUILD)  ## bytes of weights, gradients and state by optimizer; ARGS=--write puts them into docs/choosing.md
+	$(PY) -m benchmarks.memory $(ARGS)
 
 gpu-check:  ## on a machine with an NVIDIA GPU and nvcc, with its own Python: build, tests, benchmarks; FOLDER=
 	$(PYTHON) -m benchmarks.gpu_check $(FOLDER)

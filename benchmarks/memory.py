@@ -1,4 +1,4 @@
-"""What training takes in memory, per optimizer and size of model: `python -m benchmarks.memory`.
+"""What training takes in memory, per optimizer and size of model: `make memory` (`python -m benchmarks.memory`).
 
 Counted from the tensors that each optimizer makes for a parameter of that size, on the meta device, where they take no
 memory. Activations are not in it. `--write` puts the table in docs/choosing.md.
