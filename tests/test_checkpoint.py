@@ -349,6 +349,20 @@ def test_hints_for_foreign_state():
         optimizer.load_state_dict(bitsandbytes_state_dict())
 
 
+def test_slow_ema_bits_changed_after_the_state_was_made():
+    """The state keeps its format, so its group says otherwise; the refusal tells how to load it."""
+    params = [torch.nn.Parameter(torch.ones(20, 256))]
+    optimizer = train(AdEMAMix8bit(params), range(3))
+    optimizer.param_groups[0]["slow_ema_bits"] = 8
+    state_dict = optimizer.state_dict()
+    other = AdEMAMix8bit(copied(params))
+    with pytest.raises(ValueError, match=r"slow_ema_bits=8: .* set it back in the state dict"):
+        other.load_state_dict(state_dict)
+    state_dict["param_groups"][0]["slow_ema_bits"] = 16
+    other.load_state_dict(state_dict)
+    assert_identical(other.state_dict()["state"], optimizer.state_dict()["state"])
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("optim_bits", [8, 32])
 def test_there_and_back(optim_bits, flat):

@@ -107,7 +107,8 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
         dtype, bits = saved["exp_avg_slow"].dtype, group.get("slow_ema_bits")
         if (dtype, bits) in ((torch.uint8, 16), (torch.int16, 8)):
             text = f"{where}['exp_avg_slow'] has dtype {dtype}, but its group has slow_ema_bits={bits}"
-            raise ValueError(f"{text}: {hint}")
+            otherwise = "or, if the group's option was changed after the state was made, set it back in the state dict"
+            raise ValueError(f"{text}: {hint}, {otherwise}")
     elif group.get("optim_bits") == 8 and saved["exp_avg"].numel() >= group.get("min_8bit_size", 0):
         moments = [sharding.local(saved[name]) for name in MOMENTS]
         if any(m.any() for m in moments) and all((m == m.round()).all() for m in moments):
