@@ -8,11 +8,13 @@ their state in the host's memory. What compiles comes last. Each row is written 
 
 import argparse
 import gc
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_report
+from benchmarks.report import summary
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix, PagedAdEMAMix8bit, paging
 
 Step = Callable[[], object]
@@ -150,9 +153,29 @@ def bitsandbytes(name: str) -> Callable[[list[Tensor]], Step]:
     def make(params: list[Tensor]) -> Step:
         import bitsandbytes.optim
 
+        check_bitsandbytes()
         return getattr(bitsandbytes.optim, name)(params).step  # type: ignore[no-any-return]
 
     return make
+
+
+def check_bitsandbytes() -> None:
+    """Its CUDA errors end the process that they happen in, so another one makes the first step."""
+    if problem := _bitsandbytes_problem(DEVICE):
+        raise RuntimeError(problem)
+
+
+@cache
+def _bitsandbytes_problem(device: str) -> str | None:
+    program = f"""
+import torch, bitsandbytes.optim
+p = torch.nn.Parameter(torch.ones(5000, device="{device}"))
+p.grad = torch.ones_like(p)
+bitsandbytes.optim.AdEMAMix8bit([p]).step()
+print(p.sum().item())"""
+    tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    lines = (tried.stdout + tried.stderr).strip().splitlines()
+    return None if tried.returncode == 0 else f"bitsandbytes can't make a step here: {lines[-1] if lines else ''}"
 
 
 def bitsandbytes_paged_out(params: list[Tensor]) -> Step:
@@ -160,6 +183,7 @@ def bitsandbytes_paged_out(params: list[Tensor]) -> Step:
     import bitsandbytes.functional
     import bitsandbytes.optim
 
+    check_bitsandbytes()
     optimizer = bitsandbytes.optim.PagedAdEMAMix8bit(params)
 
     def before() -> None:
@@ -330,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(" | ".join(gpu_report.cells(report.results[case, name])), flush=True)
         report.write()
     report.plot()
-    print(report.markdown())
+    print(report.markdown(), summary(report.required), sep="\n")
     return 1 if report.ours_failed else 0
 
 

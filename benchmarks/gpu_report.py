@@ -163,7 +163,7 @@ class Report:
         cases = list(dict.fromkeys(case for case, _ in self.results))
         if not cases:
             return
-        names = list(dict.fromkeys(name for _, name in sorted(self.results)))
+        names = sorted({name for _, name in self.results})
         size = 4 + 2.6 * len(cases), 1.2 + 0.3 * len(names)
         with report.figure(self.folder / "speed.svg", *size) as figure:
             panels = figure.subplots(1, len(cases), sharex=True, sharey=True, squeeze=False)[0]
@@ -175,7 +175,7 @@ class Report:
                         continue
                     is_ours = "AdEMAMix" in name and "bitsandbytes" not in name
                     axes.barh(y, result.share_of_copy, color=report.OURS if is_ours else report.OTHERS)
-                    axes.text(result.share_of_copy, y, f" {result.share_of_copy:.0%}", va="center")
+                    axes.text(min(result.share_of_copy, 1), y, f" {result.share_of_copy:.0%}", va="center")
                 axes.set_title(case)
                 axes.set_xlim(0, 1.25)
                 axes.set_xlabel("share of the copy's bandwidth")

@@ -46,7 +46,14 @@ class Requirement:
             value = self.value(measured)
         except KeyError:
             return self.text, "", self.bound, "not measured"
-        return self.text, f"{value:.2f}", self.bound, "holds" if self.holds(value) else "MISSED"
+        return self.text, f"{value:.3g}", self.bound, "holds" if self.holds(value) else "MISSED"
+
+
+def summary(verdicts: Iterable[Sequence[str]]) -> str:
+    """How many of what is required hold."""
+    found = [verdict[-1] for verdict in verdicts]
+    counts = (f"{found.count(word)} {text}" for word, text in (("MISSED", "missed"), ("not measured", "not measured")))
+    return f"{found.count('holds')} of {len(found)} requirements hold, {', '.join(counts)}"
 
 
 def commit() -> str:

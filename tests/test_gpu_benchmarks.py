@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpt2, gpu, gpu_report, gpu_training
+from benchmarks import gpt2, gpu, gpu_check, gpu_report, gpu_training
 from torch_ademamix import AdEMAMix
 
 TINY = gpt2.Size(vocabulary=50, context=8, width=16, layers=1, heads=2)
@@ -162,6 +164,7 @@ def test_bitsandbytes_without_a_gpu() -> None:
     step()
     assert isinstance(step, gpu._Prepared)
     step.before()  # such small state isn't paged
+    assert "can't make a step here" in str(gpu._bitsandbytes_problem("no_such_device"))
 
 
 # ------------------------------------------------------------------------------------------------ gpu_training
@@ -214,3 +217,57 @@ def test_losses_that_differ_are_a_miss() -> None:
     assert math.isnan(gpu_training.difference(rows, "AdEMAMix", "compiled"))
     requirement = next(r for r in gpu_training.REQUIREMENTS if r.case == "AdEMAMix, compiled")
     assert requirement.verdict(rows)[-1] == "MISSED"
+
+
+# ------------------------------------------------------------------------------------------------ gpu_check
+
+
+def test_stages(tmp_path: Any) -> None:
+    check = gpu_check.Check(tmp_path, 60)
+    python = [sys.executable, "-c"]
+    check.run("one", [*python, "import os; print('built for', os.environ['FOR'])"], 30, "both", FOR="9.0")
+    check.run("two", [*python, "print('1 | 2 failed'); raise SystemExit(3)"], 30, "both")
+    sleeper = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1); import time; time.sleep(60)'])"
+    check.run("three", [*python, sleeper], 2)
+    check.skip("four", "no such tool")
+    assert [stage.outcome for stage in check.stages] == ["passed", "failed", "out of time", "absent"]
+    assert [stage.summary for stage in check.stages[:2]] == ["built for 9.0", "1 | 2 failed"]
+    assert sorted(path.name for path in check.logs.iterdir()) == ["both.log", "three.log"]
+    assert "| two | failed | 0 | 1 / 2 failed |" in gpu_check.summarize(tmp_path, check)
+    assert check.limit(100, leave=10) < 50
+    assert check.limit(100, leave=70) == 1
+
+
+def test_check_writes_few_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {}
+
+    def passes(self: gpu_check.Check, name: str, command: list[str], limit: float, log: str = "", **env: str) -> Any:
+        commands[name] = command
+        (self.logs / f"{log or name}.log").write_text("done\n")
+        if name == "benchmarks":
+            gpu.main([*command[3:], "--steps", "2", "--cases", gpu.PAGED, "--competitors", "AdamW"])
+        self.stages.append(gpu_check.Stage(name, "passed", limit, "done"))
+        return self.stages[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(gpu_check.Check, "run", passes)
+    assert gpu_check.main([str(tmp_path)]) == 0
+    assert list(commands) == ["build", "tests", "memcheck", "racecheck", "benchmarks"]
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) <= 8
+    assert all(len(path.parts) <= 2 for path in files)
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "# CUDA check: a GPU" in text
+    assert "## Required" in text
+    assert "fp32 AdamW, fused" in text
+
+
+def test_short_run(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_check.short_run()
+    assert "short run done" in capsys.readouterr().out
+
+
+def test_machine_without_a_gpu(tmp_path: Any) -> None:
+    assert gpu_check.main([str(tmp_path / "results")]) == 1
+    assert not (tmp_path / "results").exists()
