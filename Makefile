@@ -20,7 +20,7 @@ SIZE ?=
 OUT ?= out/demo
 SECONDS ?= 600
 
-.PHONY: demo test test-fast fuzz lint format docs bench convergence drift memory gpu-check cuda-load-check wheel wheel-check build clean
+.PHONY: demo test test-fast fuzz lint format docs bench convergence drift memory gpu-check gpu-training cuda-load-check wheel wheel-check build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -69,6 +69,9 @@ memory: $(BUILD)  ## bytes of weights, gradients and state by optimizer; ARGS=--
 
 gpu-check:  ## on a machine with an NVIDIA GPU and nvcc, with its own Python: build, tests, benchmarks; FOLDER=
 	$(PYTHON) -m benchmarks.gpu_check $(FOLDER)
+
+gpu-training:  ## the same, after it: training steps eager, compiled and captured, beside other optimizers; FOLDER=
+	$(PYTHON) -m benchmarks.gpu_training $(if $(FOLDER),--out $(FOLDER)) $(ARGS)
 
 # Beside .venv, environments with another torch: several GB each, where that has CUDA.
 OTHER_TORCH := build/torch-

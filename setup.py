@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -111,12 +112,17 @@ class CudaLibrary(Extension):
         folder = Path(folder, self.name)
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = [*NVCC_FLAGS, *architecture_flags(), f"--threads={os.cpu_count()}"]
+        cpus, architectures = os.cpu_count() or 1, architecture_flags()
+        flags = [*NVCC_FLAGS, *architectures, f"--threads={cpus}"]
         flags += [f"-I{path}" for path in include_paths()]
-        objects = []
-        for kernel in self.kernels:
-            objects.append(str(folder / f"{Path(kernel).stem}.o"))
-            self.run([nvcc(), *flags, "-c", kernel, "-o", objects[-1]])
+
+        def compile(kernel):
+            compiled = str(folder / f"{Path(kernel).stem}.o")
+            self.run([nvcc(), *flags, "-c", kernel, "-o", compiled])
+            return compiled
+
+        with ThreadPoolExecutor(max(1, cpus // len(architectures))) as pool:  # each for its architectures at once
+            objects = list(pool.map(compile, self.kernels))
         # torch_cuda isn't beside a torch without CUDA, where the library can be built but not loaded.
         libraries = ["torch", "torch_cpu", *(["torch_cuda"] if torch.version.cuda else []), "c10"]
         torch_libraries = [*(f"-L{path}" for path in library_paths()), *(f"-l{name}" for name in libraries)]
@@ -125,8 +131,9 @@ class CudaLibrary(Extension):
 
     @staticmethod
     def run(command):
-        print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(" ".join(command), result.stdout, sep="\n", flush=True)  # in one piece: others print beside it
+        result.check_returncode()
 
 
 def nvcc():

@@ -1,16 +1,14 @@
 """The plots of `benchmarks.convergence`."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from benchmarks import drift, rosenbrock
+from benchmarks.report import figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,16 +24,6 @@ COLOURS = {
     "32-bit, perturbed": "#9ecae1",
 }
 LINES = ("#252525", "#08519c", "#6baed6", "#a63603", "#fd8d3c", "#31a354", "#c51b8a", "#756bb1")
-
-
-@contextmanager
-def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure that is written to `path`, byte for byte the same for the same data."""
-    with rc_context({"svg.hashsalt": path.name, "font.size": 9}):
-        made = Figure(figsize=(width, height), layout="constrained")
-        yield made
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.savefig(path, **({"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 130}))
 
 
 def mean_curve(found: "Report", setting: "Setting") -> tuple[np.ndarray, np.ndarray]:

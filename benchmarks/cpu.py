@@ -19,6 +19,7 @@ from torch._inductor.utils import fresh_cache
 from benchmarks import cpu_report, footprint, report
 from benchmarks.gpu import GPT2
 from benchmarks.peers import ADAMW, PEERS, PLAIN
+from benchmarks.report import Requirement
 from benchmarks.rounds import Times, seconds_per_call, take_turns
 
 Clock = Callable[[], float]
@@ -102,24 +103,6 @@ class Result:
         return 3 * self.case.dtype.itemsize * self.numel + 2 * self.state_bytes[name]
 
 
-@dataclass(frozen=True)
-class Requirement:
-    text: str
-    case: str
-    value: Callable[[Result], float]
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def bound(self) -> str:
-        return f"at least {self.at_least}" if self.at_most is None else f"at most {self.at_most}"
-
-    def holds(self, value: float) -> bool:
-        if self.at_most is None:
-            return self.at_least is not None and value >= self.at_least
-        return value <= self.at_most
-
-
 REQUIREMENTS = (
     Requirement(
         "parameters/s, over the plain formula's under torch.compile",
@@ -199,14 +182,8 @@ def run_group(group: Group, params: list[torch.Tensor], result: Result, rounds: 
 
 
 def verdicts(name: str, result: Result) -> list[tuple[str, ...]]:
-    """What is required of a case: the text, the value, the bound and whether it holds."""
-    found = []
-    for requirement in REQUIREMENTS:
-        if requirement.case == name:
-            value = requirement.value(result)
-            verdict = "holds" if requirement.holds(value) else "MISSED"
-            found.append((requirement.text, f"{value:.2f}", requirement.bound, verdict))
-    return found
+    """What is required of a case."""
+    return [requirement.verdict(result) for requirement in REQUIREMENTS if requirement.case == name]
 
 
 def main(arguments: list[str] | None = None) -> Mapping[str, Result]:

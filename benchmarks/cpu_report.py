@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 PLOTTED = {"float32": ("large", "GPT-2", "small"), "bfloat16": ("large, bf16", "GPT-2, bf16", "small, bf16")}
 Case = dict[str, Any]  # a measured case, as the JSON has it
-OURS, OTHERS = "#08519c", "#9e9e9e"
 
 
 @dataclass(frozen=True)
@@ -179,9 +178,6 @@ def markdown(cases: Collection[Case]) -> str:
 
 def plot(path: Path, measured: Mapping[str, Case]) -> None:
     """Parameters per second: a panel for each case, a row for each dtype of the parameters."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     panels = [[measured[name] for name in names if name in measured] for names in PLOTTED.values()]
     panels = [cases for cases in panels if cases]
     if not panels:
@@ -192,17 +188,16 @@ def plot(path: Path, measured: Mapping[str, Case]) -> None:
         for case in cases
     }
     names = list(dict.fromkeys(name for of_case in speeds.values() for name, speed in of_case.items() if speed))
-    with rc_context({"svg.hashsalt": path.name, "font.size": 9}):
-        figure = Figure(figsize=(13, 3.8 * len(panels)), layout="constrained")
+    with report.figure(path, 13, 3.8 * len(panels)) as figure:
         grid = figure.subplots(len(panels), max(map(len, panels)), sharex=True, sharey=True, squeeze=False)
         for axes_row, cases in zip(grid, panels, strict=True):
             for axes, case in zip(axes_row, cases, strict=False):
                 for y, name in enumerate(names):
                     speed = speeds[case["title"], case["dtype"]].get(name)
                     if speed is None:
-                        axes.text(1.2e6, y, "not measured", va="center", color=OTHERS)
+                        axes.text(1.2e6, y, "not measured", va="center", color=report.OTHERS)
                         continue
-                    axes.barh(y, speed, color=OURS if name.startswith("AdEMAMix") else OTHERS)
+                    axes.barh(y, speed, color=report.OURS if name.startswith("AdEMAMix") else report.OTHERS)
                     axes.text(speed * 1.1, y, f"{speed / 1e6:,.0f}", va="center")
                 axes.set_xscale("log")
                 axes.set_xlim(1e6, 2e10)
@@ -212,5 +207,3 @@ def plot(path: Path, measured: Mapping[str, Case]) -> None:
         grid[0, 0].invert_yaxis()  # of all panels: they share it
         for axes in grid[-1]:
             axes.set_xlabel("parameters per second (bars: millions)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})

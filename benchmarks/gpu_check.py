@@ -1,26 +1,29 @@
 """One command that proves and measures the CUDA part on a machine with a GPU: `python -m benchmarks.gpu_check FOLDER`.
 
 It builds the libraries for the GPU at hand, runs the tests that need one, then compute-sanitizer over a short run
-(where that works), then the benchmarks, within a limit of time; writes `gpu_check.json` and `gpu_check.md` to the
-folder, each stage's output beside them, and prints a summary last. It uses the Python that runs it, and no network.
+(where that works), then the benchmarks, within a limit of time. The folder gets the summary, `gpu_check.md`, which is
+also printed last, and what `benchmarks.gpu` writes; each stage's output is in its folder `logs`. It uses the Python
+that runs it, and no network.
 """
 
 import argparse
-import json
+import importlib.util
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
-ROOT = Path(__file__).parent.parent
-TOTAL_SECONDS = 470  # of the eight minutes that it may take
+from benchmarks import gpu_report, report
+
+TESTS_AT_ONCE = 4
 
 
 @dataclass
@@ -32,31 +35,47 @@ class Stage:
 
 
 class Check:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.deadline = time.monotonic() + TOTAL_SECONDS
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for old in self.logs.glob("*.log"):
+            old.unlink()
+        self.deadline = time.monotonic() + seconds
         self.stages: list[Stage] = []
 
-    def run(self, name: str, command: list[str], *, at_most: float, leave: float = 0, **environment: str) -> Stage:
-        """Runs a stage for at most so long, and `leave` seconds for those after it."""
-        limit = min(at_most, self.deadline - time.monotonic() - leave)
+    def limit(self, at_most: float, leave: float = 0) -> float:
+        """Seconds for a stage that takes at most so many, and leaves others to those after it."""
+        return max(min(at_most, self.deadline - time.monotonic() - leave), 1)
+
+    def run(self, name: str, command: list[str], limit: float, log: str = "", **environment: str) -> Stage:
+        """Runs a stage; those of one log follow one another in it."""
         print(f"== {name}: {' '.join(command)}", flush=True)
         begin = time.monotonic()
-        log = self.folder / f"{name}.log"
-        with log.open("w") as output:
+        file = self.logs / f"{log or name}.log"
+        with file.open("a") as output:
+            before = output.tell()
+            process = subprocess.Popen(
+                command,
+                cwd=report.ROOT,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": f"{report.ROOT}:{os.environ.get('PYTHONPATH', '')}",
+                    "PYTHONUNBUFFERED": "1",
+                    **environment,
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                result = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **environment},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=max(limit, 1),
-                )
-                outcome = "passed" if result.returncode == 0 else "failed"
+                outcome = "passed" if process.wait(limit) == 0 else "failed"
             except subprocess.TimeoutExpired:
                 outcome = "out of time"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            finally:
+                with suppress(ProcessLookupError):  # what it has started would disturb the next stage
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        lines = [line for line in file.read_bytes()[before:].decode(errors="replace").splitlines() if line.strip()]
         stage = Stage(name, outcome, time.monotonic() - begin, lines[-1].strip("= ") if lines else "")
         if outcome != "passed":
             print("\n".join(lines[-40:]), flush=True)
@@ -69,57 +88,52 @@ class Check:
 
 def short_run() -> None:
     """A few steps of every kind, for the sanitizers: ragged, misaligned and strided tensors among others."""
+    from benchmarks import gpu
     from torch_ademamix import AdEMAMix, ops
 
     for bits in (32, 8):
         for dtype in (torch.float32, torch.bfloat16):
-            flat = torch.randn(40_000, device="cuda").to(dtype)
-            params = [
-                torch.nn.Parameter(p)
-                for p in (flat[1:5000], flat[5000:5000], flat[6000:16385].clone(), flat[:8192].view(64, 128).t())
-            ]
+            flat = torch.randn(40_000, device=gpu.DEVICE).to(dtype)
+            misaligned, empty, ragged = flat[1:5000], flat[5000:5000], flat[6000:16385].clone()
+            transposed = flat[20_000:28_192].view(64, 128).t()
+            params = [torch.nn.Parameter(p) for p in (misaligned, empty, ragged, transposed)]
             for p in params:
                 p.grad = torch.randn_like(p)
             optimizer = AdEMAMix(params, optim_bits=bits, min_8bit_size=256)
             for _ in range(2):
                 optimizer.step()
     for format in ops.FORMATS:
-        ops.dequantize_blockwise(*ops.quantize_blockwise(torch.randn(1000, device="cuda"), format), format)
+        ops.dequantize_blockwise(*ops.quantize_blockwise(torch.randn(1000, device=gpu.DEVICE), format), format)
     torch.cuda.synchronize()
     print("short run done")
 
 
-def machine() -> dict[str, Any]:
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    release = re.search(r"release ([\d.]+)", output("nvcc", "--version"))
-    return {
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
-        "toolkit": release[1] if release else "unknown",
-        "commit": output("git", "describe", "--always", "--dirty"),
-    }
+def pytest_options() -> list[str]:
+    """Of plugins, where they are installed."""
+    options = []
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(TESTS_AT_ONCE)]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout=100", "--timeout-method=thread"]  # a signal doesn't end a wait for the GPU
+    return options
 
 
-def report(host: dict[str, Any], check: Check) -> str:
-    lines = [f"# CUDA check: {', '.join(host['gpus'])}", ""]
-    lines += [f"- {name}: {value}" for name, value in host.items()]
-    lines += ["", "| stage | outcome | seconds | |", "|---|---|---:|---|"]
-    lines += [f"| {s.name} | {s.outcome} | {s.seconds:.0f} | {s.summary[:120]} |" for s in check.stages]
-    benchmark = check.folder / "benchmarks.log"
-    if benchmark.exists():
-        lines += ["", *(line for line in benchmark.read_text().splitlines() if line.startswith(("|", "left out")))]
-    return "\n".join(lines) + "\n"
+def summarize(folder: Path, check: Check) -> str:
+    machine = gpu_report.machine()
+    lines = [f"# CUDA check: {', '.join(machine['gpus'])}", ""]
+    lines += [f"- {name}: {value}" for name, value in machine.items()]
+    cells = ([s.name, s.outcome, f"{s.seconds:.0f}", s.summary[:120].replace("|", "/")] for s in check.stages)
+    lines += ["", report.markdown_table(("stage", "outcome", "seconds", ""), cells), ""]
+    speed = folder / "speed.md"
+    if speed.exists():
+        lines.append(f"#{speed.read_text()}")  # one heading below
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "out/gpu_check", help="for the results")
+    parser.add_argument("folder", type=Path, nargs="?", default=report.ROOT / "out/gpu_check", help="for the results")
+    parser.add_argument("--minutes", type=float, default=8, help="in which all is done (8)")
     parser.add_argument("--short-run", action="store_true", help="only what the sanitizers watch")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -130,51 +144,45 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     folder = args.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    check, host, python = Check(folder), machine(), sys.executable
+    check, python = Check(folder, 60 * args.minutes - 10), sys.executable
+    for old in ("gpu_check.md", "speed.json", "speed.md", "speed.svg"):
+        (folder / old).unlink(missing_ok=True)
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     built = check.run(
         "build",
         [python, "setup.py", "build_ext", "--inplace", "--force"],
-        at_most=200,
+        check.limit(240),
         TORCH_ADEMAMIX_CUDA="1",
         TORCH_CUDA_ARCH_LIST=";".join(f"{major}.{minor}" for major, minor in sorted(capabilities)),
     )
     if built.outcome == "passed":
-        check.run(
-            "tests",
-            [python, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"],
-            at_most=240,
-            leave=120,
-        )
-        sanitizer = shutil.which("compute-sanitizer")
+        tests = [python, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", *pytest_options()]
+        check.run("tests", [*tests, "tests/test_cuda.py"], check.limit(240, leave=150))
         for tool in ("memcheck", "racecheck"):
-            if sanitizer is None:
-                check.skip(tool, "compute-sanitizer is not on PATH")
-                continue
-            watch = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=ademamix"]
-            check.run(tool, [*watch, python, "-m", "benchmarks.gpu_check", "--short-run"], at_most=60, leave=90)
-        check.run(
-            "benchmarks", [python, "-m", "benchmarks.gpu", "--json", str(folder / "benchmarks.json")], at_most=200
-        )
+            sanitize(check, tool)
+        limit = check.limit(240)
+        minutes = max(limit - 40, 0) / 60  # the last one that is begun wants to end, too
+        benchmark = [python, "-m", "benchmarks.gpu", "--out", str(folder), "--minutes", f"{minutes:.2f}"]
+        check.run("benchmarks", benchmark, limit)
 
-    numbers = folder / "benchmarks.json"
-    (folder / "gpu_check.json").write_text(
-        json.dumps(
-            {
-                "machine": host,
-                "stages": [asdict(stage) for stage in check.stages],
-                "benchmarks": json.loads(numbers.read_text()) if numbers.exists() else None,
-            },
-            indent=1,
-        )
-    )
-    text = report(host, check)
-    (folder / "gpu_check.md").write_text(text)
+    text = summarize(folder, check)
+    report.write(folder / "gpu_check.md", text)
     print(text)
     failed = [stage.name for stage in check.stages if stage.outcome in ("failed", "out of time")]
     print(f"gpu_check: {'failed: ' + ', '.join(failed) if failed else 'passed'}; results in {folder}")
     return 1 if failed else 0
+
+
+def sanitize(check: Check, tool: str) -> None:
+    places = [os.environ.get("PATH", ""), *([f"{CUDA_HOME}/bin"] if CUDA_HOME else [])]
+    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    if sanitizer is None:
+        check.skip(tool, "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin")
+        return
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=ademamix"]
+    command += [sys.executable, "-m", "benchmarks.gpu_check", "--short-run"]
+    # Without torch's cache of memory each tensor is an allocation, beyond whose end accesses are seen.
+    check.run(tool, command, check.limit(60, leave=120), "sanitizer", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 if __name__ == "__main__":
