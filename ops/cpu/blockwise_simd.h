@@ -127,8 +127,8 @@ ADEMAMIX_INLINE void store_groups(uint16_t* p, Ints first, Ints second) {
 #else  // AVX2
 
 constexpr int LANES = 8;
-// Of an encoder: one that stores where to look, one that looks there. In a single one each vector's long chain of
-// operations would fill the schedulers before the next vectors' begin.
+// An encoder's first pass stores where to look, its second one looks there. In a single one, the long chain of
+// operations of each vector would fill the schedulers before the next vector's could begin.
 constexpr bool TWO_PASSES = true;
 using Floats = __m256;
 using Ints = __m256i;
@@ -219,6 +219,7 @@ ADEMAMIX_INLINE Ints lookup16(const uint8_t* table, Ints index) {
                              index);
 }
 
+// table[index[i]] in lane i.
 template <class Index>
 ADEMAMIX_INLINE Floats lookup(const float* table, const Index* index) {
   return _mm256_setr_ps(table[index[0]], table[index[1]], table[index[2]], table[index[3]],  //
@@ -380,7 +381,7 @@ ADEMAMIX_INLINE Ints nearest_rank(Floats x, const int32_t*) {
 }
 
 template <bool SIGNED>
-Ints nearest_bucket(Floats x);  // of a first pass
+Ints nearest_bucket(Floats x);  // never called: there is no first pass
 
 #else  // AVX2
 
