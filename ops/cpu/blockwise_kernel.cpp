@@ -48,7 +48,7 @@ struct Moments {
 ADEMAMIX_INLINE Floats decode_slow(const int16_t* codes) {
   return multiply(to_floats(load_codes(codes)), floats(1 / LINEAR_MAX));
 }
-ADEMAMIX_INLINE Floats decode_slow(const uint8_t* codes) { return decode_map<true>(load_codes(codes)); }
+ADEMAMIX_INLINE Floats decode_slow(const uint8_t* codes) { return decode_map<true>(codes); }
 
 // A whole block, decoded, updated and measured in one loop: the divider works beside the decoding.
 template <class SlowCode>
@@ -66,9 +66,9 @@ void step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
   const Ints magnitude = ints(INT32_MAX);
   Ints m1_most = ints(0), m2_most = ints(0), nu_most = ints(0);
   for (int i = 0; i < BLOCK_SIZE; i += LANES) {
-    Element<V> e{V::load(param + i), V(V::Vector(multiply(decode_map<true>(load_codes(m1_codes + i)), m1_scale))),
+    Element<V> e{V::load(param + i), V(V::Vector(multiply(decode_map<true>(m1_codes + i), m1_scale))),
                  V(V::Vector(multiply(decode_slow(m2_codes + i), m2_scale))),
-                 V(V::Vector(multiply(decode_map<false>(load_codes(nu_codes + i)), nu_scale)))};
+                 V(V::Vector(multiply(decode_map<false>(nu_codes + i), nu_scale)))};
     update(e, V::load(grad + i), scalars);
     e.param.store(param + i);
     e.exp_avg.store(m.m1 + i);

@@ -1,8 +1,9 @@
 // The formats of ../blockwise.h over whole blocks, for AVX-512 and AVX2; elsewhere, and for a ragged block's last
 // elements, element by element. The results are the same to the bit.
 //
-// Gathers are slow, so tables of 16 entries are permutations of a register and map values are computed. Only rounding
-// to nearest with AVX2 gathers.
+// Gathers are slow, so tables of 16 entries are permutations of a register. AVX-512 needs no others: it computes map
+// values and ranks. AVX2 takes two permutations for a table, so it reads the large tables of ../blockwise.h element by
+// element, which the loads do beside the arithmetic.
 #pragma once
 
 #include "../blockwise.h"
@@ -21,11 +22,14 @@ namespace ademamix {
 #if defined(CPU_CAPABILITY_AVX512)
 
 constexpr int LANES = 16;
+constexpr bool TWO_PASSES = false;
 using Floats = __m512;
 using Ints = __m512i;
 
 ADEMAMIX_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
 ADEMAMIX_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+ADEMAMIX_INLINE Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
+ADEMAMIX_INLINE void store(int32_t* p, Ints a) { _mm512_storeu_si512(p, a); }
 ADEMAMIX_INLINE Floats floats(float a) { return _mm512_set1_ps(a); }
 ADEMAMIX_INLINE Ints ints(int a) { return _mm512_set1_epi32(a); }
 ADEMAMIX_INLINE Ints bits(Floats a) { return _mm512_castps_si512(a); }
@@ -89,6 +93,11 @@ ADEMAMIX_INLINE Floats lookup16(const float* table, Ints index) {
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
 }
 
+// The same for an index below 64, of a table that begins with 0.
+ADEMAMIX_INLINE Ints lookup16(const uint8_t* table, Ints index) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
+}
+
 template <int SIZE>
 ADEMAMIX_INLINE Floats lookup(const float* table, Ints index) {
   if constexpr (SIZE == 32) {
@@ -100,7 +109,7 @@ ADEMAMIX_INLINE Floats lookup(const float* table, Ints index) {
 }
 
 // The low halves of the 64-bit lanes multiplied.
-constexpr int WIDE_LANES = 8;
+constexpr int WIDE_LANES = 8, CHAINS = 4;  // generated at a time: as many as the registers hold
 ADEMAMIX_INLINE Ints wide(uint64_t a) { return _mm512_set1_epi64(static_cast<int64_t>(a)); }
 ADEMAMIX_INLINE Ints wide_multiply(Ints a, Ints b) { return _mm512_mul_epu32(a, b); }
 ADEMAMIX_INLINE Ints wide_upper(Ints a) { return _mm512_srli_epi64(a, 32); }
@@ -118,11 +127,16 @@ ADEMAMIX_INLINE void store_groups(uint16_t* p, Ints first, Ints second) {
 #else  // AVX2
 
 constexpr int LANES = 8;
+// An encoder's first pass stores where to look, its second one looks there. In a single one, the long chain of
+// operations of each vector would fill the schedulers before the next vector's could begin.
+constexpr bool TWO_PASSES = true;
 using Floats = __m256;
 using Ints = __m256i;
 
 ADEMAMIX_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
 ADEMAMIX_INLINE void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+ADEMAMIX_INLINE Ints load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+ADEMAMIX_INLINE void store(int32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 ADEMAMIX_INLINE Floats floats(float a) { return _mm256_set1_ps(a); }
 ADEMAMIX_INLINE Ints ints(int a) { return _mm256_set1_epi32(a); }
 ADEMAMIX_INLINE Ints bits(Floats a) { return _mm256_castps_si256(a); }
@@ -144,10 +158,6 @@ ADEMAMIX_INLINE Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
 ADEMAMIX_INLINE Ints maximum(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
 ADEMAMIX_INLINE Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 ADEMAMIX_INLINE Ints bit_xor(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
-ADEMAMIX_INLINE Ints absolute(Ints a) { return _mm256_abs_epi32(a); }
-ADEMAMIX_INLINE bool any_below(Ints a, int limit) {
-  return _mm256_movemask_epi8(_mm256_cmpgt_epi32(_mm256_set1_epi32(limit), a));
-}
 ADEMAMIX_INLINE int largest(Ints a) {
   __m128i half = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   half = _mm_max_epi32(half, _mm_unpackhi_epi64(half, half));
@@ -184,18 +194,19 @@ ADEMAMIX_INLINE Ints load_random(const uint16_t* p) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 // The low bytes, or low halves, of the 32-bit lanes; the rest of a lane is dropped.
-ADEMAMIX_INLINE __m128i low_halves(Ints codes) {
+ADEMAMIX_INLINE void store_codes(uint8_t* p, Ints codes) {
+  const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i packed = _mm256_shuffle_epi8(codes, order);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
+                   _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+}
+ADEMAMIX_INLINE void store_codes(int16_t* p, Ints codes) {
   const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                          0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m256i packed = _mm256_shuffle_epi8(codes, order);
-  return _mm_unpacklo_epi64(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
-}
-ADEMAMIX_INLINE void store_codes(uint8_t* p, Ints codes) {
-  const __m128i halves = _mm_and_si128(low_halves(codes), _mm_set1_epi16(0xff));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
-}
-ADEMAMIX_INLINE void store_codes(int16_t* p, Ints codes) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(codes));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_unpacklo_epi64(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
 }
 
 ADEMAMIX_INLINE Floats lookup16(const float* table, Ints index) {
@@ -203,13 +214,33 @@ ADEMAMIX_INLINE Floats lookup16(const float* table, Ints index) {
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-
-template <int SIZE>
-ADEMAMIX_INLINE Floats lookup(const float* table, Ints index) {
-  return _mm256_i32gather_ps(table, index, 4);
+ADEMAMIX_INLINE Ints lookup16(const uint8_t* table, Ints index) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))),
+                             index);
 }
 
-constexpr int WIDE_LANES = 4;
+// table[index[i]] in lane i.
+template <class Index>
+ADEMAMIX_INLINE Floats lookup(const float* table, const Index* index) {
+  return _mm256_setr_ps(table[index[0]], table[index[1]], table[index[2]], table[index[3]],  //
+                        table[index[4]], table[index[5]], table[index[6]], table[index[7]]);
+}
+
+// The same of entries of a float and an int.
+template <class Entry>
+ADEMAMIX_INLINE void lookup(const Entry* entries, const int32_t* index, Floats& value, Ints& number) {
+  static_assert(sizeof(Entry) == sizeof(double));
+  const auto two = [&](int i) {
+    const __m128d first = _mm_load_sd(reinterpret_cast<const double*>(entries + index[i]));
+    return _mm_castpd_ps(_mm_loadh_pd(first, reinterpret_cast<const double*>(entries + index[i + 1])));
+  };
+  const __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(two(0)), two(4), 1);
+  const __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(two(2)), two(6), 1);
+  value = _mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0));
+  number = _mm256_castps_si256(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+}
+
+constexpr int WIDE_LANES = 4, CHAINS = 2;
 ADEMAMIX_INLINE Ints wide(uint64_t a) { return _mm256_set1_epi64x(static_cast<int64_t>(a)); }
 ADEMAMIX_INLINE Ints wide_multiply(Ints a, Ints b) { return _mm256_mul_epu32(a, b); }
 ADEMAMIX_INLINE Ints wide_upper(Ints a) { return _mm256_srli_epi64(a, 32); }
@@ -251,8 +282,9 @@ template <bool SIGNED>
 struct LineTable {
   static constexpr float LOWEST = 1.0f / (1 << 23);  // no line but the first begins below
   float anchor[MAX_LINES], slope[MAX_LINES], start[MAX_LINES];
-  // By half the exponent field: ROUNDING_MAGIC + the first line's number, and where the next two begin.
-  float line[16], second[16], third[16];
+  // By half the exponent field: the first line's number, and where the next two begin.
+  uint8_t line[16];
+  float second[16], third[16];
   float next_boundary[SIGNED ? 128 : 256];  // by rank: where the next one begins to be nearest
 };
 
@@ -271,7 +303,7 @@ constexpr LineTable<SIGNED> make_line_table() {
     const int index = field / 2 % 16;
     while (first + 1 < lines.count && lines.lines[first + 1].anchor < begin) ++first;
     if (first + 3 < lines.count && lines.lines[first + 3].anchor < 4 * begin) throw "three lines begin in a bucket";
-    table.line[index] = ROUNDING_MAGIC + static_cast<float>(first);
+    table.line[index] = static_cast<uint8_t>(first);
     table.second[index] = first + 1 < lines.count ? lines.lines[first + 1].anchor : FLT_MAX;
     table.third[index] = first + 2 < lines.count ? lines.lines[first + 2].anchor : FLT_MAX;
   }
@@ -288,11 +320,32 @@ inline constexpr LineTable<SIGNED> LINES = make_line_table<SIGNED>();
 
 // -------------------------------------------------------------------------------------------------------- the formulas
 
+// The number of x's line, for x from LOWEST to 1.
+template <bool SIGNED>
+ADEMAMIX_INLINE Ints line_of(Floats x) {
+  constexpr auto& table = LINES<SIGNED>;
+  const Ints bucket = shift_right<24>(bits(x));
+  Ints line = lookup16(table.line, bucket);
+  line = count_if_reached(line, x, lookup16(table.second, bucket));
+  return count_if_reached(line, x, lookup16(table.third, bucket));
+}
+
+// Position of x on its line, with the exponent field of POSITION_ZERO above it.
+template <bool SIGNED>
+ADEMAMIX_INLINE Ints position_on(Ints line, Floats x) {
+  constexpr auto& table = LINES<SIGNED>;
+  const Floats distance = subtract(x, lookup16(table.anchor, line));
+  return bits(fma(distance, lookup16(table.slope, line), lookup16(table.start, line)));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+
 // Map values of the codes.
 template <bool SIGNED>
-ADEMAMIX_INLINE Floats decode_map(Ints codes) {
-  const Ints signed_rank = subtract(codes, ints(SIGNED_ZERO_CODE));
-  const Ints rank = SIGNED ? absolute(signed_rank) : codes;
+ADEMAMIX_INLINE Floats decode_map(const uint8_t* codes) {
+  const Ints code = load_codes(codes);
+  const Ints signed_rank = subtract(code, ints(SIGNED_ZERO_CODE));
+  const Ints rank = SIGNED ? absolute(signed_rank) : code;
   const Floats w = fma(to_floats(rank), floats(2), floats(SIGNED ? 1 : 3));
   const Floats power = as_floats(bit_and(bits(w), ints(0x7f800000)));
   const Ints exponent = shift_right<23>(bits(w));
@@ -303,25 +356,14 @@ ADEMAMIX_INLINE Floats decode_map(Ints codes) {
   return as_floats(bit_xor(bits(value), bit_and(signed_rank, ints(INT32_MIN))));
 }
 
-// Position of x, in [0, 1], on the map's lines, with the exponent field of POSITION_ZERO above it.
-template <bool SIGNED>
-ADEMAMIX_INLINE Ints position_of(Floats x) {
-  constexpr auto& table = LINES<SIGNED>;
-  const Ints bucket = shift_right<24>(bits(maximum(x, floats(table.LOWEST))));
-  // The lowest bits of ROUNDING_MAGIC + number are the number.
-  Ints line = bits(lookup16(table.line, bucket));
-  line = count_if_reached(line, x, lookup16(table.second, bucket));
-  line = count_if_reached(line, x, lookup16(table.third, bucket));
-  const Floats distance = subtract(x, lookup16(table.anchor, line));
-  return bits(fma(distance, lookup16(table.slope, line), lookup16(table.start, line)));
-}
-
 // The line is right to well under half a rank, so only the boundary above its whole rank is left to look at.
 template <bool SIGNED>
 __attribute__((noinline)) Ints nearest_rank_by_boundary(Floats x) {
   constexpr int ranks = SIGNED ? 128 : 256;
   constexpr float below_one = 1 - FLT_EPSILON;  // 1 itself has the last rank, which has no boundary above
-  const Ints position = position_of<SIGNED>(minimum(x, floats(below_one)));
+  x = minimum(x, floats(below_one));
+  const Ints line = line_of<SIGNED>(maximum(x, floats(LINES<SIGNED>.LOWEST)));
+  const Ints position = position_on<SIGNED>(line, x);
   const Ints below = bit_and(shift_right<POSITION_BITS>(position), ints(ranks - 1));
   return count_if_reached(below, x, lookup<ranks>(LINES<SIGNED>.next_boundary, below));
 }
@@ -329,13 +371,44 @@ __attribute__((noinline)) Ints nearest_rank_by_boundary(Floats x) {
 // A position is off by less than 4, so its own rounding decides unless it is nearly half way between two ranks; one
 // vector in some hundred has such a lane.
 template <bool SIGNED>
-ADEMAMIX_INLINE Ints nearest_rank(Floats x) {
+ADEMAMIX_INLINE Ints nearest_rank(Floats x, const int32_t*) {
   constexpr int HALF = 1 << (POSITION_BITS - 1), NEAR = 8;
-  const Ints position = add(position_of<SIGNED>(x), ints(HALF));
+  const Ints line = line_of<SIGNED>(maximum(x, floats(LINES<SIGNED>.LOWEST)));
+  const Ints position = add(position_on<SIGNED>(line, x), ints(HALF));
   const Ints beyond = bit_and(add(position, ints(NEAR)), ints(2 * HALF - 1));
   if (any_below(beyond, 2 * NEAR)) return nearest_rank_by_boundary<SIGNED>(x);
   return bit_and(shift_right<POSITION_BITS>(position), ints(255));
 }
+
+template <bool SIGNED>
+Ints nearest_bucket(Floats x);  // never called: there is no first pass
+
+#else  // AVX2
+
+template <bool SIGNED>
+ADEMAMIX_INLINE Floats decode_map(const uint8_t* codes) {
+  return lookup(SIGNED ? SIGNED_MAP.value : UNSIGNED_MAP.value, codes);
+}
+
+template <bool SIGNED>
+ADEMAMIX_INLINE Ints nearest_bucket(Floats x) {
+  using Buckets = typename NearestTable<SIGNED>::Buckets;
+  return subtract(shift_right<Buckets::SHIFT>(bits(add(x, floats(Buckets::LOWEST)))), ints(Buckets::FIRST));
+}
+
+template <bool SIGNED>
+ADEMAMIX_INLINE Ints nearest_rank(Floats x, const int32_t* buckets) {
+  Floats boundary;
+  Ints rank;
+  if constexpr (SIGNED) {
+    lookup(SIGNED_NEAREST.entries, buckets, boundary, rank);
+  } else {
+    lookup(UNSIGNED_NEAREST.entries, buckets, boundary, rank);
+  }
+  return add(rank, sign_mask(bits(subtract(x, boundary))));  // as minus_if_below
+}
+
+#endif
 
 #endif  // ADEMAMIX_BLOCKWISE_SIMD
 
@@ -367,7 +440,7 @@ inline void decode_block(const uint8_t* codes, float absmax, int count, float* v
   int i = 0;
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
   for (; i + LANES <= count; i += LANES) {
-    store(values + i, multiply(decode_map<SIGNED>(load_codes(codes + i)), floats(absmax)));
+    store(values + i, multiply(decode_map<SIGNED>(codes + i), floats(absmax)));
   }
 #endif
   const auto& map = SIGNED ? SIGNED_MAP : UNSIGNED_MAP;
@@ -378,16 +451,30 @@ inline void decode_linear_block(const int16_t* codes, float absmax, int count, f
   for (int i = 0; i < count; ++i) values[i] = decode_linear(codes[i]) * absmax;
 }
 
+#if defined(ADEMAMIX_BLOCKWISE_SIMD)
+// Stores f(i) for the vectors of a block from element i on, if there is a first pass.
+template <class F>
+ADEMAMIX_INLINE void first_pass(int count, int32_t* found, const F& f) {
+  if constexpr (TWO_PASSES) {
+    for (int i = 0; i + LANES <= count; i += LANES) store(found + i, f(i));
+  }
+}
+#endif
+
 // The encoders take the finite values that clean_and_absmax leaves, and the absmax that it returns.
 
 inline void encode_signed_block(const float* values, float absmax, int count, uint8_t* codes) {
   const float inverse = inverse_absmax(absmax);
   int i = 0;
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
+  const auto magnitude = [&](Floats x) { return as_floats(bit_and(bits(x), ints(INT32_MAX))); };
+  alignas(64) int32_t buckets[BLOCK_SIZE];
+  first_pass(count, buckets,
+             [&](int i) { return nearest_bucket<true>(magnitude(multiply(load(values + i), floats(inverse)))); });
   for (; i + LANES <= count; i += LANES) {
     const Floats x = multiply(load(values + i), floats(inverse));
     const Ints sign = sign_mask(bits(x));
-    const Ints rank = nearest_rank<true>(as_floats(bit_and(bits(x), ints(INT32_MAX))));
+    const Ints rank = nearest_rank<true>(magnitude(x), buckets + i);
     const Ints code = add(subtract(bit_xor(rank, sign), sign), ints(SIGNED_ZERO_CODE));
     store_codes(codes + i, maximum(code, ints(0)));
   }
@@ -399,9 +486,12 @@ inline void encode_unsigned_block(const float* values, float absmax, int count, 
   const float inverse = inverse_absmax(absmax);
   int i = 0;
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
+  const auto scaled = [&](Floats value) { return multiply(maximum(value, floats(0)), floats(inverse)); };
+  alignas(64) int32_t buckets[BLOCK_SIZE];
+  first_pass(count, buckets, [&](int i) { return nearest_bucket<false>(scaled(load(values + i))); });
   for (; i + LANES <= count; i += LANES) {
     const Floats value = load(values + i);
-    const Ints rank = nearest_rank<false>(multiply(maximum(value, floats(0)), floats(inverse)));
+    const Ints rank = nearest_rank<false>(scaled(value), buckets + i);
     store_codes(codes + i, zero_unless_positive(maximum(rank, ints(1)), value));
   }
 #endif
@@ -413,27 +503,30 @@ inline void random_block(const RandomKey& key, uint64_t group, uint16_t (&random
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
   const Ints multiplier0 = wide(PHILOX_MULTIPLIER[0]), multiplier1 = wide(PHILOX_MULTIPLIER[1]);
   constexpr int VECTORS = BLOCK_SIZE / RANDOM_GROUP / WIDE_LANES;
-  Ints c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
-  for (int i = 0; i < VECTORS; ++i) {
-    c0[i] = wide_add(wide(key.first_group + group + static_cast<uint64_t>(i * WIDE_LANES)), wide_count());
-    c1[i] = wide_upper(c0[i]);
-    c2[i] = wide(key.step);
-    c3[i] = wide(key.stream);
-  }
-  uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    for (int i = 0; i < VECTORS; ++i) {  // the upper halves of the lanes stay garbage
-      const Ints product0 = wide_multiply(multiplier0, c0[i]), product1 = wide_multiply(multiplier1, c2[i]);
-      c0[i] = bit_xor(bit_xor(wide_upper(product1), c1[i]), wide(key0));
-      c1[i] = product1;
-      c2[i] = bit_xor(bit_xor(wide_upper(product0), c3[i]), wide(key1));
-      c3[i] = product0;
+  for (int first = 0; first < VECTORS; first += CHAINS) {
+    Ints c0[CHAINS], c1[CHAINS], c2[CHAINS], c3[CHAINS];
+    for (int i = 0; i < CHAINS; ++i) {
+      c0[i] = wide_add(wide(key.first_group + group + static_cast<uint64_t>((first + i) * WIDE_LANES)), wide_count());
+      c1[i] = wide_upper(c0[i]);
+      c2[i] = wide(key.step);
+      c3[i] = wide(key.stream);
     }
-    key0 += PHILOX_KEY_STEP[0];
-    key1 += PHILOX_KEY_STEP[1];
-  }
-  for (int i = 0; i < VECTORS; ++i) {
-    store_groups(random + i * WIDE_LANES * RANDOM_GROUP, pair(c0[i], c1[i]), pair(c2[i], c3[i]));
+    uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+      for (int i = 0; i < CHAINS; ++i) {  // the upper halves of the lanes stay garbage
+        const Ints product0 = wide_multiply(multiplier0, c0[i]), product1 = wide_multiply(multiplier1, c2[i]);
+        c0[i] = bit_xor(bit_xor(wide_upper(product1), c1[i]), wide(key0));
+        c1[i] = product1;
+        c2[i] = bit_xor(bit_xor(wide_upper(product0), c3[i]), wide(key1));
+        c3[i] = product0;
+      }
+      key0 += PHILOX_KEY_STEP[0];
+      key1 += PHILOX_KEY_STEP[1];
+    }
+    for (int i = 0; i < CHAINS; ++i) {
+      uint16_t* target = random + (first + i) * WIDE_LANES * RANDOM_GROUP;
+      store_groups(target, pair(c0[i], c1[i]), pair(c2[i], c3[i]));
+    }
   }
 #else
   for (int i = 0; i < BLOCK_SIZE; i += RANDOM_GROUP) {
@@ -450,10 +543,15 @@ inline void encode_unsigned_block_stochastic(const float* values, float absmax, 
   random_block(key, first_element / RANDOM_GROUP, random);
   int i = 0;
 #if defined(ADEMAMIX_BLOCKWISE_SIMD)
+  const auto scaled = [&](Floats value) {
+    return maximum(multiply(value, floats(inverse)), floats(SMALLEST_UNSIGNED));
+  };
+  alignas(64) int32_t lines[BLOCK_SIZE];
+  first_pass(count, lines, [&](int i) { return line_of<false>(scaled(load(values + i))); });
   for (; i + LANES <= count; i += LANES) {
     const Floats value = load(values + i);
-    const Floats x = maximum(multiply(value, floats(inverse)), floats(SMALLEST_UNSIGNED));
-    const Ints position = position_of<false>(x);
+    const Floats x = scaled(value);
+    const Ints position = position_on<false>(TWO_PASSES ? load(lines + i) : line_of<false>(x), x);
     const Ints rank = shift_right<16>(add(shift_left<1>(position), load_random(random + i)));
     store_codes(codes + i, zero_unless_positive(rank, value));
   }
