@@ -57,10 +57,11 @@ def summary(verdicts: Iterable[Sequence[str]]) -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, with a "+" where tracked files differ from it."""
+    """The commit of this tree, with a "+" where tracked files other than results differ from it."""
     try:
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode != 0
+        diff = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+        changed = subprocess.run(diff, cwd=ROOT, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + "+" * changed
