@@ -1,5 +1,6 @@
 """Whole training steps as one graph, compiled or captured on a GPU; and steps during the backward pass."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,8 @@ def compile_train_step(
 
     Raises:
         TypeError: the optimizer is another one, or a wrapper of one.
+        ValueError: gradients are reduced by `DistributedDataParallel`, `fully_shard` or FSDP1, in hooks that have no
+            place in a graph. Tensor parallelism has none.
 
     >>> model = nn.Linear(8, 1)
     >>> optimizer = AdEMAMix(model.parameters(), lr=1e-2)
@@ -48,6 +51,7 @@ def compile_train_step(
     True
     """
     _refuse_wrapped(optimizer)
+    _refuse_reducing(model)
     optimizer.init_state()
 
     def train_step(has_hooks: bool, *batch: Any) -> Tensor:
@@ -79,6 +83,18 @@ def _refuse_wrapped(optimizer: object) -> None:
     if not isinstance(optimizer, AdEMAMix):
         name = type(optimizer).__name__
         raise TypeError(f"optimizer is a {name}, but must be an AdEMAMix; of a wrapper, give what it wraps")
+
+
+def _refuse_reducing(model: nn.Module) -> None:
+    kinds: list[type[nn.Module]] = [DistributedDataParallel]
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):  # seconds to import, for those who don't shard
+        kinds += [fsdp.FSDPModule, fsdp.FullyShardedDataParallel]
+    for kind in kinds:
+        if any(isinstance(module, kind) for module in model.modules()):
+            raise ValueError(
+                f"the model is a {kind.__name__}, whose hooks can't be part of one graph; compile the model, and the "
+                "optimizer's step, each by itself"
+            )
 
 
 def _has_step_hooks(optimizer: AdEMAMix) -> bool:

@@ -8,7 +8,7 @@ from sharded import OPTIONS, backward, make_model
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_ademamix import AdEMAMix, release_gradients
+from torch_ademamix import AdEMAMix, compile_train_step, release_gradients
 
 pytestmark = pytest.mark.distributed
 
@@ -39,6 +39,30 @@ def ddp_equals_one_process(bits):
         plain_optimizer.step()
         plain_optimizer.zero_grad()
     assert_identical(everything(model, optimizer), everything(plain, plain_optimizer))
+
+
+def compiled_equals_eager(bits):
+    """The model and the step, each compiled by itself, as the refusal of compile_train_step says."""
+    models = [DistributedDataParallel(make_model()) for _ in range(2)]
+    eager, optimizer = [AdEMAMix(model.parameters(), **{**options(bits), "lr": torch.tensor(1e-2)}) for model in models]
+    with pytest.raises(ValueError, match="the model is a DistributedDataParallel"):
+        compile_train_step(models[1], optimizer, lambda model, x: model(x).square().mean())
+    optimizer.init_state()
+    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(models[1], backend="aot_eager")
+    for batch in range(3):
+        backward(models[0], "ddp", batch)
+        eager.step()
+        eager.zero_grad()
+        backward(compiled, "ddp", batch)
+        step()
+        optimizer.zero_grad()
+    assert_identical(everything(models[1], optimizer), everything(models[0], eager))
+
+
+@BITS
+def test_compiled_ddp(workers, bits):
+    workers.run(2, compiled_equals_eager, bits)
 
 
 def release_is_refused():

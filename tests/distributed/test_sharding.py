@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from torch_ademamix import AdEMAMix, release_gradients
+from torch_ademamix import AdEMAMix, compile_train_step, release_gradients
 from torch_ademamix.sharding import first_group
 
 pytestmark = pytest.mark.distributed
@@ -145,6 +145,41 @@ def test_any_placement(workers, dtype, master_weights):
 def test_compiled_step(workers, world_size, layout, backend):
     """One graph, without a break or a recompilation; inductor makes nothing of it but the op calls."""
     workers.run(world_size, steps_equal_plain_steps, layout, 8, 6, backend)
+
+
+def compiled_training_equals_eager(bits):
+    """Forward, backward and update as one graph, with the communication in it."""
+    options = {**OPTIONS, **BITS[bits]}
+    models = [make_model("tp") for _ in range(2)]
+    eager, optimizer = [AdEMAMix(model.parameters(), **options) for model in models]
+    counter = CompileCounterWithBackend("aot_eager")
+    step = compile_train_step(models[1], optimizer, lambda model, x: model(x).square().mean(), backend=counter)
+    for batch in range(4):
+        loss = backward(models[0], "tp", batch)
+        eager.step()
+        eager.zero_grad()
+        x = torch.randn(8, 256, generator=torch.Generator().manual_seed(batch))
+        assert_identical(step(x), loss)
+    assert counter.frame_count == 1
+    for p, q in pairs(*models):
+        assert_identical(full(p.detach()), full(q.detach()))
+    assert_identical(*[full_state(o, m.parameters()) for o, m in zip((eager, optimizer), models, strict=True)])
+
+
+@EVERY_BITS
+def test_compiled_training(workers, bits):
+    workers.run(2, compiled_training_equals_eager, bits)
+
+
+def compiled_training_is_refused():
+    """The hooks that reduce gradients would not be in the graph."""
+    model = make_model("fsdp")
+    with pytest.raises(ValueError, match="the model is a FSDPModule"):
+        compile_train_step(model, AdEMAMix(model.parameters()), lambda model, x: model(x).sum())
+
+
+def test_compiled_training_is_refused(workers):
+    workers.run(1, compiled_training_is_refused)
 
 
 def training_equals_plain_training(layout, dtype, eps):
