@@ -179,7 +179,8 @@ def sanitize(check: Check, tool: str) -> None:
     if sanitizer is None:
         check.skip(tool, "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin")
         return
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=ademamix"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=ademamix"]
+    command += ["--launch-timeout", "0"]  # until CUDA is first called: importing torch may take long
     command += [sys.executable, "-m", "benchmarks.gpu_check", "--short-run"]
     # Without torch's cache of memory each tensor is an allocation, beyond whose end accesses are seen.
     check.run(tool, command, check.limit(60, leave=120), "sanitizer", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
