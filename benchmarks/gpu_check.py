@@ -8,6 +8,7 @@ that runs it, and no network.
 
 import argparse
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -91,17 +92,27 @@ def short_run() -> None:
     from benchmarks import gpu
     from torch_ademamix import AdEMAMix, ops
 
-    for bits in (32, 8):
-        for dtype in (torch.float32, torch.bfloat16):
-            flat = torch.randn(40_000, device=gpu.DEVICE).to(dtype)
-            misaligned, empty, ragged = flat[1:5000], flat[5000:5000], flat[6000:16385].clone()
-            transposed = flat[20_000:28_192].view(64, 128).t()
-            params = [torch.nn.Parameter(p) for p in (misaligned, empty, ragged, transposed)]
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer = AdEMAMix(params, optim_bits=bits, min_8bit_size=256)
-            for _ in range(2):
-                optimizer.step()
+    states = [
+        {"optim_bits": 32},
+        {"optim_bits": 8},
+        {"optim_bits": 8, "slow_ema_bits": 8, "stochastic_rounding": False},
+    ]
+    roundings = [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"master_weights": "remainder"}),
+        (torch.bfloat16, {"param_rounding": "stochastic"}),
+    ]
+    for state, (dtype, rounding) in itertools.product(states, roundings):
+        flat = torch.randn(40_000, device=gpu.DEVICE).to(dtype)
+        misaligned, empty, ragged = flat[1:5000], flat[5000:5000], flat[6000:16385].clone()
+        transposed = flat[20_000:28_192].view(64, 128).t()
+        params = [torch.nn.Parameter(p) for p in (misaligned, empty, ragged, transposed)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer = AdEMAMix(params, min_8bit_size=256, **state, **rounding)
+        for _ in range(2):
+            optimizer.step()
     for format in ops.FORMATS:
         ops.dequantize_blockwise(*ops.quantize_blockwise(torch.randn(1000, device=gpu.DEVICE), format), format)
     torch.cuda.synchronize()
