@@ -3,7 +3,7 @@
     python examples/train_gpt.py
     python examples/train_gpt.py --optimizer AdEMAMix8bit --size medium --device cuda
 
-The defaults take about two minutes on two CPU cores. The output folder then holds the loss curve
+The defaults take two or three minutes on two CPU cores. The output folder then holds the loss curve
 (loss.png), the trained weights (model.pt) and a checkpoint from shortly before the end
 (checkpoint.pt), from which a second run has repeated the remaining steps bit for bit.
 """
