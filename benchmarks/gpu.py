@@ -11,10 +11,9 @@ import gc
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -316,6 +315,11 @@ def run(case: str, name: str, copy: float, steps: int) -> gpu_report.Result:
     )
 
 
+def free_memory() -> None:
+    gc.collect()  # models and their compiled steps refer to each other
+    torch.cuda.empty_cache()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
@@ -324,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8, help="nothing is begun after so many (8)")
     parser.add_argument("--out", type=Path, default=gpu_report.RESULTS, help="folder for speed.json, .md and .svg")
     args = parser.parse_args(arguments)
-    end = time.monotonic() + 60 * args.minutes
+    begin = time.monotonic()
 
     gpu_events(lambda: None)  # the profiler must be there before a graph that it is to look into
     report = gpu_report.Report(args.out, gpu_report.machine(), copy_bandwidth())
@@ -333,25 +337,17 @@ def main(arguments: list[str] | None = None) -> int:
     for case, name in sorted(runs, key=lambda run: COMPETITORS[run[1]].compiles):
         if args.competitors not in name:
             continue
-        problem = None
-        if time.monotonic() > end:
-            problem = f"not reached within {args.minutes:g} minutes"
+        result, problem = gpu_report.attempt(
+            partial(run, case, name, report.copy_bytes_per_second, args.steps), begin, args.minutes
+        )
+        free_memory()
+        if result:
+            report.results[case, name] = result
+            print(" | ".join(gpu_report.cells(result)), flush=True)
         else:
-            try:
-                report.results[case, name] = run(case, name, report.copy_bytes_per_second, args.steps)
-            except ImportError as error:
-                problem = f"not installed: {error}"
-            except Exception as error:
-                problem = gpu_report.failure(error)
-                report.ours_failed |= COMPETITORS[name].is_ours
-                traceback.print_exc()
-        gc.collect()
-        torch.cuda.empty_cache()
-        if problem:
             report.left_out[case, name] = problem
+            report.ours_failed |= COMPETITORS[name].is_ours and problem.startswith(gpu_report.FAILED)
             print(f"left out: {case}, {name}: {problem}", flush=True)
-        else:
-            print(" | ".join(gpu_report.cells(report.results[case, name])), flush=True)
         report.write()
     report.plot()
     print(report.markdown(), summary(report.required), sep="\n")

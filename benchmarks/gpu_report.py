@@ -3,10 +3,12 @@
 import json
 import re
 import subprocess
+import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +16,9 @@ from benchmarks import report
 from benchmarks.report import Requirement
 
 RESULTS = report.RESULTS / "gpu"
+FAILED = "failed"  # the beginning of why a measurement that raised is left out
+
+T = TypeVar("T")
 
 
 def machine() -> dict[str, Any]:
@@ -35,10 +40,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def failure(error: Exception) -> str:
-    """In a line, for a table."""
-    text = (str(error).splitlines() or [""])[0]
-    return f"failed: {type(error).__name__}: {text[:150]}"
+def attempt(measure: Callable[[], T], begin: float, minutes: float) -> tuple[T | None, str | None]:
+    """What `measure` returns; or why there is nothing, in a line for a table.
+
+    Nothing is begun later than `minutes` after `begin`, a time of `time.monotonic`.
+    """
+    if time.monotonic() > begin + 60 * minutes:
+        return None, f"not reached within {minutes:g} minutes"
+    try:
+        return measure(), None
+    except ImportError as error:
+        return None, f"not installed: {error}"
+    except Exception as error:
+        traceback.print_exc()
+        text = (str(error).splitlines() or [""])[0]
+        return None, f"{FAILED}: {type(error).__name__}: {text[:150]}"
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,9 @@ Each case is written to the folder as soon as it is measured, the plot at the en
 """
 
 import argparse
-import gc
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -171,7 +169,7 @@ def measure(case: Case, size: Size, batch_size: int, steps: int) -> Row:
     torch._dynamo.reset()
     model = make_model(size, gpu.DEVICE)
     batches = make_batches(size, batch_size, BATCHES, gpu.DEVICE)
-    free_memory()
+    gpu.free_memory()
     torch.cuda.reset_peak_memory_stats()
 
     begin = time.perf_counter()
@@ -204,11 +202,6 @@ def measure(case: Case, size: Size, batch_size: int, steps: int) -> Row:
         losses=torch.stack(losses).tolist(),
         steps=steps,
     )
-
-
-def free_memory() -> None:
-    gc.collect()  # models and their compiled steps refer to each other
-    torch.cuda.empty_cache()
 
 
 def kernel_seconds(step: Callable[[], object]) -> float | None:
@@ -342,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch (8)")
     parser.add_argument("--cases", default="", metavar="TEXT", help="only those whose name has this in it")
     args = parser.parse_args(arguments)
-    end = time.monotonic() + 60 * args.minutes
+    begin = time.monotonic()
 
     size = Size()
     shape = f"{args.batch} sequences of {size.context} tokens, bfloat16"
@@ -353,27 +346,19 @@ def main(arguments: list[str] | None = None) -> int:
         for case in CASES:
             if args.cases not in case.name:
                 continue
-            problem = None
-            if time.monotonic() > end:
-                problem = f"not reached within {args.minutes:g} minutes"
+            row, problem = gpu_report.attempt(partial(measure, case, size, args.batch, args.steps), begin, args.minutes)
+            if row:
+                run.rows[case.name] = row
             else:
-                try:
-                    run.rows[case.name] = measure(case, size, args.batch, args.steps)
-                except ImportError as error:
-                    problem = f"not installed: {error}"
-                except Exception as error:
-                    traceback.print_exc()
-                    problem = gpu_report.failure(error)
-            if problem:
                 run.left_out[case.name] = problem
-            free_memory()
+            gpu.free_memory()
             run.write()
-            print(" | ".join([case.name, problem] if problem else cells(run.rows[case.name])), flush=True)
+            print(" | ".join(cells(row) if row else [case.name, problem]), flush=True)
     if run.rows:
         run.plot()
     print(run.markdown(), report.summary(run.required), sep="\n")
     failed = any(verdict == "MISSED" for *_, verdict in run.required) or any(
-        case.optimizer in OURS and run.left_out.get(case.name, "").startswith("failed") for case in CASES
+        case.optimizer in OURS and run.left_out.get(case.name, "").startswith(gpu_report.FAILED) for case in CASES
     )
     return 1 if failed else 0
 
