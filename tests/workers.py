@@ -63,7 +63,8 @@ class Workers:
         missing = [rank for rank in range(world_size) if rank not in answers]
         if missing:
             problems += [f"rank {rank} has not ended; its stack:\n{self._stack(rank)}" for rank in missing]
-            self.stop()
+        if missing or not all(process.is_alive() for process in self._processes):
+            self.stop()  # the next test gets new ones
         assert not problems, "\n".join(problems)
         return [answers[rank][1] for rank in range(world_size)]
 
@@ -104,7 +105,8 @@ class Workers:
                     answers[rank] = connection.recv()  # type: ignore[union-attr]
                 except EOFError:
                     self._processes[rank].join()
-                    answers[rank] = (False, f"ended with exit code {self._processes[rank].exitcode}")
+                    stack = self._log(rank).read_text()
+                    answers[rank] = (False, f"ended with exit code {self._processes[rank].exitcode}\n{stack}")
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return answers
@@ -121,6 +123,7 @@ class Workers:
 def _serve(connection: Connection, log: Path) -> None:
     """A worker's life: it runs what comes, until it is killed."""
     with log.open("w") as file:
+        faulthandler.enable(file)  # of a crash
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """The workers themselves: failures reach the report, and hung processes end."""
 
+import faulthandler
 import time
 
 import pytest
@@ -26,6 +27,11 @@ def wait_for_rank_1() -> None:
     dist.barrier()
 
 
+def crash_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        faulthandler._sigsegv()
+
+
 def sleep_long() -> None:
     time.sleep(1000)
 
@@ -47,3 +53,10 @@ def test_a_hung_process_ends_with_its_stack():
         with pytest.raises(AssertionError, match=r"(?s)rank 0 has not ended.*barrier.*rank 1 has not.*sleep_long"):
             workers.run(2, wait_for_rank_1, seconds=1)
         assert not workers._processes
+
+
+def test_a_crash_is_reported_with_its_stack_and_ends_no_later_test():
+    with Workers(2) as workers:
+        with pytest.raises(AssertionError, match=r"(?s)rank 1:\nended with exit code -11.*crash_on_rank_1"):
+            workers.run(2, crash_on_rank_1)
+        assert workers.run(2, add_ranks, 0) == [1, 1]
