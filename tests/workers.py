@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+INTERFACE = os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
 START_SECONDS = 120  # importing torch on a busy machine
 SLOW_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp")  # seconds that should be none of a test's
 GRACE_SECONDS = 5  # for the others, once a rank has failed: what waits for it can't go on
@@ -125,7 +127,7 @@ def _serve(connection: Connection, log: Path) -> None:
     with log.open("w") as file:
         faulthandler.enable(file)  # of a crash
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        _end_collectives_on_one_thread()
         torch.set_num_threads(1)
         for name in SLOW_IMPORTS:
             importlib.import_module(name)
@@ -140,6 +142,26 @@ def _serve(connection: Connection, log: Path) -> None:
             except BaseException:
                 answer = (False, traceback.format_exc())
             connection.send(answer)
+
+
+def _end_collectives_on_one_thread() -> None:
+    """Starts gloo's groups with one thread, where torch starts two.
+
+    The two race (seen in torch 2.11 and 2.13): each assigns the name of the collective that it has just ended to the
+    one `std::string` of the group's status, without a lock (`ProcessGroupGloo::runLoop`). A name too long to stand in
+    the string itself, such as that of DTensor's all-gather, is then now and then freed twice, and the process crashes
+    at some later time.
+    """
+    make = dist.ProcessGroupGloo.__init__
+
+    def make_with_one_thread(self: Any, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(interface=INTERFACE)]
+        options._threads = 1
+        options._timeout = timeout
+        make(self, store, rank, size, options)
+
+    dist.ProcessGroupGloo.__init__ = make_with_one_thread
 
 
 def _run(rank: int, world_size: int, rendezvous: str, path: str, name: str, args: tuple[Any, ...]) -> Any:

@@ -17,6 +17,11 @@ def add_ranks(to: int) -> int:
     return int(total)
 
 
+def threads_of_groups() -> list[int]:
+    groups = dist.group.WORLD, dist.new_group([0, 1])
+    return [group._get_backend(torch.device("cpu")).options._threads for group in groups]
+
+
 def fail_on_rank_1() -> None:
     assert dist.get_rank() != 1, "this text"
 
@@ -39,6 +44,11 @@ def sleep_long() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_results_of_every_rank(workers, world_size):
     assert workers.run(world_size, add_ranks, 10) == [world_size * 10 + sum(range(world_size))] * world_size
+
+
+def test_collectives_end_on_one_thread(workers):
+    """Of two, both write one string at a time: see workers.py."""
+    assert workers.run(2, threads_of_groups) == [[1, 1]] * 2
 
 
 def test_a_failure_is_reported_with_its_traceback(workers):
