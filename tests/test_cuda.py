@@ -226,7 +226,7 @@ def test_current_stream(kind: str) -> None:
 
 
 @KINDS
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device(kind: str) -> None:
     lists = make(kind, MIXED[:8])
     actual = on_gpu(lists, "cuda:1")
