@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-INTERFACE = os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+INTERFACES = os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
 START_SECONDS = 120  # importing torch on a busy machine
 SLOW_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp")  # seconds that should be none of a test's
 GRACE_SECONDS = 5  # for the others, once a rank has failed: what waits for it can't go on
@@ -127,7 +127,7 @@ def _serve(connection: Connection, log: Path) -> None:
     with log.open("w") as file:
         faulthandler.enable(file)  # of a crash
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
-        _end_collectives_on_one_thread()
+        end_collectives_on_one_thread()
         torch.set_num_threads(1)
         for name in SLOW_IMPORTS:
             importlib.import_module(name)
@@ -144,19 +144,19 @@ def _serve(connection: Connection, log: Path) -> None:
             connection.send(answer)
 
 
-def _end_collectives_on_one_thread() -> None:
+def end_collectives_on_one_thread() -> None:
     """Starts gloo's groups with one thread, where torch starts two.
 
     The two race (seen in torch 2.11 and 2.13): each assigns the name of the collective that it has just ended to the
     one `std::string` of the group's status, without a lock (`ProcessGroupGloo::runLoop`). A name too long to stand in
     the string itself, such as that of DTensor's all-gather, is then now and then freed twice, and the process crashes
-    at some later time.
+    at some later time. `tools/gloo_race.py` shows it.
     """
     make = dist.ProcessGroupGloo.__init__
 
     def make_with_one_thread(self: Any, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(interface=INTERFACE)]
+        options._devices = [dist.ProcessGroupGloo.create_device(interface=name) for name in INTERFACES.split(",")]
         options._threads = 1
         options._timeout = timeout
         make(self, store, rank, size, options)
