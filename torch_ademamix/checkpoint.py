@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ademamix.arenas import MOMENTS
 from torch_ademamix.blockwise import BLOCK_SIZE, SIGNED_ZERO_CODE, block_count, dynamic_map
 from torch_ademamix.check import PARAMETER_DTYPES
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import BITSANDBYTES_STATE, MOMENTS, checked, loaded_state
+from torch_ademamix.state import BITSANDBYTES_STATE, checked, loaded_state
 
 StateDict = dict[str, Any]
 

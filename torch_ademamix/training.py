@@ -12,7 +12,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_ademamix.ops import SCALER
-from torch_ademamix.optimizer import AdEMAMix, make_lr_tensor
+from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.options import make_lr_tensor
 
 
 def compile_train_step(
@@ -285,17 +286,11 @@ class GradientRelease:
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError("gradients can't be released under DistributedDataParallel; fully_shard allows it")
         of_model = set(model.parameters())
-        # By parameter: its group, by number since load_state_dict replaces groups, and its number among all.
-        self._places: dict[Tensor, tuple[int, int]] = {}
         self._updated: set[Tensor] = set()  # since the last step()
-        for i, group in enumerate(optimizer.param_groups):
-            first_stream = sum(len(before["params"]) for before in optimizer.param_groups[:i])
-            for stream, p in enumerate(group["params"], first_stream):
-                if p in of_model and p.requires_grad:
-                    self._places[p] = i, stream
-        if not self._places:
+        params = [p for group in optimizer.param_groups for p in group["params"] if p in of_model and p.requires_grad]
+        if not params:
             raise ValueError("the optimizer has no parameter of the model that requires a gradient")
-        self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in self._places]
+        self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in params]
         self._handles.append(optimizer.register_step_pre_hook(self._end_step))
 
     def remove(self) -> None:
@@ -311,8 +306,9 @@ class GradientRelease:
                 "a second backward pass before optimizer.step(): gradients that are released as they arrive can't be "
                 "accumulated"
             )
-        i, stream = self._places[p]
-        self._optimizer._update_param(p, self._optimizer.param_groups[i], stream)
+        if not self._updated:
+            self._optimizer._prepare()
+        self._optimizer._update_param(p)
         self._updated.add(p)
         p.grad = None
 
