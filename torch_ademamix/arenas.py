@@ -126,7 +126,7 @@ class Layout:
 class ParamState(dict[str, Any]):
     """An entry of `optimizer.state`: the state of one parameter, and whatever else others keep there."""
 
-    def __init__(self, layout: Layout, entries: Mapping[str, Any] = {}) -> None:  # noqa: B006
+    def __init__(self, layout: Layout, entries: Mapping[str, Any] = {}) -> None:
         super().__init__(entries)
         self.layout = layout
         self.part: Part | None = None

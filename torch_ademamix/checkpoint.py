@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix.arenas import MOMENTS
+from torch_ademamix.arenas import MOMENTS, NAMES
 from torch_ademamix.blockwise import BLOCK_SIZE, SIGNED_ZERO_CODE, block_count, dynamic_map
 from torch_ademamix.check import PARAMETER_DTYPES
 from torch_ademamix.optimizer import AdEMAMix
@@ -161,6 +161,8 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
 
 def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
     m1 = checked(saved.get("exp_avg"), f"{where}['exp_avg']", None)
+    if others := saved.keys() - set(NAMES):
+        raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
     quantized = "exp_avg_absmax" in saved and m1.numel() % BLOCK_SIZE == 0
     bits = 8 if quantized else 32
     storage = dict(optim_bits=bits, slow_ema_bits=8, min_8bit_size=0, is_paged=False, master_weights=None)
