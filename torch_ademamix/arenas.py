@@ -64,7 +64,7 @@ class Part(NamedTuple):
     views: dict[str, Tensor]  # by the names in state; of a DTensor parameter what this process has
 
     def is_of(self, p: Tensor) -> bool:
-        """Whether it still is as :func:`allocate` makes it for a parameter: in that shape and order, and in the arena."""
+        """Whether it still is as `allocate` makes it for a parameter: in that shape and order, and in the arena."""
         flats = {name: flat() for name, flat in self.arena.flats.items()}
         for name, view in self.views.items():
             flat = flats[name]

@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -15,7 +16,14 @@ from torch_ademamix import bfloat16, ops, sharding
 from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, Layout, OptimizerState, ParamState
 from torch_ademamix.check import PARAMETER_DTYPES, floating_problem
 from torch_ademamix.clipping import clip_scale, total_norm
-from torch_ademamix.options import Checked, check_options, check_params, hyperparameters, make_lr_tensor
+from torch_ademamix.options import (
+    Checked,
+    HyperparameterTensors,
+    check_options,
+    check_params,
+    hyperparameters,
+    make_lr_tensor,
+)
 from torch_ademamix.plan import Batch, Plan, has_state
 from torch_ademamix.state import STORAGE_OPTIONS, check_precision, loaded_state, make_state, storage, take_state
 
@@ -169,6 +177,7 @@ class AdEMAMix(Optimizer):
     def _init_internals(self) -> None:
         self._layout = Layout()
         self._checked = Checked()
+        self._hyperparameters: list[Tensor] | None = None  # of each group, for whole steps as one graph
         self._number = next(_numbers)
         _optimizers[self._number] = self
 
@@ -255,6 +264,16 @@ class AdEMAMix(Optimizer):
             work.append((batch, chosen, [grads[i] for i in chosen]))
         self._run(work)
 
+    @contextmanager
+    def _reading(self, tensors: HyperparameterTensors) -> Iterator[None]:
+        """Steps read the options' numbers from these tensors, which are brought up to date now."""
+        self._prepare()
+        self._hyperparameters = tensors.write(self.param_groups)
+        try:
+            yield
+        finally:
+            self._hyperparameters = None
+
     def _update_param(self, p: Tensor) -> None:
         """Updates one parameter as :meth:`_update` would without clipping; :meth:`_prepare` has been called."""
         if self._layout.plan is None:
@@ -293,8 +312,9 @@ class AdEMAMix(Optimizer):
         """The op calls that update the chosen parameters of a batch."""
         group = self.param_groups[batch.group]
         stochastic = group["param_rounding"] == "stochastic" and batch.params[0].dtype == torch.bfloat16
+        tensors = self._hyperparameters
         options: dict[str, Any] = dict(
-            **hyperparameters(group),
+            **(hyperparameters(group) if tensors is None else {"hyperparameters": tensors[batch.group]}),
             maximize=group["maximize"],
             stochastic_param_rounding=stochastic,
             seed=int(group["seed"]),
@@ -305,7 +325,8 @@ class AdEMAMix(Optimizer):
         if batch.quantized:
             op = ops.ademamix_blockwise_step_
             options["stochastic_rounding"] = group["stochastic_rounding"]
-        return [(op, lists, {**options, **more}) for lists, more in batch.calls(chosen, grads)]
+        random = batch.quantized or stochastic
+        return [(op, lists, {**options, **more}) for lists, more in batch.calls(chosen, grads, random)]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. The tensors are the optimizer's own, views of a few flat ones."""

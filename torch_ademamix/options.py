@@ -1,7 +1,7 @@
 """The options of a parameter group: what they may be, and how the ops take them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -107,6 +107,39 @@ def hyperparameters(group: Mapping[str, Any]) -> Options:
         eps=group["eps"],
         weight_decay=group["weight_decay"],
     )
+
+
+class HyperparameterTensors:
+    """The numbers of each group in a small tensor on its parameters' device, for steps that are compiled or captured.
+
+    Such a step reads them anew each time, so that it follows every change without a recompilation or a new capture.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._written: list[list[float]] = []
+
+    def write(self, groups: Sequence[Options]) -> list[Tensor]:
+        """Brings the tensors up to date, and returns them, one for each group."""
+        for number, group in enumerate(groups):
+            numbers = hyperparameters(group)
+            lr = numbers["lr"]
+            if isinstance(lr, Tensor):  # it may have been written to, where others can't see it
+                numbers["lr"] = 0.0
+            values = [0.0 if value is None else float(value) for value in numbers.values()]
+            if number == len(self.tensors):
+                device = next((p.device for p in group["params"]), torch.device("cpu"))
+                tensor = torch.zeros(len(values), dtype=number_dtype(device), device=device)
+                torch._dynamo.mark_static_address(tensor)
+                self.tensors.append(tensor)
+                self._written.append([])
+            if values != self._written[number]:
+                tensor = self.tensors[number]
+                tensor.copy_(torch.tensor(values, dtype=tensor.dtype), non_blocking=True)
+                self._written[number] = values
+            if isinstance(lr, Tensor):
+                self.tensors[number][:1].copy_(lr.detach().reshape(1), non_blocking=True)
+        return self.tensors
 
 
 def make_lr_tensor(group: Options) -> None:

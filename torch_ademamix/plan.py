@@ -59,12 +59,13 @@ class Batch:
         if MASTER_REMAINDER in tensors:
             self.remainders.append(tensors[MASTER_REMAINDER])
 
-    def calls(self, chosen: Sequence[int], grads: Sequence[Tensor]) -> list[tuple[Lists, dict[str, Any]]]:
+    def calls(self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool) -> list[tuple[Lists, dict[str, Any]]]:
         """The lists of an op call for each dtype of the gradients, and the arguments that go with these lists.
 
         Args:
             chosen: which of the parameters have a gradient.
             grads: these gradients.
+            random: whether the op draws random bits.
         """
         dtypes = list(dict.fromkeys(grad.dtype for grad in grads))
         if len(dtypes) > 1:
@@ -74,6 +75,7 @@ class Batch:
                 for call in self.calls(
                     [i for i, grad in zip(chosen, grads, strict=True) if grad.dtype == dtype],
                     [grad for grad in grads if grad.dtype == dtype],
+                    random,
                 )
             ]
         if not chosen:
@@ -91,7 +93,7 @@ class Batch:
         places = self.places if whole else [k for i in chosen for k in self.places[3 * i : 3 * i + 3]]
         more = {
             "remainders": [tensor() for tensor in remainders],
-            "streams": self.streams if whole else [self.streams[i] for i in chosen],
+            "streams": [] if not random else self.streams if whole else [self.streams[i] for i in chosen],
             "places": places,
         }
         return [(lists, more)]

@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix
-from torch_ademamix.options import make_lr_tensor
+from torch_ademamix.options import HyperparameterTensors
 
 
 def compile_train_step(
@@ -24,8 +24,9 @@ def compile_train_step(
 ) -> Callable[..., Tensor]:
     """Compiles forward, backward, update and the clearing of gradients into one graph.
 
-    The optimizer's state is made now. Its learning rates become tensors, so that LR schedulers, made before or
-    after, change them without a recompilation: call `scheduler.step()` after the step as ever.
+    The optimizer's state is made now. The graph reads learning rates, betas, α, the warm-ups, eps and weight decay
+    anew at each step, so that schedulers, made before or after, change them without a recompilation: call
+    `scheduler.step()` after the step as ever.
 
     Args:
         model: the module to train.
@@ -70,11 +71,12 @@ def compile_train_step(
 
     compiled = torch.compile(train_step, fullgraph=True, **compile_options)
 
+    tensors = HyperparameterTensors()
+
     def step(*batch: Any) -> Tensor:
-        for group in optimizer.param_groups:
-            make_lr_tensor(group)  # also after load_state_dict
         optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
-        with torch._dynamo.config.patch(trace_autograd_ops=True):  # .backward() inside the graph
+        # .backward() is inside the graph
+        with optimizer._reading(tensors), torch._dynamo.config.patch(trace_autograd_ops=True):
             return compiled(_has_step_hooks(optimizer), *batch)
 
     return step
@@ -116,9 +118,10 @@ def capture_train_step(
     """Captures forward, backward, update and the clearing of gradients in one CUDA graph, and replays it.
 
     Nothing is trained by this call: the warm-up before the capture leaves parameters, buffers, state and random
-    numbers as they are. Learning rates become tensors, so that LR schedulers, made before or after, change them
-    between replays, and the schedules of α and β3 advance with the replays; every other option is captured as it
-    is. After `load_state_dict` the next step captures anew. Step hooks run while the graph is captured, only.
+    numbers as they are. The graph reads learning rates, betas, α, the warm-ups, eps and weight decay anew at each
+    replay, so that schedulers, made before or after, change them, and the schedules of α and β3 advance; every other
+    option is captured as it is. State that is loaded is written into the tensors of the graph; where state has been
+    replaced otherwise, the next step captures anew. Step hooks run while the graph is captured, only.
 
     Args:
         model: the module to train, on one CUDA device.
@@ -150,14 +153,16 @@ class _CapturedTrainStep:
         self._model, self._optimizer, self._loss_fn, self._device = model, optimizer, loss_fn, device
         leaves, self._spec = tree_flatten(tuple(sample_batch))
         self._inputs = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._graph: torch.cuda.CUDAGraph | None = self._capture()
-        optimizer.register_load_state_dict_post_hook(self._forget)
+        self._tensors = HyperparameterTensors()
+        with optimizer._reading(self._tensors):
+            self._capture()
 
     def __call__(self, *batch: Any) -> Tensor:
         self._take(*tree_flatten(batch))
-        graph = self._graph = self._graph or self._capture()
-        self._take_lrs()
-        graph.replay()
+        with self._optimizer._reading(self._tensors):
+            if self._optimizer._layout.plan is not self._plan:  # other tensors than those of the graph
+                self._capture()
+            self._graph.replay()
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
         return self._loss.clone()
 
@@ -174,22 +179,8 @@ class _CapturedTrainStep:
             if isinstance(target, Tensor):
                 target.copy_(leaf, non_blocking=True)
 
-    def _take_lrs(self) -> None:
-        """Brings learning rates that were replaced, not filled, into the tensors that the graph reads."""
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
-            if group["lr"] is not lr:
-                lr.copy_(torch.as_tensor(group["lr"]).reshape(lr.shape), non_blocking=True)
-                group["lr"] = lr
-
-    def _forget(self, optimizer: Any) -> None:
-        self._graph = None  # its state tensors are no longer the optimizer's
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> None:
         optimizer = self._optimizer
-        optimizer.init_state()
-        for group in optimizer.param_groups:
-            make_lr_tensor(group)
-        self._lrs = [group["lr"] for group in optimizer.param_groups]
         self._clear_grads()
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream()
@@ -201,12 +192,12 @@ class _CapturedTrainStep:
                         optimizer._update()
                     self._clear_grads()
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
                 self._loss = self._forward_and_backward()
                 type(optimizer).step(optimizer)
                 self._clear_grads()
-        return graph
+        self._plan = optimizer._layout.plan
 
     def _forward_and_backward(self) -> Tensor:
         loss = self._loss_fn(self._model, *tree_unflatten(self._inputs, self._spec))
