@@ -18,8 +18,10 @@ CLASSES = ("AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix", "PagedAdEMAMix8bit")
 OPS = (
     "ademamix_step_",
     "ademamix_step_.tensor_lr",
+    "ademamix_step_.tensor_hyperparameters",
     "ademamix_blockwise_step_",
     "ademamix_blockwise_step_.tensor_lr",
+    "ademamix_blockwise_step_.tensor_hyperparameters",
     "quantize_blockwise",
     "dequantize_blockwise",
     "paged_empty_like",

@@ -1,7 +1,6 @@
 // ademamix_blockwise_step_, quantize_blockwise and dequantize_blockwise on CUDA devices.
 #include <tuple>
 
-#include "../step_arguments.h"
 #include "arguments.h"
 #include "blockwise_kernel.cuh"
 #include "paging.h"
@@ -47,7 +46,9 @@ void launch_steps(const CurrentDevice& device, const std::vector<BlockwiseRecord
                   const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed, const float* found_inf) {
   const auto ctas = static_cast<uint32_t>(multiprocessors(device.index()) * BLOCKWISE_CTAS_PER_SM<P, ROUNDING>);
   const auto state_of = [](const BlockwiseRecord& r) {
-    return std::array<const void*, 4>{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq, r.remainder};
+    const auto numel = static_cast<size_t>(r.numel);
+    return std::array<MemoryRange, 4>{
+        {{r.exp_avg, numel}, {r.exp_avg_slow, numel * sizeof(M2)}, {r.exp_avg_sq, numel}, {r.remainder, 2 * numel}}};
   };
   for_each_launch(device, records, tiles_of, state_of, [&](const TensorTable<BlockwiseRecord>& table, uint32_t tiles) {
     launch(device.stream(), blockwise_step_kernel<P, G, M2, STOCHASTIC, ROUNDING>, std::min(tiles, ctas),
@@ -56,25 +57,25 @@ void launch_steps(const CurrentDevice& device, const std::vector<BlockwiseRecord
 }
 
 template <class T>
-void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists, const Tensor& param,
-                        const Hyperparameters& h, Scalar lr, Scalar grad_scale, const float* found_inf,
-                        bool stochastic_rounding, bool stochastic_param_rounding, const RandomSource& random) {
-  const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
+void run_blockwise(const CurrentDevice& device, const BlockwiseLists& lists, const StepOptions& options) {
+  const StepNumbers numbers = numbers_of(options);
+  const auto seed = static_cast<uint64_t>(options.seed);
+  const Tensor scratch = scratch_memory(lists.params[0], lists.steps.size() * sizeof(TensorScalars<T>));
   auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
-  launch_prologues(device.stream(), lists.steps, h, lr, grad_scale, found_inf, scalars);
+  launch_prologues(device.stream(), lists.steps, numbers, scalars);
   with_floating(lists.params[0].dtype, [&](auto p) {
     using P = decltype(p);
     if constexpr (std::is_same_v<T, double> == std::is_same_v<P, double>) {
       with_floating(lists.grads[0].dtype, [&](auto g) {
         using G = decltype(g);
-        with_rounding<P>(lists.remainders, stochastic_param_rounding, [&](auto rounding) {
+        with_rounding<P>(lists.remainders, options.stochastic_param_rounding, [&](auto rounding) {
           const auto with_slow_codes = [&](auto code) {
             using M2 = decltype(code);
-            const auto records = make_records<P, G, M2, rounding()>(lists, random.streams);
-            if (stochastic_rounding)
-              launch_steps<P, G, M2, true, rounding()>(device, records, scalars, random.seed, found_inf);
+            const auto records = make_records<P, G, M2, rounding()>(lists, options.streams);
+            if (options.stochastic_rounding)
+              launch_steps<P, G, M2, true, rounding()>(device, records, scalars, seed, numbers.found_inf);
             else
-              launch_steps<P, G, M2, false, rounding()>(device, records, scalars, random.seed, found_inf);
+              launch_steps<P, G, M2, false, rounding()>(device, records, scalars, seed, numbers.found_inf);
           };
           if (lists.exp_avg_slows[0].dtype == ScalarType::Short)
             with_slow_codes(int16_t{});
@@ -86,29 +87,11 @@ void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists
   });
 }
 
-template <class Lr>
-void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
-                    TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
-                    TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
-                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start,
-                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, TensorList remainders,
-                    bool stochastic_param_rounding, int64_t seed, std::vector<int64_t> streams,
-                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
-  BlockwiseLists lists{views_of(params),        views_of(grads),
-                       views_of(exp_avgs),      views_of(exp_avg_absmaxs),
-                       views_of(exp_avg_slows), views_of(exp_avg_slow_absmaxs),
-                       views_of(exp_avg_sqs),   views_of(exp_avg_sq_absmaxs),
-                       views_of(steps),         views_of(remainders)};
-  check_blockwise_step(lists, lr, h, stochastic_param_rounding, streams.size(), grad_scale, found_inf);
-  if (params.empty()) return;
-
+void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
-  CommonOrder order({{params, lists.params, true}, {grads, lists.grads, false}, {remainders, lists.remainders, true}},
-                    /*any_order=*/false);
-  const auto run = lists.params[0].dtype == ScalarType::Double ? run_blockwise_step<double> : run_blockwise_step<float>;
-  run(device, lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
-      pointer_of(found_inf), stochastic_rounding, stochastic_param_rounding, {static_cast<uint64_t>(seed), streams});
+  CommonOrder order({{lists.params, true}, {lists.grads, false}, {lists.remainders, true}}, /*any_order=*/false);
+  const auto run = lists.params[0].dtype == ScalarType::Double ? run_blockwise<double> : run_blockwise<float>;
+  run(device, lists, options);
   order.write_back();
 }
 
@@ -179,8 +162,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
 }  // namespace ademamix
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
-  m.impl("ademamix_blockwise_step_", TORCH_BOX(&ademamix::blockwise_step<double>));
-  m.impl("ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&ademamix::blockwise_step<torch::stable::Tensor>));
+  ademamix::register_blockwise_step<ademamix::blockwise_step>(m);
   m.impl("quantize_blockwise", TORCH_BOX(&ademamix::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&ademamix::dequantize_blockwise));
 }

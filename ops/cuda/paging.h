@@ -50,6 +50,13 @@ class ManagedMemory {
     sizes_.erase(entry);
   }
 
+  // Whether it lies in an allocation.
+  bool has(const void* data) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto entry = sizes_.upper_bound(data);
+    return entry != sizes_.begin() && data < static_cast<const char*>((--entry)->first) + entry->second;
+  }
+
   // The bytes of the allocation that begins there; 0 for other memory.
   size_t size_at(const void* data) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -115,7 +122,15 @@ class ManagedMemory {
   Statistics statistics_{};
 };
 
-constexpr size_t PREFETCH_BYTES = size_t{256} << 20;  // at a time; two of them are wanted on the GPU at once
+#if !defined(ADEMAMIX_PREFETCH_BYTES)  // fewer in tests
+#define ADEMAMIX_PREFETCH_BYTES (size_t{256} << 20)
+#endif
+constexpr size_t PREFETCH_BYTES = ADEMAMIX_PREFETCH_BYTES;  // at a time; two of them are wanted on the GPU at once
+
+struct MemoryRange {
+  const void* data;
+  size_t bytes;
+};
 
 // The second stream of a device, on which memory is moved, and the events between it and the computing stream. Steps
 // of one device follow one another, also those of several host threads: an event is waited for as it is recorded.
@@ -133,10 +148,10 @@ class Prefetcher {
   std::mutex& in_use() { return in_use_; }
 
   // Begins to fetch, once the computing stream is where it is now.
-  void fetch(const std::vector<const void*>& ranges, cudaStream_t computing) {
+  void fetch(const std::vector<MemoryRange>& ranges, cudaStream_t computing) {
     order(computed_, computing, stream_);
-    for (const void* data : ranges)
-      ManagedMemory::instance().prefetch(data, ManagedMemory::instance().size_at(data), device_, stream_);
+    for (const MemoryRange& range : ranges)
+      ManagedMemory::instance().prefetch(range.data, range.bytes, device_, stream_);
   }
 
   // Lets the computing stream wait for what has been fetched.
@@ -167,14 +182,14 @@ inline bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// Calls run(table, tiles) for all records, as for_each_table does. Where their state (state_of(record) has its
-// pointers) is in managed memory, in chunks: while one is computed, the next is fetched.
+// Calls run(table, tiles) for all records, as for_each_table does. Where their state, which lies where
+// state_of(record) says, is in managed memory, in chunks: while one is computed, the next is fetched.
 template <class Record, class Tiles, class State, class Run>
 void for_each_launch(const CurrentDevice& device, const std::vector<Record>& records, const Tiles& tiles_of,
                      const State& state_of, const Run& run) {
   struct Chunk {
     size_t begin, end;
-    std::vector<const void*> ranges;
+    std::vector<MemoryRange> ranges;
   };
   auto& memory = ManagedMemory::instance();
   std::vector<Chunk> chunks;
@@ -183,9 +198,8 @@ void for_each_launch(const CurrentDevice& device, const std::vector<Record>& rec
     for (size_t i = 0; i < records.size(); ++i) {
       if (bytes >= PREFETCH_BYTES) chunks.push_back({i, i, {}}), bytes = 0;
       chunks.back().end = i + 1;
-      for (const void* data : state_of(records[i])) {
-        if (const size_t size = memory.size_at(data); size > 0) chunks.back().ranges.push_back(data), bytes += size;
-      }
+      for (const MemoryRange& range : state_of(records[i]))
+        if (range.bytes > 0 && memory.has(range.data)) chunks.back().ranges.push_back(range), bytes += range.bytes;
     }
   }
   if (chunks.empty() || (chunks.size() == 1 && chunks[0].ranges.empty()))

@@ -18,6 +18,20 @@ struct Scalar {
   __device__ double get() const { return float64 ? *float64 : float32 ? *float32 : value; }
 };
 
+// What a step's scalars are computed from, beside the steps.
+struct StepNumbers {
+  Hyperparameters h;
+  Scalar in_memory;  // where it has a pointer, all but h.maximize is read there (read_hyperparameters)
+  Scalar lr, grad_scale;
+  const float* found_inf;
+
+  __device__ Hyperparameters hyperparameters() const {
+    return in_memory.float64   ? read_hyperparameters(in_memory.float64, h.maximize)
+           : in_memory.float32 ? read_hyperparameters(in_memory.float32, h.maximize)
+                               : h;
+  }
+};
+
 // A tensor's scalars in device memory, read in 16-byte loads.
 template <class T>
 struct alignas(16) TensorScalars {
@@ -49,27 +63,25 @@ constexpr int PROLOGUE_THREADS = 32;  // few per CTA: the float64 units of some 
 
 template <class T>
 __global__ void __launch_bounds__(PROLOGUE_THREADS)
-    prologue_kernel(const __grid_constant__ StepPointers pointers, const __grid_constant__ Hyperparameters h,
-                    const __grid_constant__ Scalar lr, const __grid_constant__ Scalar grad_scale,
-                    const float* found_inf, TensorScalars<T>* scalars) {
+    prologue_kernel(const __grid_constant__ StepPointers pointers, const __grid_constant__ StepNumbers numbers,
+                    TensorScalars<T>* scalars) {
   const int i = static_cast<int>(blockIdx.x) * PROLOGUE_THREADS + static_cast<int>(threadIdx.x);
-  if (i >= pointers.count || skipped(found_inf)) return;
+  if (i >= pointers.count || skipped(numbers.found_inf)) return;
   const float step = *pointers.steps[i] + 1;
   *pointers.steps[i] = step;
-  scalars[i].scalars = StepScalars<T>(h, step, lr.get(), grad_scale.get());
+  scalars[i].scalars = StepScalars<T>(numbers.hyperparameters(), step, numbers.lr.get(), numbers.grad_scale.get());
   scalars[i].step = static_cast<uint32_t>(step);
 }
 
 template <class T>
-void launch_prologues(cudaStream_t stream, const std::vector<TensorView>& steps, const Hyperparameters& h, Scalar lr,
-                      Scalar grad_scale, const float* found_inf, TensorScalars<T>* scalars) {
+void launch_prologues(cudaStream_t stream, const std::vector<TensorView>& steps, const StepNumbers& numbers,
+                      TensorScalars<T>* scalars) {
   for (size_t first = 0; first < steps.size(); first += StepPointers::CAPACITY) {
     StepPointers pointers;
     pointers.count = static_cast<int32_t>(std::min<size_t>(steps.size() - first, StepPointers::CAPACITY));
     for (int32_t i = 0; i < pointers.count; ++i) pointers.steps[i] = static_cast<float*>(steps[first + i].data);
     const auto blocks = static_cast<unsigned int>((pointers.count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
-    launch(stream, prologue_kernel<T>, blocks, PROLOGUE_THREADS, pointers, h, lr, grad_scale, found_inf,
-           scalars + first);
+    launch(stream, prologue_kernel<T>, blocks, PROLOGUE_THREADS, pointers, numbers, scalars + first);
   }
 }
 

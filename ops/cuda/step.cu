@@ -1,5 +1,4 @@
 // ademamix_step_ on CUDA devices.
-#include "../step_arguments.h"
 #include "arguments.h"
 #include "paging.h"
 #include "runtime.h"
@@ -23,7 +22,9 @@ void launch_steps(const CurrentDevice& device, const StepLists& lists, const Ran
     records.push_back(r);
   }
   const auto state_of = [](const StepRecord& r) {
-    return std::array<const void*, 4>{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq, r.remainder};
+    const auto numel = static_cast<size_t>(r.numel), bytes = numel * sizeof(typename StepTypes<P, G>::T);
+    return std::array<MemoryRange, 4>{
+        {{r.exp_avg, bytes}, {r.exp_avg_slow, bytes}, {r.exp_avg_sq, bytes}, {r.remainder, 2 * numel}}};
   };
   for_each_launch(device, records, step_tiles, state_of, [&](const TensorTable<StepRecord>& table, uint32_t tiles) {
     launch(device.stream(), step_kernel<P, G, ROUNDING>, tiles, STEP_THREADS, table, scalars, random.seed, found_inf);
@@ -31,53 +32,39 @@ void launch_steps(const CurrentDevice& device, const StepLists& lists, const Ran
 }
 
 template <class T>
-void run_step(const CurrentDevice& device, const StepLists& lists, const Tensor& param, const Hyperparameters& h,
-              Scalar lr, Scalar grad_scale, const float* found_inf, bool stochastic, const RandomSource& random) {
-  const Tensor scratch = scratch_memory(param, lists.steps.size() * sizeof(TensorScalars<T>));
+void run(const CurrentDevice& device, const StepLists& lists, const StepOptions& options) {
+  const StepNumbers numbers = numbers_of(options);
+  const RandomSource random{static_cast<uint64_t>(options.seed), options.streams};
+  const Tensor scratch = scratch_memory(lists.params[0], lists.steps.size() * sizeof(TensorScalars<T>));
   auto* scalars = static_cast<TensorScalars<T>*>(scratch.data_ptr());
-  launch_prologues(device.stream(), lists.steps, h, lr, grad_scale, found_inf, scalars);
+  launch_prologues(device.stream(), lists.steps, numbers, scalars);
   with_floating(lists.params[0].dtype, [&](auto p) {
     using P = decltype(p);
     if constexpr (std::is_same_v<T, double> == std::is_same_v<P, double>) {
       with_floating(lists.grads[0].dtype, [&](auto g) {
-        with_rounding<P>(lists.remainders, stochastic, [&](auto rounding) {
-          launch_steps<P, decltype(g), rounding()>(device, lists, random, scalars, found_inf);
+        with_rounding<P>(lists.remainders, options.stochastic_param_rounding, [&](auto rounding) {
+          launch_steps<P, decltype(g), rounding()>(device, lists, random, scalars, numbers.found_inf);
         });
       });
     }
   });
 }
 
-template <class Lr>
-void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows, TensorList exp_avg_sqs,
-          TensorList steps, Lr lr, double beta1, double beta2, double beta3, double alpha,
-          std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start, double eps,
-          double weight_decay, bool maximize, TensorList remainders, bool stochastic_param_rounding, int64_t seed,
-          std::vector<int64_t> streams, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
-  StepLists lists{views_of(params),      views_of(grads), views_of(exp_avgs),  views_of(exp_avg_slows),
-                  views_of(exp_avg_sqs), views_of(steps), views_of(remainders)};
-  check_step(lists, lr, h, stochastic_param_rounding, streams.size(), grad_scale, found_inf);
-  if (params.empty()) return;
-
+void step(StepLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
-  CommonOrder order({{params, lists.params, true},
-                     {grads, lists.grads, false},
-                     {exp_avgs, lists.exp_avgs, true},
-                     {exp_avg_slows, lists.exp_avg_slows, true},
-                     {exp_avg_sqs, lists.exp_avg_sqs, true},
-                     {remainders, lists.remainders, true}},
-                    /*any_order=*/!stochastic_param_rounding);
-  const auto run = lists.params[0].dtype == ScalarType::Double ? run_step<double> : run_step<float>;
-  run(device, lists, params[0], h, scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0),
-      pointer_of(found_inf), stochastic_param_rounding, {static_cast<uint64_t>(seed), streams});
+  CommonOrder order({{lists.params, true},
+                     {lists.grads, false},
+                     {lists.exp_avgs, true},
+                     {lists.exp_avg_slows, true},
+                     {lists.exp_avg_sqs, true},
+                     {lists.remainders, true}},
+                    /*any_order=*/!options.stochastic_param_rounding);
+  const auto run_as = lists.params[0].dtype == ScalarType::Double ? run<double> : run<float>;
+  run_as(device, lists, options);
   order.write_back();
 }
 
 }  // namespace
 }  // namespace ademamix
 
-STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
-  m.impl("ademamix_step_", TORCH_BOX(&ademamix::step<double>));
-  m.impl("ademamix_step_.tensor_lr", TORCH_BOX(&ademamix::step<torch::stable::Tensor>));
-}
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) { ademamix::register_step<ademamix::step>(m); }

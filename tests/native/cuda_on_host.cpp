@@ -4,6 +4,8 @@
 
 #include "../../ops/torch_stable.h"
 
+#define ADEMAMIX_PREFETCH_BYTES 1000
+
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) _STABLE_TORCH_LIBRARY_IMPL(cuda_on_host, CPU, m, C10_UID)
 
