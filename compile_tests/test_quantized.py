@@ -68,7 +68,7 @@ ademamix_step_.tensor_lr(
     weight_decay=0.01
     maximize=False
     seed=5
-    places=()
+    places=[]
     grad_scale=None
     found_inf=None
     remainders=[]
@@ -96,7 +96,7 @@ ademamix_blockwise_step_.tensor_lr(
     weight_decay=0.01
     maximize=False
     seed=5
-    places=()
+    places=[]
     grad_scale=None
     found_inf=None
     stochastic_rounding=True

@@ -75,7 +75,7 @@ ademamix_step_.tensor_lr(
     weight_decay=0.01
     maximize=False
     seed=0
-    places=()
+    places=[]
     grad_scale=None
     found_inf=None
     remainders=[]
@@ -115,7 +115,7 @@ ademamix_step_.default(
     weight_decay=0.01
     maximize=True
     seed=0
-    places=()
+    places=[]
     grad_scale=None
     found_inf=None
     remainders=[]
@@ -140,7 +140,7 @@ ademamix_step_.default(
     weight_decay=0.01
     maximize=True
     seed=0
-    places=()
+    places=[]
     grad_scale=None
     found_inf=None
     remainders=[]

@@ -89,8 +89,8 @@ blockwise_step Half                     96      96      96      96      96
 blockwise_step double                  134     136     138     142     149
 blockwise_step float                    96      96      96      96      96
 dequantize                              26      26      26      26      27
-prologue double                         42      40      42      46      40
-prologue float                          44      40      42      42      40
+prologue double                         60      56      58      58      54
+prologue float                          60      57      59      56      52
 quantize                                42      32      38      34      40
 step BFloat16                           62      70      70      70      70
 step BFloat16 remainder                 78      78      78      78      78

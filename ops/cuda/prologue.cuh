@@ -52,6 +52,8 @@ struct alignas(16) TensorScalars {
 // GradScaler's flag: a step that it forbids changes nothing.
 __device__ inline bool skipped(const float* found_inf) { return found_inf && *found_inf != 0; }
 
+static_assert(sizeof(StepNumbers) + sizeof(void*) <= OTHER_ARGUMENT_BYTES);
+
 struct StepPointers {
   static constexpr int CAPACITY = (ARGUMENT_BYTES - OTHER_ARGUMENT_BYTES - 16) / static_cast<int>(sizeof(float*));
 
