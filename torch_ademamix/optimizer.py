@@ -154,6 +154,7 @@ class AdEMAMix(Optimizer):
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group}, first=True)
         super().add_param_group(param_group)
+        self._layout.forget()
         group = self.param_groups[-1]
         try:
             check_params(group)
@@ -184,6 +185,7 @@ class AdEMAMix(Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, OptimizerState):  # to reset an optimizer, people assign a new dict
             value = OptimizerState(self._layout, value)
+        if name in ("state", "param_groups"):
             self._layout.forget()
         super().__setattr__(name, value)
 
@@ -254,7 +256,7 @@ class AdEMAMix(Optimizer):
         else:
             self._prepare()
         plan = self._layout.plan
-        for group, params in zip(self.param_groups, plan.groups, strict=True):
+        for group, params in zip(plan.groups, plan.params, strict=True):
             if torch.compiler.is_compiling() and any(p is not q for p, q in zip(group["params"], params, strict=True)):
                 raise AssertionError  # never: this is what a traced step is guarded by
         work = []
@@ -284,7 +286,7 @@ class AdEMAMix(Optimizer):
     def _run(self, work: Sequence[tuple[Batch, Sequence[int], Sequence[Tensor]]]) -> None:
         """Updates those parameters of batches that have gradients; refuses before the first is changed."""
         for batch, _, grads in work:
-            _check_grads(self.param_groups[batch.group], batch.group, grads)
+            _check_grads(self._layout.plan.groups[batch.group], batch.group, grads)
         grad_scale = self._grad_scale([grad for _, _, grads in work for grad in grads])
         calls = [call for batch, chosen, grads in work for call in self._calls(batch, chosen, grads, grad_scale)]
         if not torch.compiler.is_compiling():  # traced calls have been checked when they were traced
@@ -310,7 +312,7 @@ class AdEMAMix(Optimizer):
         self, batch: Batch, chosen: Sequence[int], grads: Sequence[Tensor], grad_scale: Tensor | None
     ) -> list[Call]:
         """The op calls that update the chosen parameters of a batch."""
-        group = self.param_groups[batch.group]
+        group = self._layout.plan.groups[batch.group]
         stochastic = group["param_rounding"] == "stochastic" and batch.params[0].dtype == torch.bfloat16
         tensors = self._hyperparameters
         options: dict[str, Any] = dict(
@@ -399,6 +401,7 @@ class AdEMAMix(Optimizer):
         for group in self.param_groups:
             if group["capturable"]:
                 make_lr_tensor(group)
+        self._layout.forget()
         entries = {key: _brought_out(value) for key, value in self.__dict__["state"].items()}
         self.state = OptimizerState(self._layout, {}) if before is None else before
         take_state(self.state, entries, self.param_groups)

@@ -103,12 +103,14 @@ class Plan:
     """The batches of a whole optimizer, and by what to tell that they still hold."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Any]) -> None:
-        self.groups: list[list[Tensor]] = [list(group["params"]) for group in groups]
+        # The optimizer's own dicts. (Dynamo guards a traced step by every option where that reads `param_groups`.)
+        self.groups = list(groups)
+        self.params: list[list[Tensor]] = [list(group["params"]) for group in groups]
         self.stateless: list[Tensor] = []
         batches: dict[Any, Batch] = {}
         views: list[Tensor] = []
         stream = 0
-        for number, params in enumerate(self.groups):
+        for number, params in enumerate(self.params):
             for p in params:
                 state = states.get(p)
                 if has_state(state):
@@ -131,8 +133,8 @@ class Plan:
         That state tensors were replaced by others is heard of elsewhere.
         """
         return (
-            len(groups) == len(self.groups)
-            and all(_same(group["params"], params) for group, params in zip(groups, self.groups, strict=True))
+            _same(groups, self.groups)
+            and all(_same(group["params"], params) for group, params in zip(groups, self.params, strict=True))
             and _dtypes(self._planned) == self._dtypes
             and list(map(Tensor.stride, self._planned)) == self._strides
             and list(map(Tensor.data_ptr, self._views)) == self._pointers

@@ -64,8 +64,8 @@ def compile_train_step(
         else:  # without torch's profiling around it, of which Dynamo warns
             with torch.no_grad():
                 optimizer._update()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
+        for params in optimizer._layout.plan.params:
+            for p in params:
                 p.grad = None
         return loss.detach()
 
