@@ -3,17 +3,28 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 #include "value.h"
 
 namespace ademamix {
 
+// std::optional<double>, which device code doesn't have.
+struct OptionalDouble {
+  double value;
+  bool has_value;
+
+  OptionalDouble() = default;
+  template <class Optional>
+  ADEMAMIX_INLINE OptionalDouble(const Optional& other) : value(other ? *other : 0), has_value(static_cast<bool>(other)) {}
+  ADEMAMIX_INLINE explicit operator bool() const { return has_value; }
+  ADEMAMIX_INLINE double operator*() const { return value; }
+};
+
 // One call's options.
 struct Hyperparameters {
   double beta1, beta2, beta3, alpha;
-  std::optional<double> t_alpha, t_beta3;  // steps of warm-up of alpha and beta3
-  int64_t schedule_start;                  // steps before the warm-ups begin
+  OptionalDouble t_alpha, t_beta3;  // steps of warm-up of alpha and beta3
+  int64_t schedule_start;           // steps before the warm-ups begin
   double eps, weight_decay;
   bool maximize;
 };

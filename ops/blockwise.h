@@ -145,7 +145,7 @@ constexpr NearestTable<SIGNED> make_nearest_table() {
   for (int rank = SIGNED ? 1 : 2; rank <= max_rank(SIGNED); ++rank) {
     const float limit = boundary(SIGNED, rank);
     const int bucket = Buckets::constant_index(limit + Buckets::LOWEST);
-    if (bucket < filled) throw "two boundaries in a bucket";
+    if (bucket < filled) filled = -1;  // two boundaries in a bucket: refused by the compiler
     while (filled < bucket) table.entries[filled++] = {0, rank - 1};
     table.entries[filled++] = {limit, rank};
   }
@@ -241,7 +241,7 @@ constexpr PositionTable make_position_table() {
     table.lines[i] = unsigned_lines.lines[i];
     if (i == 0) continue;
     const int bucket = Buckets::constant_index(unsigned_lines.lines[i].anchor);
-    if (bucket < filled) throw "two lines begin in a bucket";
+    if (bucket < filled) filled = -1;  // two lines begin in a bucket: refused by the compiler
     while (filled < bucket) table.entries[filled++] = {0, i - 1};
     table.entries[filled++] = {unsigned_lines.lines[i].anchor, i};
   }

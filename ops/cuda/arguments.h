@@ -1,17 +1,14 @@
 // From an op's arguments to what the CUDA kernels take.
 #pragma once
 
-#include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "../bfloat16.h"
 #include "../check.h"
-#include "prologue.cuh"
+#include "launches.h"
 
 namespace ademamix {
 
@@ -28,8 +25,45 @@ inline const float* pointer_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
-template <ParamRounding VALUE>
-using RoundingConstant = std::integral_constant<ParamRounding, VALUE>;
+// As device code names them.
+inline const char* type_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return "double";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "half";
+    default: return "float";
+  }
+}
+
+inline const char* rounding_name(ParamRounding rounding) {
+  switch (rounding) {
+    case ParamRounding::STOCHASTIC: return "ParamRounding::STOCHASTIC";
+    case ParamRounding::REMAINDER: return "ParamRounding::REMAINDER";
+    default: return "ParamRounding::NEAREST";
+  }
+}
+
+template <class First, class... Others>
+std::string kernel_expression(const char* kernel, First first, Others... others) {
+  std::string text = std::string(kernel) + '<' + first;
+  ((text += ", ", text += others), ...);
+  return text + '>';
+}
+
+inline int element_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// Whether accesses of so many elements may start there.
+inline bool aligned(const void* data, int element_bytes, int elements) {
+  return reinterpret_cast<uintptr_t>(data) % access_alignment(element_bytes, elements) == 0;
+}
+
+inline ParamRounding param_rounding(const Views& remainders, bool stochastic) {
+  return stochastic           ? ParamRounding::STOCHASTIC
+         : remainders.empty() ? ParamRounding::NEAREST
+                              : ParamRounding::REMAINDER;
+}
 
 // Where a step's random bits come from, beside the steps and the elements.
 struct RandomSource {
@@ -37,31 +71,41 @@ struct RandomSource {
   const std::vector<int64_t>& streams;
 };
 
-// Calls f with a constant of how parameters of dtype P are rounded.
-template <class P, class F>
-void with_rounding(const Views& remainders, bool stochastic, F&& f) {
-  if constexpr (std::is_same_v<P, c10::BFloat16>) {
-    if (stochastic) return f(RoundingConstant<ParamRounding::STOCHASTIC>{});
-    if (!remainders.empty()) return f(RoundingConstant<ParamRounding::REMAINDER>{});
+// The scalars of each tensor, in device memory that torch's allocator reuses in the order of the stream, also within
+// a captured graph.
+class StepScalarsOnDevice {
+ public:
+  // Launches what advances the steps and computes the scalars.
+  StepScalarsOnDevice(const CurrentDevice& device, const Tensor& param, const Views& steps, ScalarType compute_dtype,
+                      const Hyperparameters& h, Scalar lr, Scalar grad_scale, const float* found_inf)
+      : bytes_(compute_dtype == ScalarType::Double ? sizeof(TensorScalars<double>) : sizeof(TensorScalars<float>)),
+        memory_(torch::stable::new_empty(param, {static_cast<int64_t>(steps.size() * bytes_)}, ScalarType::Byte)) {
+    const auto run = [&](auto capacity) {
+      constexpr int CAPACITY = capacity();
+      const Kernel kernel = device.gpu().kernel(
+          {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype), std::to_string(CAPACITY))},
+          PROLOGUE_THREADS, device.stream());
+      for (size_t first = 0; first < steps.size(); first += CAPACITY) {
+        StepPointers<CAPACITY> pointers;
+        pointers.count = static_cast<int32_t>(std::min<size_t>(steps.size() - first, CAPACITY));
+        for (int32_t i = 0; i < pointers.count; ++i) pointers.steps[i] = static_cast<float*>(steps[first + i].data);
+        const auto ctas = static_cast<unsigned int>((pointers.count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
+        void* const scalars = static_cast<char*>(data()) + first * bytes_;
+        launch(kernel, device.stream(), ctas, PROLOGUE_THREADS, pointers, h, lr, grad_scale, found_inf, scalars);
+      }
+    };
+    if (steps.size() <= SHORT_LIST)
+      run(std::integral_constant<int, SHORT_LIST>{});
+    else
+      run(std::integral_constant<int, LONG_STEP_LIST>{});
   }
-  f(RoundingConstant<ParamRounding::NEAREST>{});
-}
 
-// Calls f with a value of the C++ type of a floating dtype.
-template <class F>
-void with_floating(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{});
-    case ScalarType::Half: return f(c10::Half{});
-    default: return f(float{});
-  }
-}
+  void* data() const { return memory_.mutable_data_ptr(); }
 
-// Memory for this call's kernels: torch's allocator reuses it in the order of the stream, also within a captured graph.
-inline Tensor scratch_memory(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
+ private:
+  size_t bytes_;  // of a tensor's
+  Tensor memory_;
+};
 
 // The kernels take the tensors of a parameter as so many elements, one after another, in one order: the row-major one,
 // or any that the parameter has. Where a tensor lies otherwise, a copy takes its place.

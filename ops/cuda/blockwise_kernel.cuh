@@ -2,40 +2,15 @@
 // lane; it takes the block's scales by shuffles, and nothing in its loop waits for another warp.
 #pragma once
 
-#include "../ademamix.h"
-#include "../blockwise.h"
+#include <cfloat>
+#include <type_traits>
+
 #include "approximate.cuh"
 #include "lanes.cuh"
-#include "multi_tensor.cuh"
 #include "param_lanes.cuh"
 #include "prologue.cuh"
 
 namespace ademamix {
-
-constexpr int WARP = 32;
-constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
-static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
-
-// A fixed number of CTAs goes through all blocks, so that the tables are copied to shared memory once per CTA.
-constexpr int BLOCKWISE_THREADS = 128;
-constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
-
-// One parameter with its gradient and quantized state; param and grad are contiguous.
-struct BlockwiseRecord {
-  void* param;
-  const void* grad;
-  uint8_t* exp_avg;
-  void* exp_avg_slow;
-  uint8_t* exp_avg_sq;
-  float* exp_avg_absmax;
-  float* exp_avg_slow_absmax;
-  float* exp_avg_sq_absmax;
-  int16_t* remainder;  // if ParamRounding::REMAINDER
-  int64_t numel;
-  uint32_t blocks;
-  uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
-  int64_t stream;        // of random bits
-};
 
 // ---------------------------------------------------------------------------------------------------------- the tables
 
@@ -164,9 +139,9 @@ __device__ __forceinline__ float to_float(Approximate a) { return a.value; }
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
-template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
+template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, ROUNDING>)
-    blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord> table,
+    blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord, CAPACITY> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
                           const float* found_inf) {
   using T = typename BlockwiseTypes<P>::T;
@@ -192,7 +167,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
       tensor = place.tensor;
       first_tile = tile - place.tile;
       end_tile = table.end_tile[tensor];
-      const TensorScalars<T> loaded = scalars[table.first + tensor].load();
+      const TensorScalars<T> loaded = load(scalars + table.first + tensor);
       s = StepScalars<V>(loaded.scalars);
       const BlockwiseRecord& r = table.records[tensor];
       key = random_key(seed, loaded.step, r.stream);
@@ -218,7 +193,10 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
     Lanes<M2, LANE_ELEMENTS> m2_lanes;
     if (wide) {
       p.load(param, remainder);
-      g.load(grad);
+      if (r.wide_grad)
+        g.load(grad);
+      else
+        g.load(grad, LANE_ELEMENTS, G(0));
       m1_lanes.load(m1_codes);
       m2_lanes.load(m2_codes);
       nu_lanes.load(nu_codes);

@@ -1,71 +1,20 @@
 // The 32-bit step on the device.
 #pragma once
 
-#include "../ademamix.h"
+#include <type_traits>
+
 #include "lanes.cuh"
-#include "multi_tensor.cuh"
 #include "param_lanes.cuh"
 #include "prologue.cuh"
 
 namespace ademamix {
 
-constexpr int STEP_THREADS = 256;
-constexpr int STEP_TILE = 2048;  // elements of one CTA
-
-// One parameter with its gradient and state, contiguous and of the kernel's dtypes.
-struct StepRecord {
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_slow;
-  void* exp_avg_sq;
-  int16_t* remainder;  // if ParamRounding::REMAINDER
-  int64_t numel;
-  int64_t stream;  // of random bits, if ParamRounding::STOCHASTIC
-  int32_t head;    // elements before the first aligned ones; NO_ALIGNMENT where the pointers never are at once
-};
-
-constexpr int NO_ALIGNMENT = -1;
-
 // The dtypes of a kernel: of the parameters, the gradients, and of arithmetic and state.
 template <class P, class G>
 struct StepTypes {
   using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
-  static constexpr int SMALLEST = sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G);
-  // Elements at a time: 16 bytes of the narrowest tensor, except where the others would take too many registers.
-  static constexpr int WIDTH = std::is_same_v<P, double> ? (SMALLEST == 8 ? 2 : 4) : 16 / SMALLEST;
+  static constexpr int WIDTH = step_width(sizeof(P), sizeof(G));
 };
-
-inline int64_t step_tiles(const StepRecord& r) {
-  const int64_t rest = r.numel - (r.head > 0 ? r.head : 0);
-  return r.numel == 0 ? 0 : std::max<int64_t>(1, (rest + STEP_TILE - 1) / STEP_TILE);
-}
-
-// Elements of S from p to the next address that vector accesses of the kernel may start at.
-template <class S, int WIDTH>
-int elements_to_alignment(const void* p) {
-  constexpr uintptr_t alignment = Lanes<S, WIDTH>::ALIGNMENT;
-  return static_cast<int>((alignment - reinterpret_cast<uintptr_t>(p) % alignment) % alignment / sizeof(S));
-}
-
-// The smallest number of elements after which all pointers are aligned.
-template <class P, class G, ParamRounding ROUNDING>
-int step_head(const StepRecord& r) {
-  using Types = StepTypes<P, G>;
-  using T = typename Types::T;
-  constexpr int WIDTH = Types::WIDTH;
-  constexpr bool GROUPED = ROUNDING == ParamRounding::STOCHASTIC;  // the elements from 0 on share random words
-  for (int head = 0; head < (GROUPED ? 1 : WIDTH); ++head) {
-    if (elements_to_alignment<P, WIDTH>(static_cast<const P*>(r.param) + head) == 0 &&
-        elements_to_alignment<G, WIDTH>(static_cast<const G*>(r.grad) + head) == 0 &&
-        elements_to_alignment<T, WIDTH>(static_cast<const T*>(r.exp_avg) + head) == 0 &&
-        elements_to_alignment<T, WIDTH>(static_cast<const T*>(r.exp_avg_slow) + head) == 0 &&
-        elements_to_alignment<T, WIDTH>(static_cast<const T*>(r.exp_avg_sq) + head) == 0 &&
-        (ROUNDING != ParamRounding::REMAINDER || elements_to_alignment<int16_t, WIDTH>(r.remainder + head) == 0))
-      return static_cast<int>(std::min<int64_t>(head, r.numel));
-  }
-  return NO_ALIGNMENT;
-}
 
 // The elements of one tile, by their pointers to its first.
 template <class P, class G, ParamRounding ROUNDING>
@@ -82,6 +31,7 @@ struct StepTile {
   int16_t* remainder;
   RandomKey key;
   int64_t begin;
+  bool wide_grad;
 
   __device__ StepTile(const StepRecord& r, int64_t first, const RandomKey& random)
       : param(static_cast<P*>(r.param) + first),
@@ -91,7 +41,8 @@ struct StepTile {
         exp_avg_sq(static_cast<T*>(r.exp_avg_sq) + first),
         remainder(remainder_at<ROUNDING>(r.remainder, first)),
         key(random),
-        begin(first) {}
+        begin(first),
+        wide_grad(r.wide_grad) {}
 
   __device__ __forceinline__ void update_one(int i, const StepScalars<T>& s) const {
     int16_t* const rest = remainder_at<ROUNDING>(remainder, i);
@@ -108,7 +59,10 @@ struct StepTile {
     Lanes<G, WIDTH> g;
     Lanes<T, WIDTH> m1, m2, nu;
     p.load(param + i, remainder_at<ROUNDING>(remainder, i));
-    g.load(grad + i);
+    if (wide_grad)
+      g.load(grad + i);
+    else
+      g.load(grad + i, WIDTH, G(0));
     m1.load(exp_avg + i);
     m2.load(exp_avg_slow + i);
     nu.load(exp_avg_sq + i);
@@ -130,15 +84,15 @@ struct StepTile {
   }
 };
 
-template <class P, class G, ParamRounding ROUNDING>
+template <class P, class G, ParamRounding ROUNDING, int CAPACITY>
 __global__ void __launch_bounds__(STEP_THREADS)
-    step_kernel(const __grid_constant__ TensorTable<StepRecord> table,
+    step_kernel(const __grid_constant__ TensorTable<StepRecord, CAPACITY> table,
                 const TensorScalars<typename StepTypes<P, G>::T>* scalars, uint64_t seed, const float* found_inf) {
   constexpr int WIDTH = StepTypes<P, G>::WIDTH;
   if (skipped(found_inf)) return;
   const auto place = table.find(blockIdx.x);
   const StepRecord& record = table.records[place.tensor];
-  const auto loaded = scalars[table.first + place.tensor].load();
+  const auto loaded = load(scalars + table.first + place.tensor);
   const auto& s = loaded.scalars;
   const int thread = static_cast<int>(threadIdx.x);
 
