@@ -15,7 +15,8 @@ struct OptionalDouble {
 
   OptionalDouble() = default;
   template <class Optional>
-  ADEMAMIX_INLINE OptionalDouble(const Optional& other) : value(other ? *other : 0), has_value(static_cast<bool>(other)) {}
+  ADEMAMIX_INLINE OptionalDouble(const Optional& other)
+      : value(other ? *other : 0), has_value(static_cast<bool>(other)) {}
   ADEMAMIX_INLINE explicit operator bool() const { return has_value; }
   ADEMAMIX_INLINE double operator*() const { return value; }
 };

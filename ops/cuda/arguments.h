@@ -43,6 +43,16 @@ inline const char* rounding_name(ParamRounding rounding) {
   }
 }
 
+template <int CAPACITY>
+const char* capacity_name(const TensorTable<StepRecord, CAPACITY>&) {
+  return CAPACITY == SHORT_LIST ? "SHORT_LIST" : "LONG_LIST<StepRecord>";
+}
+
+template <int CAPACITY>
+const char* capacity_name(const TensorTable<BlockwiseRecord, CAPACITY>&) {
+  return CAPACITY == SHORT_LIST ? "SHORT_LIST" : "LONG_LIST<BlockwiseRecord>";
+}
+
 template <class First, class... Others>
 std::string kernel_expression(const char* kernel, First first, Others... others) {
   std::string text = std::string(kernel) + '<' + first;
@@ -83,7 +93,8 @@ class StepScalarsOnDevice {
     const auto run = [&](auto capacity) {
       constexpr int CAPACITY = capacity();
       const Kernel kernel = device.gpu().kernel(
-          {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype), std::to_string(CAPACITY))},
+          {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype),
+                                             CAPACITY == SHORT_LIST ? "SHORT_LIST" : "LONG_STEP_LIST")},
           PROLOGUE_THREADS, device.stream());
       for (size_t first = 0; first < steps.size(); first += CAPACITY) {
         StepPointers<CAPACITY> pointers;

@@ -20,10 +20,10 @@ struct BlockwiseKernel {
 
   int slow_bytes() const { return slow_code == ScalarType::Short ? 2 : 1; }
 
-  KernelName name(int capacity) const {
+  KernelName name(const char* capacity) const {
     return {HEADER, kernel_expression("blockwise_step_kernel", type_name(param), type_name(grad),
                                       slow_bytes() == 2 ? "int16_t" : "uint8_t", bool_name(stochastic_rounding),
-                                      rounding_name(param_rounding), std::to_string(capacity))};
+                                      rounding_name(param_rounding), capacity)};
   }
 
   // Whether all that the kernel reads and writes is aligned, but the gradient.
@@ -71,7 +71,7 @@ void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists
   const auto tiles = [](const BlockwiseRecord& r) { return tiles_of(r.blocks); };
   const void* const on_device = scalars.data();
   for_each_launch(device, records, tiles, state_of, [&](const auto& table, uint32_t tiles) {
-    const Kernel loaded = device.gpu().kernel(kernel.name(table.SIZE), BLOCKWISE_THREADS, device.stream());
+    const Kernel loaded = device.gpu().kernel(kernel.name(capacity_name(table)), BLOCKWISE_THREADS, device.stream());
     const auto ctas = static_cast<uint32_t>(device.gpu().multiprocessors * loaded.ctas_per_multiprocessor);
     launch(loaded, device.stream(), std::min(tiles, ctas), BLOCKWISE_THREADS, table, on_device, random.seed, found_inf);
   });
@@ -101,8 +101,8 @@ void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, Te
   const StepScalarsOnDevice scalars(device, params[0], lists.steps, compute_dtype(lists.params[0].dtype), h,
                                     scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0), skip);
   run_blockwise_step(device, lists, scalars, stochastic_rounding,
-                     param_rounding(lists.remainders, stochastic_param_rounding), {static_cast<uint64_t>(seed), streams},
-                     skip);
+                     param_rounding(lists.remainders, stochastic_param_rounding),
+                     {static_cast<uint64_t>(seed), streams}, skip);
   order.write_back();
 }
 
@@ -124,8 +124,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
   if (numel == 0) return {codes, absmax};
   const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
-  const KernelName name{
-      HEADER, kernel_expression("quantize_kernel", format_name(block_format), bool_name(seed.has_value()))};
+  const KernelName name{HEADER,
+                        kernel_expression("quantize_kernel", format_name(block_format), bool_name(seed.has_value()))};
   launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(blocks),
          BLOCKWISE_THREADS, values.const_data_ptr(), codes.mutable_data_ptr(), absmax.mutable_data_ptr(), numel, key);
   return {codes, absmax};

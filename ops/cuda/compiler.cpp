@@ -105,8 +105,7 @@ std::vector<std::string> options(const std::string& architecture) {
 }
 
 DeviceCode compile_now(const KernelName& kernel, const std::string& architecture) {
-  const std::string source =
-      "#include \"cuda/" + std::string(kernel.header) + "\"\nusing namespace ademamix;\n";
+  const std::string source = "#include \"cuda/" + std::string(kernel.header) + "\"\nusing namespace ademamix;\n";
   const std::vector<const char*> standard_headers{"cfloat", "cmath", "cstdint", "cstring", "type_traits"};
   const std::vector<const char*> contents(standard_headers.size(), "#include \"cuda/std.cuh\"\n");
   Program program;
@@ -143,7 +142,8 @@ DeviceCode compile_now(const KernelName& kernel, const std::string& architecture
   return {entry, image};
 }
 
-// ------------------------------------------------------------------------------------------------------------- the cache
+// ------------------------------------------------------------------------------------------------------------- the
+// cache
 
 // FNV-1a.
 uint64_t hash(const std::string& text, uint64_t value = 0xcbf29ce484222325) {
@@ -180,8 +180,8 @@ fs::path cache_file(const KernelName& kernel, const std::string& architecture) {
   for (const std::string& option : options(architecture)) key << ' ' << option;
   char name[17];
   std::snprintf(name, sizeof name, "%016llx", static_cast<unsigned long long>(hash(key.str())));
-  return fs::path(settings.cache) / (kernel.expression.substr(0, kernel.expression.find('<')) + "-" + architecture +
-                                     "-" + name + ".bin");
+  return fs::path(settings.cache) /
+         (kernel.expression.substr(0, kernel.expression.find('<')) + "-" + architecture + "-" + name + ".bin");
 }
 
 // A file has a line with the kernel's name, the number of bytes of code and their hash; and then these.
@@ -236,4 +236,17 @@ extern "C" __attribute__((visibility("default"))) void ademamix_set_up(const cha
   ademamix::settings.sources = sources;
   ademamix::settings.cache = cache;
   ademamix::settings.nvrtc = nvrtc;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* ademamix_compile(const char* header,
+                                                                               const char* expression,
+                                                                               int compute_capability) {
+  static thread_local std::string error;
+  try {
+    ademamix::compile({header, expression}, compute_capability);
+    return nullptr;
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+    return error.c_str();
+  }
 }

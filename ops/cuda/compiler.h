@@ -8,7 +8,7 @@ namespace ademamix {
 // One variant of a kernel.
 struct KernelName {
   const char* header;      // in this folder
-  std::string expression;  // "step_kernel<float, half, ParamRounding::NEAREST, 16>"
+  std::string expression;  // "step_kernel<float, half, ParamRounding::NEAREST, SHORT_LIST>"
 };
 
 struct DeviceCode {
@@ -24,3 +24,6 @@ DeviceCode compile(const KernelName& kernel, int compute_capability);
 // Before the first compilation: the folder of these sources (ops/), the folder of compiled code, which need not exist,
 // and NVRTC's file or name.
 extern "C" void ademamix_set_up(const char* sources, const char* cache, const char* nvrtc);
+
+// Compiles a kernel into the cache; nullptr, or what went wrong.
+extern "C" const char* ademamix_compile(const char* header, const char* expression, int compute_capability);

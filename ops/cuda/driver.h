@@ -32,30 +32,30 @@ constexpr unsigned int CU_EVENT_DISABLE_TIMING = 2;
 constexpr int CU_STREAM_CAPTURE_STATUS_NONE = 0;
 constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
 
-#define ADEMAMIX_DRIVER_FUNCTIONS(F)                                                                                 \
-  F(cuGetErrorName, CUresult, const char**)                                                                          \
-  F(cuGetErrorString, CUresult, const char**)                                                                        \
-  F(cuDeviceGet, CUdevice*, int)                                                                                     \
-  F(cuDeviceGetAttribute, int*, int, CUdevice)                                                                       \
-  F(cuDevicePrimaryCtxRetain, CUcontext*, CUdevice)                                                                  \
-  F(cuCtxPushCurrent_v2, CUcontext)                                                                                  \
-  F(cuCtxPopCurrent_v2, CUcontext*)                                                                                  \
-  F(cuModuleLoadData, CUmodule*, const void*)                                                                        \
-  F(cuModuleGetFunction, CUfunction*, CUmodule, const char*)                                                         \
-  F(cuOccupancyMaxActiveBlocksPerMultiprocessor, int*, CUfunction, int, size_t)                                      \
-  F(cuLaunchKernel, CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int,  \
-    unsigned int, CUstream, void**, void**)                                                                          \
-  F(cuMemGetInfo_v2, size_t*, size_t*)                                                                               \
-  F(cuMemAllocManaged, CUdeviceptr*, size_t, unsigned int)                                                           \
-  F(cuMemFree_v2, CUdeviceptr)                                                                                       \
-  F(cuMemAdvise, CUdeviceptr, size_t, int, CUdevice)                                                                 \
-  F(cuMemPrefetchAsync, CUdeviceptr, size_t, CUdevice, CUstream)                                                     \
-  F(cuStreamCreate, CUstream*, unsigned int)                                                                         \
-  F(cuStreamSynchronize, CUstream)                                                                                   \
-  F(cuStreamWaitEvent, CUstream, CUevent, unsigned int)                                                              \
-  F(cuStreamIsCapturing, CUstream, int*)                                                                             \
-  F(cuThreadExchangeStreamCaptureMode, int*)                                                                         \
-  F(cuEventCreate, CUevent*, unsigned int)                                                                           \
+#define ADEMAMIX_DRIVER_FUNCTIONS(F)                                                                                \
+  F(cuGetErrorName, CUresult, const char**)                                                                         \
+  F(cuGetErrorString, CUresult, const char**)                                                                       \
+  F(cuDeviceGet, CUdevice*, int)                                                                                    \
+  F(cuDeviceGetAttribute, int*, int, CUdevice)                                                                      \
+  F(cuDevicePrimaryCtxRetain, CUcontext*, CUdevice)                                                                 \
+  F(cuCtxPushCurrent_v2, CUcontext)                                                                                 \
+  F(cuCtxPopCurrent_v2, CUcontext*)                                                                                 \
+  F(cuModuleLoadData, CUmodule*, const void*)                                                                       \
+  F(cuModuleGetFunction, CUfunction*, CUmodule, const char*)                                                        \
+  F(cuOccupancyMaxActiveBlocksPerMultiprocessor, int*, CUfunction, int, size_t)                                     \
+  F(cuLaunchKernel, CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
+    unsigned int, CUstream, void**, void**)                                                                         \
+  F(cuMemGetInfo_v2, size_t*, size_t*)                                                                              \
+  F(cuMemAllocManaged, CUdeviceptr*, size_t, unsigned int)                                                          \
+  F(cuMemFree_v2, CUdeviceptr)                                                                                      \
+  F(cuMemAdvise, CUdeviceptr, size_t, int, CUdevice)                                                                \
+  F(cuMemPrefetchAsync, CUdeviceptr, size_t, CUdevice, CUstream)                                                    \
+  F(cuStreamCreate, CUstream*, unsigned int)                                                                        \
+  F(cuStreamSynchronize, CUstream)                                                                                  \
+  F(cuStreamWaitEvent, CUstream, CUevent, unsigned int)                                                             \
+  F(cuStreamIsCapturing, CUstream, int*)                                                                            \
+  F(cuThreadExchangeStreamCaptureMode, int*)                                                                        \
+  F(cuEventCreate, CUevent*, unsigned int)                                                                          \
   F(cuEventRecord, CUevent, CUstream)
 
 struct Driver {

@@ -13,9 +13,7 @@ struct bfloat16 {
     const uint32_t bits = float_bits(value);
     x = static_cast<uint16_t>(value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
   }
-  __device__ __forceinline__ explicit operator float() const {
-    return float_from_bits(static_cast<uint32_t>(x) << 16);
-  }
+  __device__ __forceinline__ explicit operator float() const { return float_from_bits(static_cast<uint32_t>(x) << 16); }
   __device__ __forceinline__ explicit operator double() const { return static_cast<float>(*this); }
 };
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "../ademamix.h"
-#include "../blockwise.h"
 #include "../bfloat16.h"
+#include "../blockwise.h"
 
 namespace ademamix {
 
@@ -22,8 +22,6 @@ constexpr int SHORT_LIST = 16;  // tensors, of a table that spares each launch i
 // number of tiles, pieces of work for one CTA or warp; tiles are counted through all tensors.
 template <class Record, int CAPACITY>
 struct TensorTable {
-  static constexpr int SIZE = CAPACITY;
-
   Record records[CAPACITY];
   uint32_t end_tile[CAPACITY];  // the tiles of the tensors up to and with this one
   int32_t count;

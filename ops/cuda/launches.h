@@ -36,7 +36,10 @@ void for_each_table(const std::vector<Record>& records, size_t begin, size_t end
   }
 }
 
-constexpr size_t FETCH_BYTES = size_t{256} << 20;  // at a time; two of them are wanted on the GPU at once
+#if !defined(ADEMAMIX_FETCH_BYTES)  // tests take few
+#define ADEMAMIX_FETCH_BYTES size_t{256} << 20
+#endif
+constexpr size_t FETCH_BYTES = ADEMAMIX_FETCH_BYTES;  // at a time; two of them are wanted on the GPU at once
 
 // The second stream of a device, on which memory is moved, and the events between it and the computing stream. Steps
 // of one device follow one another, also those of several host threads: an event is waited for as it is recorded.

@@ -33,8 +33,8 @@ template <class A>
 constexpr bool is_same_v<A, A> = true;
 
 template <class T>
-constexpr bool is_integral_v = is_same_v<T, int8_t> || is_same_v<T, int16_t> || is_same_v<T, int32_t> ||
-                               is_same_v<T, int64_t> || is_same_v<T, uint8_t> || is_same_v<T, uint16_t> ||
-                               is_same_v<T, uint32_t> || is_same_v<T, uint64_t>;
+constexpr bool is_integral_v =
+    is_same_v<T, int8_t> || is_same_v<T, int16_t> || is_same_v<T, int32_t> || is_same_v<T, int64_t> ||
+    is_same_v<T, uint8_t> || is_same_v<T, uint16_t> || is_same_v<T, uint32_t> || is_same_v<T, uint64_t>;
 
 }  // namespace std

@@ -15,9 +15,9 @@ struct StepKernel {
   int state_bytes() const { return element_bytes(compute_dtype(param)); }
   int width() const { return step_width(param_bytes(), grad_bytes()); }
 
-  KernelName name(int capacity) const {
-    return {"step_kernel.cuh", kernel_expression("step_kernel", type_name(param), type_name(grad),
-                                                 rounding_name(rounding), std::to_string(capacity))};
+  KernelName name(const char* capacity) const {
+    return {"step_kernel.cuh",
+            kernel_expression("step_kernel", type_name(param), type_name(grad), rounding_name(rounding), capacity)};
   }
 
   bool aligned_at(const void* data, int bytes, int64_t element) const {
@@ -66,7 +66,7 @@ void run_step(const CurrentDevice& device, const StepLists& lists, const StepSca
   };
   const void* const on_device = scalars.data();
   for_each_launch(device, records, tiles_of, state_of, [&](const auto& table, uint32_t tiles) {
-    const Kernel loaded = device.gpu().kernel(kernel.name(table.SIZE), STEP_THREADS, device.stream());
+    const Kernel loaded = device.gpu().kernel(kernel.name(capacity_name(table)), STEP_THREADS, device.stream());
     launch(loaded, device.stream(), tiles, STEP_THREADS, table, on_device, random.seed, found_inf);
   });
 }

@@ -29,22 +29,20 @@ struct StepTile {
   T* exp_avg_slow;
   T* exp_avg_sq;
   int16_t* remainder;
-  RandomKey key;
   int64_t begin;
   bool wide_grad;
 
-  __device__ StepTile(const StepRecord& r, int64_t first, const RandomKey& random)
+  __device__ StepTile(const StepRecord& r, int64_t first)
       : param(static_cast<P*>(r.param) + first),
         grad(static_cast<const G*>(r.grad) + first),
         exp_avg(static_cast<T*>(r.exp_avg) + first),
         exp_avg_slow(static_cast<T*>(r.exp_avg_slow) + first),
         exp_avg_sq(static_cast<T*>(r.exp_avg_sq) + first),
         remainder(remainder_at<ROUNDING>(r.remainder, first)),
-        key(random),
         begin(first),
         wide_grad(r.wide_grad) {}
 
-  __device__ __forceinline__ void update_one(int i, const StepScalars<T>& s) const {
+  __device__ __forceinline__ void update_one(int i, const StepScalars<T>& s, const RandomKey& key) const {
     int16_t* const rest = remainder_at<ROUNDING>(remainder, i);
     Element<T> e{load_weight<ROUNDING, T>(param + i, rest), exp_avg[i], exp_avg_slow[i], exp_avg_sq[i]};
     update(e, static_cast<T>(grad[i]), s);
@@ -53,35 +51,51 @@ struct StepTile {
     exp_avg_slow[i] = e.exp_avg_slow;
     exp_avg_sq[i] = e.exp_avg_sq;
   }
+};
 
-  __device__ __forceinline__ void update_lanes(int i, const StepScalars<T>& s) const {
-    ParamLanes<P, ROUNDING, WIDTH> p;
-    Lanes<G, WIDTH> g;
-    Lanes<T, WIDTH> m1, m2, nu;
-    p.load(param + i, remainder_at<ROUNDING>(remainder, i));
-    if (wide_grad)
-      g.load(grad + i);
+// The elements that a thread has in registers.
+template <class P, class G, ParamRounding ROUNDING>
+class StepLanes {
+  using Types = StepTypes<P, G>;
+  using T = typename Types::T;
+  static constexpr int WIDTH = Types::WIDTH;
+  using Tile = StepTile<P, G, ROUNDING>;
+
+ public:
+  __device__ __forceinline__ void load(const Tile& tile, int i) {
+    p_.load(tile.param + i, remainder_at<ROUNDING>(tile.remainder, i));
+    if (tile.wide_grad)
+      g_.load(tile.grad + i);
     else
-      g.load(grad + i, WIDTH, G(0));
-    m1.load(exp_avg + i);
-    m2.load(exp_avg_slow + i);
-    nu.load(exp_avg_sq + i);
+      g_.load(tile.grad + i, WIDTH, G(0));
+    m1_.load(tile.exp_avg + i);
+    m2_.load(tile.exp_avg_slow + i);
+    nu_.load(tile.exp_avg_sq + i);
+  }
+
+  __device__ __forceinline__ void update_and_store(const Tile& tile, int i, const StepScalars<T>& s,
+                                                   const RandomKey& key) {
     T weights[WIDTH];
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
-      Element<T> e{p.template get<T>(j), m1.template get<T>(j), m2.template get<T>(j), nu.template get<T>(j)};
-      update(e, g.template get<T>(j), s);
+      Element<T> e{p_.template get<T>(j), m1_.template get<T>(j), m2_.template get<T>(j), nu_.template get<T>(j)};
+      update(e, g_.template get<T>(j), s);
       weights[j] = e.param;
-      m1.set(j, e.exp_avg);
-      m2.set(j, e.exp_avg_slow);
-      nu.set(j, e.exp_avg_sq);
+      m1_.set(j, e.exp_avg);
+      m2_.set(j, e.exp_avg_slow);
+      nu_.set(j, e.exp_avg_sq);
     }
-    p.set_all(weights, key, static_cast<uint64_t>(begin + i) / RANDOM_GROUP);
-    p.store(param + i, remainder_at<ROUNDING>(remainder, i));
-    m1.store(exp_avg + i);
-    m2.store(exp_avg_slow + i);
-    nu.store(exp_avg_sq + i);
+    p_.set_all(weights, key, static_cast<uint64_t>(tile.begin + i) / RANDOM_GROUP);
+    p_.store(tile.param + i, remainder_at<ROUNDING>(tile.remainder, i));
+    m1_.store(tile.exp_avg + i);
+    m2_.store(tile.exp_avg_slow + i);
+    nu_.store(tile.exp_avg_sq + i);
   }
+
+ private:
+  ParamLanes<P, ROUNDING, WIDTH> p_;
+  Lanes<G, WIDTH> g_;
+  Lanes<T, WIDTH> m1_, m2_, nu_;
 };
 
 template <class P, class G, ParamRounding ROUNDING, int CAPACITY>
@@ -89,11 +103,9 @@ __global__ void __launch_bounds__(STEP_THREADS)
     step_kernel(const __grid_constant__ TensorTable<StepRecord, CAPACITY> table,
                 const TensorScalars<typename StepTypes<P, G>::T>* scalars, uint64_t seed, const float* found_inf) {
   constexpr int WIDTH = StepTypes<P, G>::WIDTH;
-  if (skipped(found_inf)) return;
+  constexpr int STRIDE = STEP_THREADS * WIDTH;
   const auto place = table.find(blockIdx.x);
   const StepRecord& record = table.records[place.tensor];
-  const auto loaded = load(scalars + table.first + place.tensor);
-  const auto& s = loaded.scalars;
   const int thread = static_cast<int>(threadIdx.x);
 
   const int head = static_cast<int>(record.head);
@@ -101,11 +113,26 @@ __global__ void __launch_bounds__(STEP_THREADS)
   const int64_t rest = record.numel - begin;
   const int count = rest < STEP_TILE ? static_cast<int>(rest) : STEP_TILE;
   const int in_lanes = head == NO_ALIGNMENT ? 0 : count / WIDTH * WIDTH;
-  const StepTile<P, G, ROUNDING> tile(record, begin, random_key(seed, loaded.step, record.stream));
-  for (int i = thread * WIDTH; i < in_lanes; i += STEP_THREADS * WIDTH) tile.update_lanes(i, s);
+  const StepTile<P, G, ROUNDING> tile(record, begin);
+
+  // What is loaded is under way before anything is waited for, and the next while one is computed.
+  StepLanes<P, G, ROUNDING> lanes;
+  int i = thread * WIDTH;
+  if (i < in_lanes) lanes.load(tile, i);
+  const auto loaded = load(scalars + table.first + place.tensor);
+  if (skipped(found_inf)) return;
+  const auto& s = loaded.scalars;
+  const RandomKey key = random_key(seed, loaded.step, record.stream);
+#pragma unroll
+  for (int done = 0; done < STEP_TILE; done += STRIDE, i += STRIDE) {
+    StepLanes<P, G, ROUNDING> next;
+    if (done + STRIDE < STEP_TILE && i + STRIDE < in_lanes) next.load(tile, i + STRIDE);
+    if (i < in_lanes) lanes.update_and_store(tile, i, s, key);
+    lanes = next;
+  }
 #pragma unroll 1  // seldom run
-  for (int i = in_lanes + thread; i < count; i += STEP_THREADS) tile.update_one(i, s);
-  if (place.tile == 0 && thread < head) tile.update_one(thread - head, s);
+  for (int j = in_lanes + thread; j < count; j += STEP_THREADS) tile.update_one(j, s, key);
+  if (place.tile == 0 && thread < head) tile.update_one(thread - head, s, key);
 }
 
 }  // namespace ademamix

@@ -1,16 +1,12 @@
-"""The CUDA ops, run on the host, against the CPU ops: what test_cuda_on_host.py runs under the sanitizers.
-
-``CUDA_ON_HOST`` is the library that it built.
-"""
+"""The CUDA ops, run on the host, against the CPU ops: what test_cuda_on_host.py runs under the sanitizers."""
 
 import copy
-import ctypes
-import os
 from typing import Any
 
 import pytest
 import torch
 from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, StepLists, assert_identical, make_lists
+from host import driver, managed_memory, take_log
 from quantized import SEED, BlockwiseLists, make_blockwise, neighbours, with_absmax_one
 from torch import Tensor
 
@@ -23,23 +19,6 @@ SAME_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 TILE = 2048  # elements that one CTA does at a time
 
-OPS = (
-    "ademamix_step_",
-    "ademamix_blockwise_step_",
-    "quantize_blockwise",
-    "dequantize_blockwise",
-    "paged_empty_like",
-    "page_out",
-)
-library = torch.library.Library("cuda_on_host", "DEF")
-for name in OPS:
-    packet = getattr(torch.ops.torch_ademamix, name)
-    for overload in packet.overloads():
-        library.define(str(getattr(packet, overload)._schema).removeprefix("torch_ademamix::"))
-torch.ops.load_library(os.environ["CUDA_ON_HOST"])
-host = ctypes.CDLL(os.environ["CUDA_ON_HOST"])
-host.take_log.restype = ctypes.c_char_p
-
 Lists = StepLists | BlockwiseLists
 
 
@@ -48,19 +27,6 @@ def assert_within_ulp(actual: Tensor, expected: Tensor) -> None:
     high = torch.nextafter(expected, torch.full_like(expected, torch.inf))
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     assert bool((same | ((actual >= low) & (actual <= high))).all())
-
-
-def take_log() -> list[str]:
-    """What the streams were told to do since the last call."""
-    log: bytes = host.take_log()
-    return log.decode().split()
-
-
-def managed_memory() -> list[int]:
-    """Tensors, bytes, and prefetched bytes."""
-    values = (ctypes.c_int64 * 3)()
-    host.ademamix_managed_memory(values)
-    return list(values)
 
 
 def check_step(lists: Lists, lr: float | Tensor = 1e-2, **options: Any) -> int:
@@ -178,15 +144,15 @@ def test_several_steps(kind: str) -> None:
 @KINDS
 @pytest.mark.parametrize("past_the_limit", [0, 1])
 def test_lists_past_one_launch(kind: str, past_the_limit: int) -> None:
-    limit = host.tensors_of_a_launch() if kind == "32" else host.blockwise_tensors_of_a_launch()
+    limit = driver.tensors_of_a_launch() if kind == "32" else driver.blockwise_tensors_of_a_launch()
     lists = make(kind, contiguous(*(1 + i % 3 for i in range(limit + past_the_limit))))
     assert check_step(lists) == 2 + past_the_limit
 
 
 def test_steps_past_one_launch() -> None:
-    count = host.steps_of_a_launch() + 1
+    count = driver.steps_of_a_launch() + 1
     lists = make_lists(contiguous(*(5 if i % 300 == 1 else 0 for i in range(count))))
-    assert check_step(lists) == 2 + -(-count // host.tensors_of_a_launch())
+    assert check_step(lists) == 2 + -(-count // driver.tensors_of_a_launch())
 
 
 @KINDS
@@ -284,38 +250,45 @@ def test_refuses_before_writing(kind: str, position: int) -> None:
 
 @KINDS
 def test_paged_state(kind: str) -> None:
-    """In chunks of at least 256 MB, each of which is fetched while the one before it is computed."""
-    chunk = 2**28 // (4 if kind == "32" else 1)  # elements of one state tensor
+    """In chunks, of 1000 bytes in this build, each of which is fetched while the one before it is computed."""
     lists = make(kind, contiguous(300, 300, 300, 300))
     state = list(lists)[2:-1]
     expected = lists.clone()
     for tensors in state:
         if tensors[0].numel() == 300:
             for i in (0, 1, 3):
-                whole = torch.ops.cuda_on_host.paged_empty_like(tensors[i].new_empty(1).expand(chunk), tensors[i].dtype)
-                whole[:300] = tensors[i]
-                tensors[i] = whole[:300]
-    assert managed_memory()[:2] == [9, 9 * chunk * 4 if kind == "32" else chunk * (6 + 3 * 2)]
-    options = {**HYPERPARAMETERS}
-    name = "ademamix_step_"
-    if isinstance(lists, BlockwiseLists):
-        name = "ademamix_blockwise_step_"
-        options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
-    getattr(torch.ops.torch_ademamix, name)(*expected, 1e-2, **options)
-    take_log()
-    getattr(torch.ops.cuda_on_host, name)(*lists, 1e-2, **options)
-    assert_identical(list(lists), list(expected))
+                whole = torch.ops.cuda_on_host.paged_empty(tensors[i], 300, tensors[i].dtype)
+                whole.copy_(tensors[i])
+                tensors[i] = whole
+    assert managed_memory()[:2] == [9, 300 * (9 * 4 if kind == "32" else 3 * (1 + 2 + 1))]
+
+    def step(launches: list[str]) -> None:
+        options = {**HYPERPARAMETERS}
+        name = "ademamix_step_"
+        if isinstance(lists, BlockwiseLists):
+            name = "ademamix_blockwise_step_"
+            options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+        getattr(torch.ops.torch_ademamix, name)(*expected, 1e-2, **options)
+        take_log()
+        getattr(torch.ops.cuda_on_host, name)(*lists, 1e-2, **options)
+        assert take_log() == ["launch", *launches]  # after the prologue
+        assert_identical(list(lists), list(expected))
+
     fetch = ["main-records", "side-waits", *["prefetch"] * 3]  # after what is being computed
     join = ["side-records", "main-waits"]
-    kernel = ["launch"]
-    prologue = kernel
-    assert take_log() == [*prologue, *fetch, *join, *fetch, *kernel, *join, *fetch, *kernel, *join, *kernel]
+    in_chunks = [*fetch, *join, *fetch, "launch", *join, *fetch, "launch", *join, "launch"]
 
-    host.set_capturing(True)
-    getattr(torch.ops.cuda_on_host, name)(*lists, 1e-2, **options)
-    host.set_capturing(False)
-    assert take_log() == ["launch", "launch"]
-    getattr(torch.ops.torch_ademamix, name)(*expected, 1e-2, **options)
-    assert_identical(list(lists), list(expected))
-    del lists, state, tensors, whole
+    step(["launch"])  # there is room: all is on the GPU
+    driver.set_free_bytes(0)
+    step(in_chunks)
+    driver.set_capturing(True)
+    step(["launch"])
+    driver.set_capturing(False)
+    driver.set_free_bytes(1 << 40)
+    torch.ops.cuda_on_host.page_out(lists.exp_avgs[0][7:])
+    assert take_log() == ["page-out"]
+    step(in_chunks)
+    step(["launch"])
+    del state, tensors, whole
+    lists = None
     assert managed_memory()[:2] == [0, 0]
