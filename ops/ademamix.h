@@ -8,44 +8,40 @@
 
 namespace ademamix {
 
-// std::optional<double>, which device code doesn't have.
-struct OptionalDouble {
-  double value;
-  bool has_value;
-
-  OptionalDouble() = default;
-  template <class Optional>
-  ADEMAMIX_INLINE OptionalDouble(const Optional& other)
-      : value(other ? *other : 0), has_value(static_cast<bool>(other)) {}
-  ADEMAMIX_INLINE explicit operator bool() const { return has_value; }
-  ADEMAMIX_INLINE double operator*() const { return value; }
-};
-
 // One call's options.
 struct Hyperparameters {
   double beta1, beta2, beta3, alpha;
-  OptionalDouble t_alpha, t_beta3;  // steps of warm-up of alpha and beta3
-  int64_t schedule_start;           // steps before the warm-ups begin
+  double t_alpha, t_beta3;  // steps of warm-up of alpha and beta3; 0 for none
+  double schedule_start;    // steps before the warm-ups begin
   double eps, weight_decay;
   bool maximize;
 };
 
+// A call may have these numbers in a tensor: lr, then Hyperparameters' in their order.
+constexpr int64_t HYPERPARAMETERS = 10;
+
+template <class S>
+ADEMAMIX_INLINE Hyperparameters read_hyperparameters(const S* numbers, bool maximize) {
+  const auto number = [numbers](int i) { return static_cast<double>(numbers[i]); };
+  return {number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9), maximize};
+}
+
 // The schedules' t. A tensor that has done fewer steps than schedule_start waits at 0.
 ADEMAMIX_INLINE double schedule_step(double step, const Hyperparameters& h) {
-  return ::fmax(step - static_cast<double>(h.schedule_start), 0.0);
+  return ::fmax(step - h.schedule_start, 0.0);
 }
 
 // alpha(t): linear from 0 to alpha over t_alpha steps.
 ADEMAMIX_INLINE double alpha_schedule(double step, const Hyperparameters& h) {
-  return h.t_alpha ? ::fmin(step * h.alpha / *h.t_alpha, h.alpha) : h.alpha;
+  return h.t_alpha > 0 ? ::fmin(step * h.alpha / h.t_alpha, h.alpha) : h.alpha;
 }
 
 // beta3(t): from beta1 to beta3 over t_beta3 steps, linear in the half-life of the average, which is proportional to
 // 1 / ln(beta). This form of the paper's equation also holds at beta1 = 0, where 1 / ln(beta1) is -0: so that before
 // the warm-up's first step, where nothing is added to it, exp(1 / -0) is that beta1.
 ADEMAMIX_INLINE double beta3_schedule(double step, const Hyperparameters& h) {
-  if (!h.t_beta3 || step >= *h.t_beta3) return h.beta3;
-  const double s = step / *h.t_beta3;
+  if (!(step < h.t_beta3)) return h.beta3;
+  const double s = step / h.t_beta3;
   const double start = h.beta1 > 0 ? 1 / ::log(h.beta1) : -0.0;
   const double end = h.beta3 > 0 ? 1 / ::log(h.beta3) : -0.0;
   return ::fmin(::exp(1 / ((1 - s) * start + s * end)), h.beta3);

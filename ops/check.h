@@ -11,6 +11,7 @@
 
 #include "ademamix.h"
 #include "blockwise.h"
+#include "place.h"
 #include "tensor_view.h"
 
 namespace ademamix {
@@ -83,12 +84,33 @@ inline bool overlaps_itself(const TensorView& t) {
   return false;
 }
 
-using Views = std::vector<TensorView>;
+// The hyperparameters of a call as numbers, but for lr.
+struct Numbers {
+  double beta1, beta2, beta3, alpha;
+  std::optional<double> t_alpha, t_beta3;
+  int64_t schedule_start;
+  double eps, weight_decay;
 
-// The checks of one op call; `op` begins every text.
+  Hyperparameters with(bool maximize) const {
+    return {beta1,
+            beta2,
+            beta3,
+            alpha,
+            t_alpha.value_or(0),
+            t_beta3.value_or(0),
+            static_cast<double>(schedule_start),
+            eps,
+            weight_decay,
+            maximize};
+  }
+};
+
+// The checks of one op call; `op` begins every text. Without `places` the lists of state have one tensor for each
+// parameter, else flat ones, the arenas, that the parameters share.
 class Checker {
  public:
-  Checker(const char* op, const Views& params) : op_(op), params_(params) {
+  Checker(const char* op, const Views& params, const std::vector<int64_t>& places)
+      : op_(op), params_(params), places_(places) {
     for (size_t i = 0; i < params.size(); ++i) {
       const auto dtype = params[i].dtype;
       if (!is_parameter_dtype(dtype))
@@ -97,6 +119,9 @@ class Checker {
       uniform("params", params, i);
       in_place("params", i, params[i]);
     }
+    if (const size_t wanted = PLACE_NUMBERS * params.size(); !places.empty() && places.size() != wanted)
+      refuse(op_, ": places has length ", places.size(), ", but must have ", wanted, ", ", PLACE_NUMBERS,
+             " for each of params, or none");
   }
 
   void length(const char* name, size_t n) const {
@@ -111,69 +136,60 @@ class Checker {
         refuse(op_, ": grads[", i, "] has dtype ", dtype_name(dtype),
                "; allowed are torch.float32, torch.bfloat16, torch.float16, torch.float64");
       uniform("grads", grads, i);
-      on_device("grads", i, grads[i]);
+      on_device("grads", i, grads[i], i);
       shaped_as_param("grads", i, grads[i]);
     }
   }
 
   // A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic.
-  void state(const char* name, const Views& list) const {
-    length(name, list.size());
-    for (size_t i = 0; i < list.size(); ++i) {
-      of_dtype(name, i, list[i], compute_dtype(params_[i].dtype));
-      on_device(name, i, list[i]);
-      shaped_as_param(name, i, list[i]);
-      in_place(name, i, list[i]);
-    }
-  }
+  void state(const char* name, const Views& list) { state(name, list, compute_dtype(param_dtype())); }
 
   // A list of codes: of the parameter's shape, in one of the dtypes; blocks are counted in row-major order.
-  void codes(const char* name, const Views& list, std::initializer_list<ScalarType> dtypes) const {
-    length(name, list.size());
+  void codes(const char* name, const Views& list, std::initializer_list<ScalarType> dtypes) {
+    state_length(name, list);
     for (size_t i = 0; i < list.size(); ++i) {
       if (std::find(dtypes.begin(), dtypes.end(), list[i].dtype) == dtypes.end())
         refuse(op_, ": ", name, "[", i, "] has dtype ", dtype_name(list[i].dtype), ", but must be ",
                dtype_name(*dtypes.begin()), dtypes.size() > 1 ? " or " + dtype_name(*(dtypes.end() - 1)) : "");
       uniform(name, list, i);
-      on_device(name, i, list[i]);
+      on_device(name, i, list[i], param_of(i));
+      if (flat(name, i, list[i])) continue;
       shaped_as_param(name, i, list[i]);
       contiguous(name, i, list[i]);
     }
+    holds(name, list, 1);
   }
 
   // A list of scales, one per block of the parameter.
-  void absmaxs(const char* name, const Views& list) const {
-    length(name, list.size());
+  void absmaxs(const char* name, const Views& list) {
+    state_length(name, list);
     for (size_t i = 0; i < list.size(); ++i) {
       of_dtype(name, i, list[i], ScalarType::Float);
-      on_device(name, i, list[i]);
+      on_device(name, i, list[i], param_of(i));
+      if (flat(name, i, list[i])) continue;
       if (const int64_t blocks = block_count(params_[i].numel); list[i].numel != blocks)
         refuse(op_, ": ", name, "[", i, "] has ", list[i].numel, " elements, but must have ", blocks,
                ", one per block of params[", i, "]");
       contiguous(name, i, list[i]);
     }
+    holds(name, list, BLOCK_SIZE);
   }
 
-  void steps(const Views& steps) const {
-    length("steps", steps.size());
+  void steps(const Views& steps) {
+    state_length("steps", steps);
     for (size_t i = 0; i < steps.size(); ++i) {
       of_dtype("steps", i, steps[i], ScalarType::Float);
-      on_device("steps", i, steps[i]);
+      on_device("steps", i, steps[i], param_of(i));
+      if (flat("steps", i, steps[i])) continue;
       if (steps[i].numel != 1)
         refuse(op_, ": steps[", i, "] has shape ", shape_name(steps[i]), ", but must hold one element");
     }
   }
 
   // How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of two other ways.
-  void param_rounding(const Views& remainders, bool stochastic) const {
+  void param_rounding(const Views& remainders, bool stochastic) {
     if (!remainders.empty()) {
-      length("remainders", remainders.size());
-      for (size_t i = 0; i < remainders.size(); ++i) {
-        of_dtype("remainders", i, remainders[i], ScalarType::Short);
-        on_device("remainders", i, remainders[i]);
-        shaped_as_param("remainders", i, remainders[i]);
-        in_place("remainders", i, remainders[i]);
-      }
+      state("remainders", remainders, ScalarType::Short);
       if (stochastic) refuse(op_, ": stochastic_param_rounding is true, but with remainders nothing is rounded away");
     }
     if (params_.empty() || params_[0].dtype == ScalarType::BFloat16) return;
@@ -182,10 +198,51 @@ class Checker {
              stochastic ? "stochastic_param_rounding is" : "remainders are", " for torch.bfloat16");
   }
 
-  // The scalars that may be tensors: one element each, on the parameters' device.
-  template <class Lr>
-  void scalars(const Lr& lr, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) const {
-    if constexpr (std::is_same_v<Lr, Tensor>) float_scalar("lr", view_of(lr));
+  // After all lists of state.
+  void places(const Views& steps) const {
+    const std::vector<Place> places = places_of(places_);
+    for (size_t i = 0; i < places.size(); ++i) {
+      const size_t at = PLACE_NUMBERS * i;
+      const auto& [arena, first, step] = places[i];
+      if (arena >= steps.size())
+        refuse(op_, ": places[", at, "] is ", places_[at], ", but must be in [0, ", steps.size(), ")");
+      if (first < 0 || first % BLOCK_SIZE != 0)
+        refuse(op_, ": places[", at + 1, "] is ", first, ", but must be a multiple of ", BLOCK_SIZE);
+      for (const Capacity& list : capacities_)
+        if (first > list.elements[arena] - params_[i].numel)
+          refuse(op_, ": places[", at + 1, "] is ", first, ", but ", list.name, "[", arena, "] has room for ",
+                 list.elements[arena], " elements, and params[", i, "] has ", params_[i].numel);
+      if (step < 0 || step >= steps[arena].numel)
+        refuse(op_, ": places[", at + 2, "] is ", step, ", but must be in [0, ", steps[arena].numel, ")");
+    }
+  }
+
+  void lr(double) const {}
+  void lr(const Tensor& lr) const { float_scalar("lr", view_of(lr)); }
+
+  void hyperparameters(const Numbers& n) const {
+    in_range("beta1", n.beta1, n.beta1 >= 0 && n.beta1 < 1, "in [0, 1)");
+    in_range("beta2", n.beta2, n.beta2 >= 0 && n.beta2 < 1, "in [0, 1)");
+    in_range("beta3", n.beta3, n.beta3 >= 0 && n.beta3 < 1, "in [0, 1)");
+    if (n.t_alpha) in_range("t_alpha", *n.t_alpha, *n.t_alpha > 0, "positive or None");
+    if (n.t_beta3) in_range("t_beta3", *n.t_beta3, *n.t_beta3 > 0, "positive or None");
+    in_range("schedule_start", static_cast<double>(n.schedule_start), n.schedule_start >= 0, "at least 0");
+    in_range("eps", n.eps, n.eps >= 0, "at least 0");
+  }
+
+  // As a tensor, whose values aren't looked at.
+  void hyperparameters(const Tensor& tensor) const {
+    const char* name = "hyperparameters";
+    const TensorView t = view_of(tensor);
+    floating(name, t);
+    if (t.dims != 1 || t.numel != HYPERPARAMETERS)
+      refuse(op_, ": ", name, " has shape ", shape_name(t), ", but must have shape [", HYPERPARAMETERS, "]");
+    if (!t.contiguous) refuse(op_, ": ", name, " must be contiguous");
+    on_params_device(name, t);
+  }
+
+  // GradScaler's tensors: one element each, on the parameters' device.
+  void scaler(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) const {
     if (grad_scale) float_scalar("grad_scale", view_of(*grad_scale));
     if (!found_inf) return;
     const TensorView view = view_of(*found_inf);
@@ -194,25 +251,69 @@ class Checker {
     one_element("found_inf", view);
   }
 
-  void hyperparameters(const Hyperparameters& h) const {
-    in_range("beta1", h.beta1, h.beta1 >= 0 && h.beta1 < 1, "in [0, 1)");
-    in_range("beta2", h.beta2, h.beta2 >= 0 && h.beta2 < 1, "in [0, 1)");
-    in_range("beta3", h.beta3, h.beta3 >= 0 && h.beta3 < 1, "in [0, 1)");
-    if (h.t_alpha) in_range("t_alpha", *h.t_alpha, *h.t_alpha > 0, "positive or None");
-    if (h.t_beta3) in_range("t_beta3", *h.t_beta3, *h.t_beta3 > 0, "positive or None");
-    in_range("schedule_start", static_cast<double>(h.schedule_start), h.schedule_start >= 0, "at least 0");
-    in_range("eps", h.eps, h.eps >= 0, "at least 0");
+ private:
+  // Of a list of arenas, how many elements of parameters each has room for.
+  struct Capacity {
+    const char* name;
+    std::vector<int64_t> elements;
+  };
+
+  void state(const char* name, const Views& list, ScalarType dtype) {
+    state_length(name, list);
+    for (size_t i = 0; i < list.size(); ++i) {
+      of_dtype(name, i, list[i], dtype);
+      on_device(name, i, list[i], param_of(i));
+      if (flat(name, i, list[i])) continue;
+      shaped_as_param(name, i, list[i]);
+      in_place(name, i, list[i]);
+    }
+    holds(name, list, 1);
   }
 
- private:
-  void float_scalar(const char* name, const TensorView& t) const {
+  // The first list of state says how many arenas there are.
+  void state_length(const char* name, const Views& list) {
+    if (places_.empty()) return length(name, list.size());
+    if (!first_) first_ = name, arenas_ = list.size();
+    if (list.size() != arenas_)
+      refuse(op_, ": ", name, " has length ", list.size(), ", but ", first_, " has length ", arenas_);
+  }
+
+  // Whether it is an arena.
+  bool flat(const char* name, size_t i, const TensorView& t) const {
+    if (places_.empty()) return false;
+    if (t.dims != 1) refuse(op_, ": ", name, "[", i, "] has shape ", shape_name(t), ", but must have one dimension");
+    contiguous(name, i, t);
+    return true;
+  }
+
+  // `scale` elements of a parameter take one of the arena.
+  void holds(const char* name, const Views& list, int64_t scale) {
+    if (places_.empty()) return;
+    capacities_.push_back({name, {}});
+    for (const TensorView& arena : list) capacities_.back().elements.push_back(arena.numel * scale);
+  }
+
+  // The parameter that tensor i of a list of state is compared to.
+  size_t param_of(size_t i) const { return places_.empty() ? i : 0; }
+
+  ScalarType param_dtype() const { return params_.empty() ? ScalarType::Float : params_[0].dtype; }
+
+  void floating(const char* name, const TensorView& t) const {
     if (t.dtype != ScalarType::Float && t.dtype != ScalarType::Double)
       refuse(op_, ": ", name, " has dtype ", dtype_name(t.dtype), ", but must be torch.float32 or torch.float64");
+  }
+
+  void float_scalar(const char* name, const TensorView& t) const {
+    floating(name, t);
     one_element(name, t);
   }
 
   void one_element(const char* name, const TensorView& t) const {
     if (t.numel != 1) refuse(op_, ": ", name, " has shape ", shape_name(t), ", but must hold one element");
+    on_params_device(name, t);
+  }
+
+  void on_params_device(const char* name, const TensorView& t) const {
     if (!params_.empty() && !same_device(params_[0], t))
       refuse(op_, ": ", name, " is on ", device_name(t), ", but params are on ", device_name(params_[0]));
   }
@@ -233,10 +334,10 @@ class Checker {
       refuse(op_, ": ", name, "[", i, "] has dtype ", dtype_name(t.dtype), ", but must be ", dtype_name(dtype));
   }
 
-  void on_device(const char* name, size_t i, const TensorView& t) const {
-    if (!same_device(t, params_[i]))
-      refuse(op_, ": ", name, "[", i, "] is on ", device_name(t), ", but params[", i, "] is on ",
-             device_name(params_[i]));
+  void on_device(const char* name, size_t i, const TensorView& t, size_t param) const {
+    if (!same_device(t, params_[param]))
+      refuse(op_, ": ", name, "[", i, "] is on ", device_name(t), ", but params[", param, "] is on ",
+             device_name(params_[param]));
   }
 
   void shaped_as_param(const char* name, size_t i, const TensorView& t) const {
@@ -256,6 +357,10 @@ class Checker {
 
   const char* op_;
   const Views& params_;
+  const std::vector<int64_t>& places_;
+  const char* first_ = nullptr;  // list of state, and its length
+  size_t arenas_ = 0;
+  std::vector<Capacity> capacities_;
 };
 
 inline BlockFormat checked_format(const char* op, int64_t format) {

@@ -1,52 +1,197 @@
-// The arguments of ademamix_step_, read and checked, as every kernel's op begins.
+// The ops ademamix_step_ and ademamix_blockwise_step_ of any device: their arguments, read and checked.
 #pragma once
+
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <variant>
 
 #include "check.h"
 
 namespace ademamix {
 
 struct StepLists {
-  Views params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders;
-};
+  static constexpr const char* OP = "ademamix_step_";
 
-// Lr is double, or Tensor: a learning rate that a compiled or captured step reads anew each time.
-template <class Lr>
-void check_step(const StepLists& lists, const Lr& lr, const Hyperparameters& h, bool stochastic_param_rounding,
-                size_t streams, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
-  const Checker check("ademamix_step_", lists.params);
-  check.grads(lists.grads);
-  check.state("exp_avgs", lists.exp_avgs);
-  check.state("exp_avg_slows", lists.exp_avg_slows);
-  check.state("exp_avg_sqs", lists.exp_avg_sqs);
-  check.steps(lists.steps);
-  check.param_rounding(lists.remainders, stochastic_param_rounding);
-  if (stochastic_param_rounding) check.length("streams", streams);
-  check.scalars(lr, grad_scale, found_inf);
-  check.hyperparameters(h);
-}
+  Views params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders;
+
+  void check(Checker& check) const {
+    check.grads(grads);
+    check.state("exp_avgs", exp_avgs);
+    check.state("exp_avg_slows", exp_avg_slows);
+    check.state("exp_avg_sqs", exp_avg_sqs);
+    check.steps(steps);
+  }
+
+  // Replaces arenas by a view for each parameter.
+  void place(const std::vector<Place>& places) {
+    for (Views* list : {&exp_avgs, &exp_avg_slows, &exp_avg_sqs, &remainders})
+      *list = state_parts(*list, params, places);
+    steps = step_parts(steps, params, places);
+  }
+};
 
 struct BlockwiseLists {
+  static constexpr const char* OP = "ademamix_blockwise_step_";
+
   Views params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs, exp_avg_sq_absmaxs,
       steps, remainders;
+
+  void check(Checker& check) const {
+    check.grads(grads);
+    check.codes("exp_avgs", exp_avgs, {ScalarType::Byte});
+    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs);
+    check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short, ScalarType::Byte});
+    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs);
+    check.codes("exp_avg_sqs", exp_avg_sqs, {ScalarType::Byte});
+    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs);
+    check.steps(steps);
+  }
+
+  void place(const std::vector<Place>& places) {
+    for (Views* list : {&exp_avgs, &exp_avg_slows, &exp_avg_sqs}) *list = code_parts(*list, params, places);
+    for (Views* list : {&exp_avg_absmaxs, &exp_avg_slow_absmaxs, &exp_avg_sq_absmaxs})
+      *list = absmax_parts(*list, params, places);
+    remainders = state_parts(remainders, params, places);
+    steps = step_parts(steps, params, places);
+  }
 };
 
-template <class Lr>
-void check_blockwise_step(const BlockwiseLists& lists, const Lr& lr, const Hyperparameters& h,
-                          bool stochastic_param_rounding, size_t streams, const std::optional<Tensor>& grad_scale,
-                          const std::optional<Tensor>& found_inf) {
-  const Checker check("ademamix_blockwise_step_", lists.params);
-  check.grads(lists.grads);
-  check.codes("exp_avgs", lists.exp_avgs, {ScalarType::Byte});
-  check.absmaxs("exp_avg_absmaxs", lists.exp_avg_absmaxs);
-  check.codes("exp_avg_slows", lists.exp_avg_slows, {ScalarType::Short, ScalarType::Byte});
-  check.absmaxs("exp_avg_slow_absmaxs", lists.exp_avg_slow_absmaxs);
-  check.codes("exp_avg_sqs", lists.exp_avg_sqs, {ScalarType::Byte});
-  check.absmaxs("exp_avg_sq_absmaxs", lists.exp_avg_sq_absmaxs);
-  check.steps(lists.steps);
-  check.param_rounding(lists.remainders, stochastic_param_rounding);
-  check.length("streams", streams);
-  check.scalars(lr, grad_scale, found_inf);
-  check.hyperparameters(h);
+// What a call has beside its lists.
+struct StepOptions {
+  bool maximize;
+  bool stochastic_rounding;  // of exp_avg_sq
+  bool stochastic_param_rounding;
+  int64_t seed;
+  std::vector<int64_t> streams, places;
+  std::optional<Tensor> grad_scale, found_inf;
+  bool dry_run;
+  std::variant<double, Tensor> lr{};  // the first element of the tensor, which may be that of all hyperparameters
+  std::variant<Hyperparameters, Tensor> hyperparameters{};
+};
+
+// Checks a call, and lets `step` do it, unless that is all that is asked for.
+template <class Lists, class Step, class CheckNumbers>
+void run_op(Lists lists, const StepOptions& options, const Step& step, const CheckNumbers& check_numbers) {
+  Checker check(Lists::OP, lists.params, options.places);
+  lists.check(check);
+  check.param_rounding(lists.remainders, options.stochastic_param_rounding);
+  check.places(lists.steps);
+  const bool draws = std::is_same_v<Lists, BlockwiseLists> || options.stochastic_param_rounding;
+  if (draws) check.length("streams", options.streams.size());
+  check_numbers(check);
+  check.scaler(options.grad_scale, options.found_inf);
+  if (options.dry_run || lists.params.empty()) return;
+  if (!options.places.empty()) lists.place(places_of(options.places));
+  step(lists, options);
+}
+
+template <class Lists, class Lr, class Step>
+void run_with_numbers(Lists lists, const Lr& lr, const Numbers& numbers, StepOptions options, const Step& step) {
+  options.lr = lr;
+  options.hyperparameters = numbers.with(options.maximize);
+  run_op(std::move(lists), options, step, [&](const Checker& check) {
+    check.lr(lr);
+    check.hyperparameters(numbers);
+  });
+}
+
+template <class Lists, class Step>
+void run_with_tensor(Lists lists, const Tensor& hyperparameters, StepOptions options, const Step& step) {
+  options.lr = hyperparameters;
+  options.hyperparameters = hyperparameters;
+  run_op(std::move(lists), options, step, [&](const Checker& check) { check.hyperparameters(hyperparameters); });
+}
+
+// The overloads of ademamix_step_, where STEP is a device's void(StepLists&, const StepOptions&).
+template <auto STEP, class Lr>
+struct StepOp {
+  static void with_numbers(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows,
+                           TensorList exp_avg_sqs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
+                           double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3,
+                           int64_t schedule_start, double eps, double weight_decay, bool maximize,
+                           TensorList remainders, bool stochastic_param_rounding, int64_t seed,
+                           std::vector<int64_t> streams, std::vector<int64_t> places, std::optional<Tensor> grad_scale,
+                           std::optional<Tensor> found_inf, bool dry_run) {
+    run_with_numbers(
+        lists(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders), lr,
+        {beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay},
+        {maximize, false, stochastic_param_rounding, seed, streams, places, grad_scale, found_inf, dry_run}, STEP);
+  }
+
+  static void with_tensor(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows,
+                          TensorList exp_avg_sqs, TensorList steps, Tensor hyperparameters, bool maximize,
+                          TensorList remainders, bool stochastic_param_rounding, int64_t seed,
+                          std::vector<int64_t> streams, std::vector<int64_t> places, std::optional<Tensor> grad_scale,
+                          std::optional<Tensor> found_inf, bool dry_run) {
+    run_with_tensor(lists(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders), hyperparameters,
+                    {maximize, false, stochastic_param_rounding, seed, streams, places, grad_scale, found_inf, dry_run},
+                    STEP);
+  }
+
+ private:
+  template <class... Lists>
+  static StepLists lists(const Lists&... lists) {
+    return {views_of(lists)...};
+  }
+};
+
+template <auto STEP>
+void register_step(torch::stable::detail::StableLibrary& m) {
+  using WithLr = StepOp<STEP, double>;
+  using WithTensorLr = StepOp<STEP, Tensor>;
+  m.impl("ademamix_step_", TORCH_BOX(&WithLr::with_numbers));
+  m.impl("ademamix_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
+  m.impl("ademamix_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
+}
+
+// The overloads of ademamix_blockwise_step_, where STEP is a device's void(BlockwiseLists&, const StepOptions&).
+template <auto STEP, class Lr>
+struct BlockwiseStepOp {
+  static void with_numbers(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
+                           TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
+                           TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2,
+                           double beta3, double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3,
+                           int64_t schedule_start, double eps, double weight_decay, bool maximize,
+                           bool stochastic_rounding, TensorList remainders, bool stochastic_param_rounding,
+                           int64_t seed, std::vector<int64_t> streams, std::vector<int64_t> places,
+                           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, bool dry_run) {
+    run_with_numbers(lists(params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs,
+                           exp_avg_sq_absmaxs, steps, remainders),
+                     lr, {beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay},
+                     {maximize, stochastic_rounding, stochastic_param_rounding, seed, streams, places, grad_scale,
+                      found_inf, dry_run},
+                     STEP);
+  }
+
+  static void with_tensor(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
+                          TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
+                          TensorList exp_avg_sq_absmaxs, TensorList steps, Tensor hyperparameters, bool maximize,
+                          bool stochastic_rounding, TensorList remainders, bool stochastic_param_rounding, int64_t seed,
+                          std::vector<int64_t> streams, std::vector<int64_t> places, std::optional<Tensor> grad_scale,
+                          std::optional<Tensor> found_inf, bool dry_run) {
+    run_with_tensor(lists(params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs,
+                          exp_avg_sq_absmaxs, steps, remainders),
+                    hyperparameters,
+                    {maximize, stochastic_rounding, stochastic_param_rounding, seed, streams, places, grad_scale,
+                     found_inf, dry_run},
+                    STEP);
+  }
+
+ private:
+  template <class... Lists>
+  static BlockwiseLists lists(const Lists&... lists) {
+    return {views_of(lists)...};
+  }
+};
+
+template <auto STEP>
+void register_blockwise_step(torch::stable::detail::StableLibrary& m) {
+  using WithLr = BlockwiseStepOp<STEP, double>;
+  using WithTensorLr = BlockwiseStepOp<STEP, Tensor>;
+  m.impl("ademamix_blockwise_step_", TORCH_BOX(&WithLr::with_numbers));
+  m.impl("ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
+  m.impl("ademamix_blockwise_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
 }
 
 }  // namespace ademamix

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from torch_ademamix import ops
+from torch_ademamix import ops, reference
 from torch_ademamix.reference import ademamix_update, compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,7 +44,7 @@ FORMULA: dict[str, Any] = {
     "weight_decay": 0.01,
     "maximize": False,
 }
-# And what an op call has besides.
+# And what a call has besides.
 HYPERPARAMETERS: dict[str, Any] = {
     **FORMULA,
     "remainders": [],
@@ -68,11 +68,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
 KERNELS = {"native": DispatchKey.CPU, "reference": DispatchKey.PrivateUse1}
 
 
-def step(kernel: str, lists: "StepLists", lr: Tensor | float = 1e-2, **options: Any) -> None:
+def step(kernel: str, lists: Iterable[list[Tensor]], lr: Tensor | float = 1e-2, **options: Any) -> None:
     """One op call served by `kernel`; by the reference as for a device without native kernels."""
-    packet = torch.ops.torch_ademamix.ademamix_step_
-    op = packet.tensor_lr if isinstance(lr, Tensor) else packet.default
-    op.redispatch(DispatchKeySet(KERNELS[kernel]), *lists, lr, **{**HYPERPARAMETERS, **options})
+    op, args, kwargs = step_call(torch.ops.torch_ademamix.ademamix_step_, lists, lr, **options)
+    op.redispatch(DispatchKeySet(KERNELS[kernel]), *args, **kwargs)
+
+
+def step_call(
+    packet: Any, lists: Iterable[list[Tensor]], lr: Tensor | float = 1e-2, **options: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The overload of an op, and its positional and keyword arguments; `hyperparameters` take the place of numbers."""
+    options = {**HYPERPARAMETERS, "places": [], **options}
+    if (hyperparameters := options.pop("hyperparameters", None)) is None:
+        return packet.tensor_lr if isinstance(lr, Tensor) else packet.default, (*lists, lr), options
+    for name in reference.HYPERPARAMETERS:
+        options.pop(name, None)
+    return packet.tensor_hyperparameters, (*lists, hyperparameters), options
+
+
+def hyperparameter_tensor(lr: Tensor | float = 1e-2, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
+    """What a call with these options has, in one tensor."""
+    numbers = {**FORMULA, "lr": lr, **options}
+    return torch.tensor([float(numbers[name] or 0) for name in reference.HYPERPARAMETERS], dtype=dtype)
 
 
 @dataclass

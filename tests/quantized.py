@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from config import HYPERPARAMETERS, KERNELS, MIXED, StepLists, make_lists, step
+from config import KERNELS, MIXED, StepLists, make_lists, step, step_call
 from torch import Tensor, nn
 from torch._C import DispatchKeySet
 
@@ -44,8 +44,12 @@ class BlockwiseLists:
 
     @property
     def streams(self) -> list[int]:
-        """As an optimizer numbers them, but from another number on and with gaps."""
-        return [3 * i + 7 for i in range(len(self.params))]
+        return streams_of(self.params)
+
+
+def streams_of(params: list[Tensor]) -> list[int]:
+    """As an optimizer numbers them, but from another number on and with gaps."""
+    return [3 * i + 7 for i in range(len(params))]
 
 
 def stored(slow_ema_bits: int) -> tuple[str, str, str]:
@@ -96,9 +100,8 @@ def blockwise_call(
     lists: BlockwiseLists, lr: Tensor | float = 1e-2, **options: Any
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The overload of the op, and its positional and keyword arguments."""
-    op = PACKET.tensor_lr if isinstance(lr, Tensor) else PACKET.default
     defaults = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
-    return op, (*lists, lr), {**HYPERPARAMETERS, **defaults, **options}
+    return step_call(PACKET, lists, lr, **{**defaults, **options})
 
 
 def blockwise_step(kernel: str, lists: BlockwiseLists, **options: Any) -> None:

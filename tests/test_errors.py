@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from config import CONTIGUOUS, HYPERPARAMETERS, assert_identical, make_lists, step
+from config import CONTIGUOUS, HYPERPARAMETERS, assert_identical, make_lists, step, step_call
+from places import in_arenas
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -39,6 +40,10 @@ def shorten(name):
     return lambda lists, options: getattr(lists, name).pop()
 
 
+def lengthen(name):
+    return lambda lists, options: getattr(lists, name).append(torch.zeros(1))
+
+
 def give(**values):
     return lambda lists, options: options.update(values)
 
@@ -58,6 +63,29 @@ def remain(count, i=None, change=None, dtype=torch.bfloat16, **options):
         call_options.update(remainders=remainders, **options)
 
     return bend
+
+
+def place(change=None):
+    """Puts the state into one arena of 1536 elements and 7 steps, and bends what says so."""
+
+    def bend(lists, options):
+        arenas = in_arenas(lists, options["remainders"], count=1)
+        for name, tensors in zip((*STATE, "steps"), arenas.lists[2:], strict=True):
+            setattr(lists, name, tensors)
+        options.update(arenas.options)
+        if change is not None:
+            change(lists, options)
+
+    return bend
+
+
+def move(number, to):
+    """Changes one of the numbers 0, 1536, 6, 0, 1024, 4, 0, 768, 3, 0, 256, 1."""
+
+    def bend(lists, options):
+        options["places"][number] = to
+
+    return place(bend)
 
 
 # How good arguments of an op call (vectors of 0, 1, 3 and 255 elements) are bent, and what is said then.
@@ -131,13 +159,49 @@ OP_REFUSALS = {
         "params", 1, "meta"
     ),
     **{f"{x} is on meta, but params are on cpu": give(**{x: torch.ones((), device="meta")}) for x in SCALARS},
+    "places has length 11, but must have 12, 3 for each of params, or none": place(
+        lambda lists, options: options["places"].pop()
+    ),
+    "exp_avgs has length 0, but params has length 4": lambda lists, options: lists.exp_avgs.clear(),
+    **{f"{x} has length 2, but exp_avgs has length 1": place(lengthen(x)) for x in (*STATE[1:], "steps")},
+    **{
+        f"{x}[0] has shape [1, {n}], but must have one dimension": place(replace(x, 0, lambda arena: arena[None]))
+        for x, n in (*((name, 1536) for name in STATE), ("steps", 7))
+    },
+    **{f"{x}[0] must be contiguous": place(replace(x, 0, lambda a: a[::2])) for x in (*STATE, "steps")},
+    **{
+        f"{x}[0] has dtype torch.float64, but must be torch.float32": place(convert(x, 0, torch.float64))
+        for x in (*STATE, "steps")
+    },
+    **{f"{x}[0] is on meta, but params[0] is on cpu": place(convert(x, 0, "meta")) for x in (*STATE, "steps")},
+    **{f"places[3] is {k}, but must be in [0, 1)": move(3, k) for k in (-1, 1, 2**40)},
+    **{f"places[4] is {n}, but must be a multiple of 256": move(4, n) for n in (-1, -256, 100, 2**62 + 1)},
+    **{
+        f"places[10] is {n}, but exp_avgs[0] has room for 1536 elements, and params[3] has 255": move(10, n)
+        for n in (1536, 2**62)
+    },
+    **{
+        f"places[1] is 1536, but {x}[0] has room for 1535 elements, and params[0] has 0": place(
+            replace(x, 0, lambda arena: arena[1:])
+        )
+        for x in STATE
+    },
+    **{f"places[8] is {n}, but must be in [0, 7)": move(8, n) for n in (-1, 7)},
+    "hyperparameters has dtype torch.int64, but must be torch.float32 or torch.float64": give(
+        hyperparameters=torch.zeros(10, dtype=torch.int64)
+    ),
+    **{
+        f"hyperparameters has shape {list(shape)}, but must have shape [10]": give(hyperparameters=torch.zeros(shape))
+        for shape in ((), (9,), (1, 10))
+    },
+    "hyperparameters must be contiguous": give(hyperparameters=torch.zeros(20)[::2]),
+    "hyperparameters is on meta, but params are on cpu": give(hyperparameters=torch.zeros(10, device="meta")),
 }
 
 
 def call_op(lists, lr, **options):
-    packet = torch.ops.torch_ademamix.ademamix_step_
-    op = packet.tensor_lr if isinstance(lr, torch.Tensor) else packet.default
-    op(*lists, lr, **options)
+    op, args, kwargs = step_call(torch.ops.torch_ademamix.ademamix_step_, lists, lr, **options)
+    op(*args, **kwargs)
 
 
 def call_fake(lists, lr, **options):

@@ -2,24 +2,19 @@
 
 import pytest
 import torch
-from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, make_lists
+from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, hyperparameter_tensor, make_lists, step_call
+from places import in_arenas
 
 from torch_ademamix import AdEMAMix, ademamix
 
 PACKET = torch.ops.torch_ademamix.ademamix_step_
 
 
-def op_call(lists, lr=1e-2, **options):
-    """The overload, and its positional and keyword arguments."""
-    op = PACKET.tensor_lr if isinstance(lr, torch.Tensor) else PACKET.default
-    return op, (*lists, lr), {**HYPERPARAMETERS, **options}
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_options(dtype, options):
     lists = make_lists([MIXED[2], *MIXED[8:13]], dtype)
-    torch.library.opcheck(*op_call(lists, **OPTIONS[options]))
+    torch.library.opcheck(*step_call(PACKET, lists, **OPTIONS[options]))
 
 
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
@@ -27,18 +22,38 @@ def test_options(dtype, options):
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
 def test_lengths(lr, length, grad_dtype):
     lists = make_lists((MIXED[1:5] * 2)[:length], grad_dtype=grad_dtype)
-    torch.library.opcheck(*op_call(lists, lr))
+    torch.library.opcheck(*step_call(PACKET, lists, lr))
+
+
+@pytest.mark.parametrize("hyperparameters", [None, hyperparameter_tensor()], ids=["numbers", "tensor"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("rounding", ["nearest", "remainders"])
+def test_places(rounding, count, hyperparameters):
+    lists = make_lists([MIXED[2], *MIXED[8:14]], torch.bfloat16)
+    remainders = [torch.zeros(p.shape, dtype=torch.int16) for p in lists.params if rounding == "remainders"]
+    arenas = in_arenas(lists, remainders, count)
+    torch.library.opcheck(*step_call(PACKET, arenas, hyperparameters=hyperparameters, **arenas.options))
+
+
+@pytest.mark.parametrize("length", [0, 1, 7])
+def test_hyperparameters_in_a_tensor(length):
+    lists = make_lists((MIXED[1:5] * 2)[:length])
+    torch.library.opcheck(*step_call(PACKET, lists, hyperparameters=hyperparameter_tensor()))
+
+
+def test_dry_run():
+    torch.library.opcheck(*step_call(PACKET, make_lists(MIXED[1:5]), dry_run=True), test_utils="test_faketensor")
 
 
 def test_400_tensors():
     """All but tracing, which takes half a minute for so many (compile_tests do it, for 1,000)."""
     untraced = ("test_schema", "test_autograd_registration", "test_faketensor")
-    call = op_call(make_lists(MIXED[1:5] * 100), torch.tensor(1e-2))
+    call = step_call(PACKET, make_lists(MIXED[1:5] * 100), torch.tensor(1e-2))
     torch.library.opcheck(*call, test_utils=untraced)
 
 
 def as_op(lists, lr):
-    op, args, kwargs = op_call(lists, lr)
+    op, args, kwargs = step_call(PACKET, lists, lr)
     op(*args, **kwargs)
 
 

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, Format, block_count
+from torch_ademamix.places import PLACE_NUMBERS
+from torch_ademamix.reference import HYPERPARAMETERS, compute_dtype
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,15 +34,26 @@ def in_place_problem(name: str, i: int, tensor: Tensor) -> str | None:
 
 
 class Checker:
-    """The checks of one op call; `op` begins every text."""
+    """The checks of one op call; `op` begins every text.
 
-    def __init__(self, op: str, params: Sequence[Tensor]) -> None:
+    Without `places` the lists of state have one tensor for each parameter, else flat ones, the arenas, that the
+    parameters share.
+    """
+
+    def __init__(self, op: str, params: Sequence[Tensor], places: Sequence[int]) -> None:
         self._op = op
         self._params = params
+        self._places = places
+        self._arenas: tuple[str, int] | None = None  # the first list of state, and its length
+        self._capacities: list[tuple[str, list[int]]] = []  # of each list, how many elements of parameters fit in
         for i, param in enumerate(params):
             self._floating("params", i, param)
             self._uniform("params", params, i)
             self._in_place("params", i, param)
+        if places and len(places) != (wanted := PLACE_NUMBERS * len(params)):
+            self.refuse(
+                f"places has length {len(places)}, but must have {wanted}, {PLACE_NUMBERS} for each of params, or none"
+            )
 
     def refuse(self, text: str) -> NoReturn:
         raise RuntimeError(f"{self._op}: {text}")
@@ -55,70 +67,104 @@ class Checker:
         for i, grad in enumerate(grads):
             self._floating("grads", i, grad)
             self._uniform("grads", grads, i)
-            self._on_device("grads", i, grad)
+            self._on_device("grads", i, grad, i)
             self._shaped_as_param("grads", i, grad)
 
     def state(self, name: str, tensors: Sequence[Tensor]) -> None:
         """A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic."""
-        self.length(name, tensors)
-        for i, tensor in enumerate(tensors):
-            self._of_dtype(name, i, tensor, compute_dtype(self._params[i].dtype))
-            self._on_device(name, i, tensor)
-            self._shaped_as_param(name, i, tensor)
-            self._in_place(name, i, tensor)
+        self._state(name, tensors, compute_dtype(self._params[0].dtype) if self._params else torch.float32)
 
     def codes(self, name: str, tensors: Sequence[Tensor], *dtypes: torch.dtype) -> None:
         """A list of codes: of the parameter's shape; blocks are counted in row-major order."""
-        self.length(name, tensors)
+        self._state_length(name, tensors)
         for i, tensor in enumerate(tensors):
             if tensor.dtype not in dtypes:
                 allowed = " or ".join(map(str, dtypes))
                 self.refuse(f"{name}[{i}] has dtype {tensor.dtype}, but must be {allowed}")
             self._uniform(name, tensors, i)
-            self._on_device(name, i, tensor)
+            self._on_device(name, i, tensor, self._param_of(i))
+            if self._flat(name, i, tensor):
+                continue
             self._shaped_as_param(name, i, tensor)
             self._contiguous(name, i, tensor)
+        self._holds(name, tensors)
 
     def absmaxs(self, name: str, tensors: Sequence[Tensor]) -> None:
         """A list of scales, one per block of the parameter."""
-        self.length(name, tensors)
+        self._state_length(name, tensors)
         for i, tensor in enumerate(tensors):
             self._of_dtype(name, i, tensor, torch.float32)
-            self._on_device(name, i, tensor)
+            self._on_device(name, i, tensor, self._param_of(i))
+            if self._flat(name, i, tensor):
+                continue
             blocks = block_count(self._params[i].numel())
             if tensor.numel() != blocks:
                 self.refuse(
                     f"{name}[{i}] has {tensor.numel()} elements, but must have {blocks}, one per block of params[{i}]"
                 )
             self._contiguous(name, i, tensor)
+        self._holds(name, tensors, BLOCK_SIZE)
 
     def steps(self, steps: Sequence[Tensor]) -> None:
-        self.length("steps", steps)
+        self._state_length("steps", steps)
         for i, step in enumerate(steps):
             self._of_dtype("steps", i, step, torch.float32)
-            self._on_device("steps", i, step)
+            self._on_device("steps", i, step, self._param_of(i))
+            if self._flat("steps", i, step):
+                continue
             if step.numel() != 1:
                 self.refuse(f"steps[{i}] has shape {list(step.shape)}, but must hold one element")
 
     def param_rounding(self, remainders: Sequence[Tensor], stochastic: bool) -> None:
         """How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of two other ways."""
         if remainders:
-            self.length("remainders", remainders)
-            for i, tensor in enumerate(remainders):
-                self._of_dtype("remainders", i, tensor, torch.int16)
-                self._on_device("remainders", i, tensor)
-                self._shaped_as_param("remainders", i, tensor)
-                self._in_place("remainders", i, tensor)
+            self._state("remainders", remainders, torch.int16)
             if stochastic:
                 self.refuse("stochastic_param_rounding is true, but with remainders nothing is rounded away")
         if (remainders or stochastic) and self._params and self._params[0].dtype != torch.bfloat16:
             what = "stochastic_param_rounding is" if stochastic else "remainders are"
             self.refuse(f"params[0] has dtype {self._params[0].dtype}, but {what} for torch.bfloat16")
 
-    def scalars(self, lr: Tensor | float, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """The scalars that may be tensors: one element each, on the parameters' device."""
+    def places(self, steps: Sequence[Tensor]) -> None:
+        """After all lists of state."""
+        if not self._places:
+            return
+        rooms = [min(elements) for elements in zip(*(elements for _, elements in self._capacities), strict=True)]
+        counts = [step.numel() for step in steps]
+        arenas, firsts, indices = (self._places[i::PLACE_NUMBERS] for i in range(PLACE_NUMBERS))
+        for i, (param, arena, first, step) in enumerate(zip(self._params, arenas, firsts, indices, strict=True)):
+            if not (
+                0 <= arena < len(rooms)
+                and 0 <= first <= rooms[arena] - param.numel()
+                and first % BLOCK_SIZE == 0
+                and 0 <= step < counts[arena]
+            ):
+                self._refuse_place(i, arena, first, step, counts)
+
+    def _refuse_place(self, i: int, arena: int, first: int, step: int, counts: Sequence[int]) -> NoReturn:
+        at, numel = PLACE_NUMBERS * i, self._params[i].numel()
+        if not 0 <= arena < len(counts):
+            self.refuse(f"places[{at}] is {arena}, but must be in [0, {len(counts)})")
+        if first < 0 or first % BLOCK_SIZE != 0:
+            self.refuse(f"places[{at + 1}] is {first}, but must be a multiple of {BLOCK_SIZE}")
+        for name, elements in self._capacities:
+            if first > elements[arena] - numel:
+                self.refuse(
+                    f"places[{at + 1}] is {first}, but {name}[{arena}] has room for {elements[arena]} elements, "
+                    f"and params[{i}] has {numel}"
+                )
+        self.refuse(f"places[{at + 2}] is {step}, but must be in [0, {counts[arena]})")
+
+    def numbers(self, lr: Tensor | float, **hyperparameters: Any) -> None:
+        """The hyperparameters: as numbers, of which lr may be a tensor, or all in a tensor in lr's place."""
+        if not hyperparameters:
+            return self._hyperparameter_tensor(lr)  # type: ignore[arg-type]
         if isinstance(lr, Tensor):
             self._float_scalar("lr", lr)
+        self._hyperparameters(**hyperparameters)
+
+    def scaler(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """GradScaler's tensors: one element each, on the parameters' device."""
         if grad_scale is not None:
             self._float_scalar("grad_scale", grad_scale)
         if found_inf is not None:
@@ -126,7 +172,17 @@ class Checker:
                 self.refuse(f"found_inf has dtype {found_inf.dtype}, but must be torch.float32")
             self._one_element("found_inf", found_inf)
 
-    def hyperparameters(
+    def _hyperparameter_tensor(self, tensor: Tensor) -> None:
+        """The tensor of all, whose values aren't looked at."""
+        name, count = "hyperparameters", len(HYPERPARAMETERS)
+        self._float(name, tensor)
+        if tensor.shape != (count,):
+            self.refuse(f"{name} has shape {list(tensor.shape)}, but must have shape [{count}]")
+        if not tensor.is_contiguous():
+            self.refuse(f"{name} must be contiguous")
+        self._on_params_device(name, tensor)
+
+    def _hyperparameters(
         self,
         *,
         beta1: float,
@@ -136,7 +192,7 @@ class Checker:
         t_beta3: float | None,
         schedule_start: int,
         eps: float,
-        **_: Any,  # alpha, weight_decay and the flags may have any value
+        **_: Any,  # alpha and weight_decay may have any value
     ) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2), ("beta3", beta3)):
             self._in_range(name, beta, 0 <= beta < 1, "in [0, 1)")
@@ -145,6 +201,44 @@ class Checker:
                 self._in_range(name, steps, steps > 0, "positive or None")
         self._in_range("schedule_start", schedule_start, schedule_start >= 0, "at least 0")
         self._in_range("eps", eps, eps >= 0, "at least 0")
+
+    def _state(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._state_length(name, tensors)
+        for i, tensor in enumerate(tensors):
+            self._of_dtype(name, i, tensor, dtype)
+            self._on_device(name, i, tensor, self._param_of(i))
+            if self._flat(name, i, tensor):
+                continue
+            self._shaped_as_param(name, i, tensor)
+            self._in_place(name, i, tensor)
+        self._holds(name, tensors)
+
+    def _state_length(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """The first list of state says how many arenas there are."""
+        if not self._places:
+            return self.length(name, tensors)
+        self._arenas = self._arenas or (name, len(tensors))
+        first, length = self._arenas
+        if len(tensors) != length:
+            self.refuse(f"{name} has length {len(tensors)}, but {first} has length {length}")
+
+    def _flat(self, name: str, i: int, tensor: Tensor) -> bool:
+        """Whether it is an arena."""
+        if not self._places:
+            return False
+        if tensor.dim() != 1:
+            self.refuse(f"{name}[{i}] has shape {list(tensor.shape)}, but must have one dimension")
+        self._contiguous(name, i, tensor)
+        return True
+
+    def _holds(self, name: str, tensors: Sequence[Tensor], scale: int = 1) -> None:
+        """`scale` elements of a parameter take one of an arena."""
+        if self._places:
+            self._capacities.append((name, [tensor.numel() * scale for tensor in tensors]))
+
+    def _param_of(self, i: int) -> int:
+        """The parameter that tensor i of a list of state is compared to."""
+        return 0 if self._places else i
 
     def _in_range(self, name: str, value: float, ok: bool, allowed: str) -> None:
         if not ok:
@@ -166,9 +260,9 @@ class Checker:
         if tensor.dtype != dtype:
             self.refuse(f"{name}[{i}] has dtype {tensor.dtype}, but must be {dtype}")
 
-    def _on_device(self, name: str, i: int, tensor: Tensor) -> None:
-        if tensor.device != self._params[i].device:
-            self.refuse(f"{name}[{i}] is on {tensor.device}, but params[{i}] is on {self._params[i].device}")
+    def _on_device(self, name: str, i: int, tensor: Tensor, param: int) -> None:
+        if tensor.device != self._params[param].device:
+            self.refuse(f"{name}[{i}] is on {tensor.device}, but params[{param}] is on {self._params[param].device}")
 
     def _shaped_as_param(self, name: str, i: int, tensor: Tensor) -> None:
         if tensor.shape != self._params[i].shape:
@@ -184,14 +278,20 @@ class Checker:
         if problem := in_place_problem(name, i, tensor):
             self.refuse(problem)
 
-    def _float_scalar(self, name: str, tensor: Tensor) -> None:
+    def _float(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype not in (torch.float32, torch.float64):
             self.refuse(f"{name} has dtype {tensor.dtype}, but must be torch.float32 or torch.float64")
+
+    def _float_scalar(self, name: str, tensor: Tensor) -> None:
+        self._float(name, tensor)
         self._one_element(name, tensor)
 
     def _one_element(self, name: str, tensor: Tensor) -> None:
         if tensor.numel() != 1:
             self.refuse(f"{name} has shape {list(tensor.shape)}, but must hold one element")
+        self._on_params_device(name, tensor)
+
+    def _on_params_device(self, name: str, tensor: Tensor) -> None:
         if self._params and tensor.device != self._params[0].device:
             self.refuse(f"{name} is on {tensor.device}, but params are on {self._params[0].device}")
 
@@ -205,24 +305,30 @@ def check_step(
     steps: Sequence[Tensor],
     lr: Tensor | float,
     *,
+    maximize: bool,
     remainders: Sequence[Tensor],
     stochastic_param_rounding: bool,
+    seed: int,
     streams: Sequence[int],
+    places: Sequence[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    **options: Any,
+    dry_run: bool = False,
+    **hyperparameters: Any,
 ) -> None:
-    check = Checker("ademamix_step_", params)
+    """Without `hyperparameters`, lr is the tensor of all of them."""
+    check = Checker("ademamix_step_", params, places)
     check.grads(grads)
     check.state("exp_avgs", exp_avgs)
     check.state("exp_avg_slows", exp_avg_slows)
     check.state("exp_avg_sqs", exp_avg_sqs)
     check.steps(steps)
     check.param_rounding(remainders, stochastic_param_rounding)
+    check.places(steps)
     if stochastic_param_rounding:
         check.length("streams", streams)
-    check.scalars(lr, grad_scale, found_inf)
-    check.hyperparameters(**options)
+    check.numbers(lr, **hyperparameters)
+    check.scaler(grad_scale, found_inf)
 
 
 def check_blockwise_step(
@@ -237,14 +343,20 @@ def check_blockwise_step(
     steps: Sequence[Tensor],
     lr: Tensor | float,
     *,
+    maximize: bool,
+    stochastic_rounding: bool,
     remainders: Sequence[Tensor],
     stochastic_param_rounding: bool,
+    seed: int,
     streams: Sequence[int],
+    places: Sequence[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    **options: Any,
+    dry_run: bool = False,
+    **hyperparameters: Any,
 ) -> None:
-    check = Checker("ademamix_blockwise_step_", params)
+    """Without `hyperparameters`, lr is the tensor of all of them."""
+    check = Checker("ademamix_blockwise_step_", params, places)
     check.grads(grads)
     check.codes("exp_avgs", exp_avgs, torch.uint8)
     check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
@@ -254,9 +366,10 @@ def check_blockwise_step(
     check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
     check.steps(steps)
     check.param_rounding(remainders, stochastic_param_rounding)
+    check.places(steps)
     check.length("streams", streams)
-    check.scalars(lr, grad_scale, found_inf)
-    check.hyperparameters(**options)
+    check.numbers(lr, **hyperparameters)
+    check.scaler(grad_scale, found_inf)
 
 
 def checked_format(op: str, format: int) -> Format:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import ops
-from torch_ademamix.check import check_blockwise_step, check_step
 
 Batch = tuple[Sequence[Any], ...]  # the lists of an op call
 Rounding = dict[str, Any]  # the arguments of an op call that say how its parameters are rounded
@@ -89,6 +88,7 @@ def ademamix(
     (1.0, 0.89995)
     """
     options: dict[str, Any] = dict(
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         beta3=beta3,
@@ -100,13 +100,14 @@ def ademamix(
         weight_decay=weight_decay,
         maximize=maximize,
         seed=seed,
+        places=(),
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
     lists = (params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps)
     remainders, streams = _of_each(params, remainders, streams)
     batches = plain_batches(lists, remainders, streams, stochastic_param_rounding)
-    _step_batches(ops.ademamix_step_, check_step, batches, lr, options)
+    _step_batches(ops.ademamix_step_, batches, options)
 
 
 def ademamix_blockwise(
@@ -167,6 +168,7 @@ def ademamix_blockwise(
     (1.0, 0.89995)
     """
     options: dict[str, Any] = dict(
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         beta3=beta3,
@@ -179,6 +181,7 @@ def ademamix_blockwise(
         maximize=maximize,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
+        places=(),
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
@@ -195,7 +198,7 @@ def ademamix_blockwise(
     )
     remainders, streams = _of_each(params, remainders, streams)
     batches = blockwise_batches(lists, remainders, streams, stochastic_param_rounding)
-    _step_batches(ops.ademamix_blockwise_step_, check_blockwise_step, batches, lr, options)
+    _step_batches(ops.ademamix_blockwise_step_, batches, options)
 
 
 def _of_each(
@@ -205,19 +208,13 @@ def _of_each(
     return remainders if len(remainders) else [None] * n, streams if len(streams) else list(range(n))
 
 
-def _step_batches(
-    op: Callable[..., None],
-    check: Callable[..., None],
-    batches: list[tuple[Batch, Rounding]],
-    lr: Tensor | float,
-    options: dict[str, Any],
-) -> None:
-    if len(batches) > 1:  # a call checks its own arguments; the first may not write where the second refuses
-        for lists, rounding in batches:
-            batch_lr, batch_options = ops.beside(lists[0], lr, options)
-            check(*lists, lr=batch_lr, **batch_options, **rounding)
+def _step_batches(op: Callable[..., None], batches: list[tuple[Batch, Rounding]], options: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():  # a traced call is checked when it is traced
+        # The first may not write where a later one refuses; a call checks its own arguments.
+        for lists, rounding in batches[1:]:
+            op(*lists, **options, **rounding, dry_run=True)
     for lists, rounding in batches:
-        op(*lists, lr=lr, **options, **rounding)
+        op(*lists, **options, **rounding)
 
 
 def plain_batches(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix import blockwise, cuda, reference
+from torch_ademamix import blockwise, cuda, places, reference
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.check import (
     check_blockwise_step,
@@ -36,14 +36,24 @@ _BLOCKWISE_LISTS = (
     "Tensor(d!)[] exp_avg_slows, Tensor(e!)[] exp_avg_slow_absmaxs, Tensor(f!)[] exp_avg_sqs, "
     "Tensor(g!)[] exp_avg_sq_absmaxs, Tensor(h!)[] steps"
 )
-_OPTIONS = (
+_NUMBERS = (
     "float beta1, float beta2, float beta3, float alpha, float? t_alpha, float? t_beta3, "
-    "int schedule_start, float eps, float weight_decay, bool maximize"
+    "int schedule_start, float eps, float weight_decay, "
 )
+# The overloads of an op, by what it takes its hyperparameters from: numbers, with an lr that may be a tensor, or one
+# tensor (reference.HYPERPARAMETERS).
+_OVERLOADS = {
+    "": f"float lr, *, {_NUMBERS}",
+    ".tensor_lr": f"Tensor lr, *, {_NUMBERS}",
+    ".tensor_hyperparameters": "Tensor hyperparameters, *, ",
+}
 # What bfloat16 parameters are rounded with, beside their values; no remainders are an empty list.
 _PARAM_ROUNDING = "Tensor(z!)[] remainders, bool stochastic_param_rounding, int seed, int[] streams"
 SCALER = ("grad_scale", "found_inf")
 _SCALER = ", ".join(f"Tensor? {name}=None" for name in SCALER)
+# `places` says where state lies in tensors that parameters share (places.py); it is empty where each has its own. A dry
+# run checks the arguments and does nothing else.
+_REST = f"{_PARAM_ROUNDING}, int[] places, {_SCALER}, bool dry_run=False"
 
 _library = torch.library.Library("torch_ademamix", "DEF")
 
@@ -85,6 +95,8 @@ def _define_in_place(
     def in_place_rule(keyset: Any, *args: Any, **kwargs: Any) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             op(*args, **kwargs)
+        if kwargs.get("dry_run"):
+            return
         for i in mutated:
             torch.autograd.graph.increment_version(args[i])
         torch.autograd.graph.increment_version(kwargs["remainders"])
@@ -110,12 +122,24 @@ def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -
     return op  # type: ignore[no-any-return]
 
 
-def _checked(check: Callable[..., None], step: Callable[..., None]) -> Callable[..., None]:
+def _reference_step(
+    check: Callable[..., None], step: Callable[..., None], parts: Sequence[places.Part]
+) -> Callable[..., None]:
+    """The kernel of an op's overloads; `parts` are those that its lists of state have of arenas."""
+
     def kernel(*args: Any, **kwargs: Any) -> None:
         check(*args, **kwargs)
+        if kwargs.pop("dry_run", False):
+            return
         if args[0] and args[0][0].device.type == "cuda":
             _warn_of_reference_on_cuda()
-        step(*args, **{**dict.fromkeys(SCALER), **kwargs})
+        *lists, lr = args
+        if "beta1" not in kwargs:  # lr is the tensor of all hyperparameters
+            numbers = dict(zip(reference.HYPERPARAMETERS, lr.double().unbind(), strict=True))
+            lr = numbers.pop("lr")
+            kwargs |= numbers
+        views, remainders = places.one_for_each(parts, lists, kwargs["remainders"], kwargs.pop("places"))
+        step(*views, lr, **{**dict.fromkeys(SCALER), **kwargs, "remainders": remainders})
 
     return kernel
 
@@ -157,25 +181,25 @@ def _reference_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
     return blockwise.dequantize(codes, absmax, check_dequantize(codes, absmax, format))
 
 
-_step, _step_tensor_lr = (
+_steps = [
     _define_in_place(
-        f"ademamix_step_{overload}({_LISTS}, {lr} lr, *, {_OPTIONS}, {_PARAM_ROUNDING}, {_SCALER}) -> ()",
+        f"ademamix_step_{overload}({_LISTS}, {numbers}bool maximize, {_REST}) -> ()",
         mutated=(0, 2, 3, 4, 5),
         fake=check_step,
-        kernel=_checked(check_step, reference.ademamix_step_),
+        kernel=_reference_step(check_step, reference.ademamix_step_, places.STEP_PARTS),
     )
-    for overload, lr in (("", "float"), (".tensor_lr", "Tensor"))
-)
-_blockwise_step, _blockwise_step_tensor_lr = (
+    for overload, numbers in _OVERLOADS.items()
+]
+_blockwise_steps = [
     _define_in_place(
-        f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {lr} lr, *, {_OPTIONS}, "
-        f"bool stochastic_rounding, {_PARAM_ROUNDING}, {_SCALER}) -> ()",
+        f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {numbers}bool maximize, "
+        f"bool stochastic_rounding, {_REST}) -> ()",
         mutated=(0, 2, 3, 4, 5, 6, 7, 8),
         fake=check_blockwise_step,
-        kernel=_checked(check_blockwise_step, reference.ademamix_blockwise_step_),
+        kernel=_reference_step(check_blockwise_step, reference.ademamix_blockwise_step_, places.BLOCKWISE_PARTS),
     )
-    for overload, lr in (("", "float"), (".tensor_lr", "Tensor"))
-)
+    for overload, numbers in _OVERLOADS.items()
+]
 _quantize = _define(
     "quantize_blockwise(Tensor x, int format, *, int? seed=None, int step=0, int stream=0) -> (Tensor, Tensor)",
     fake=_fake_quantize,
@@ -200,27 +224,38 @@ native = _load_native()
 without_cuda = cuda.load()  # why CUDA tensors are served by the reference kernels; None if they aren't
 
 
-def ademamix_step_(*lists: Sequence[Any], lr: Tensor | float, **options: Any) -> None:
-    """The op `ademamix_step_`, which takes lists of one dtype and device, by the type of lr."""
-    lr, options = beside(lists[0], lr, options)
-    (_step_tensor_lr if isinstance(lr, Tensor) else _step)(*lists, lr, **options)
+def ademamix_step_(*lists: Sequence[Any], **options: Any) -> None:
+    """The op `ademamix_step_`, which takes lists of one dtype and device, with `lr` and numbers, or `hyperparameters`.
+
+    Its scalars may be tensors of another device.
+    """
+    _call(_steps, lists, options)
 
 
-def ademamix_blockwise_step_(*lists: Sequence[Any], lr: Tensor | float, **options: Any) -> None:
-    """The op `ademamix_blockwise_step_`, which takes lists of one dtype and device, by the type of lr."""
-    lr, options = beside(lists[0], lr, options)
-    (_blockwise_step_tensor_lr if isinstance(lr, Tensor) else _blockwise_step)(*lists, lr, **options)
+def ademamix_blockwise_step_(*lists: Sequence[Any], **options: Any) -> None:
+    """The op `ademamix_blockwise_step_`, in the same way."""
+    _call(_blockwise_steps, lists, options)
 
 
-def beside(
-    params: Sequence[Tensor], lr: Tensor | float, options: dict[str, Any]
-) -> tuple[Tensor | float, dict[str, Any]]:
-    """The scalars on the parameters' device: with several devices, lr and GradScaler's tensors are on one only."""
-    if not params:
-        return lr, options
-    device = params[0].device
-    scaler = {name: options[name].to(device) for name in SCALER if options.get(name) is not None}
-    return lr.to(device) if isinstance(lr, Tensor) else lr, {**options, **scaler}
+def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any]], options: dict[str, Any]) -> None:
+    numbers, tensor_lr, tensor_hyperparameters = overloads
+    # With several devices, the scalars that are tensors are on one only.
+    device = lists[0][0].device if lists[0] else None
+    for name in SCALER:
+        if options.get(name) is not None:
+            options[name] = _beside(options[name], device)
+    if "hyperparameters" in options:
+        return tensor_hyperparameters(*lists, _beside(options.pop("hyperparameters"), device), **options)
+    lr = options.pop("lr")
+    if isinstance(lr, Tensor):
+        return tensor_lr(*lists, _beside(lr, device), **options)
+    numbers(*lists, lr, **options)
+
+
+def _beside(scalar: Tensor, device: torch.device | None) -> Tensor:
+    if device is None or scalar.device == device:
+        return scalar
+    return scalar.to(device, non_blocking=device.type == "cuda")  # a copy to the GPU needn't be waited for
 
 
 def quantize_blockwise(

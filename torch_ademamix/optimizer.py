@@ -322,6 +322,7 @@ class AdEMAMix(Optimizer):
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
             seed=group["seed"],
+            places=(),
             grad_scale=grad_scale,
             found_inf=getattr(self, "found_inf", None),
         )

@@ -16,17 +16,34 @@ def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
+# The numbers of an op call, in the order in which one tensor may have them all (ops/ademamix.h has the same); t_alpha
+# and t_beta3 are 0 there for none.
+HYPERPARAMETERS = (
+    "lr",
+    "beta1",
+    "beta2",
+    "beta3",
+    "alpha",
+    "t_alpha",
+    "t_beta3",
+    "schedule_start",
+    "eps",
+    "weight_decay",
+)
+Number = Tensor | float  # a tensor: float64, without dimensions
+
+
 def step_scalars(
     step: Tensor,
-    lr: Tensor | float,
+    lr: Number,
     *,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    t_alpha: float | None,
-    t_beta3: float | None,
-    schedule_start: int,
+    beta1: Number,
+    beta2: Number,
+    beta3: Number,
+    alpha: Number,
+    t_alpha: Number | None,
+    t_beta3: Number | None,
+    schedule_start: Number,
 ) -> dict[str, Tensor]:
     """What one step's update needs, in float64; `step` counts from 1."""
     t = step.double().reshape(())
@@ -49,17 +66,17 @@ def ademamix_update(
     exp_avg_slow: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    lr: Tensor | float,
+    lr: Number,
     *,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    t_alpha: float | None,
-    t_beta3: float | None,
-    schedule_start: int,
-    eps: float,
-    weight_decay: float,
+    beta1: Number,
+    beta2: Number,
+    beta3: Number,
+    alpha: Number,
+    t_alpha: Number | None,
+    t_beta3: Number | None,
+    schedule_start: Number,
+    eps: Number,
+    weight_decay: Number,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of one parameter, as in the paper; returns the new values and changes nothing.
 
@@ -76,12 +93,21 @@ def ademamix_update(
         t_beta3=t_beta3,
         schedule_start=schedule_start,
     )
-    s = {name: value.to(param.dtype) for name, value in scalars.items()}
-    m1 = beta1 * exp_avg + (1 - beta1) * grad
+    numbers = {
+        **scalars,
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    s = {name: x.to(param.dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()}
+    m1 = s["beta1"] * exp_avg + s["one_minus_beta1"] * grad
     m2 = s["beta3"] * exp_avg_slow + s["one_minus_beta3"] * grad
-    nu = beta2 * exp_avg_sq + (1 - beta2) * grad.square()
-    update = (m1 / s["bias1"] + s["alpha"] * m2) / (nu.sqrt() / s["sqrt_bias2"] + eps)
-    return param - s["lr"] * (update + weight_decay * param), m1, m2, nu
+    nu = s["beta2"] * exp_avg_sq + s["one_minus_beta2"] * grad.square()
+    update = (m1 / s["bias1"] + s["alpha"] * m2) / (nu.sqrt() / s["sqrt_bias2"] + s["eps"])
+    return param - s["lr"] * (update + s["weight_decay"] * param), m1, m2, nu
 
 
 def ademamix_step_(

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 
-def alpha_schedule(step: Tensor | float, alpha: float, t_alpha: float | None) -> Tensor:
+def alpha_schedule(step: Tensor | float, alpha: Tensor | float, t_alpha: Tensor | float | None) -> Tensor:
     """α(t) = min(t·α/t_alpha, α): linear from 0 to α.
 
     Args:
         step: t, counting from 1; a tensor of any shape, or a number.
         alpha: the final α.
-        t_alpha: steps of warm-up; None for a constant α.
+        t_alpha: steps of warm-up; None, or a tensor of 0, for a constant α.
 
     Returns:
         A float64 tensor of step's shape.
@@ -20,11 +20,14 @@ def alpha_schedule(step: Tensor | float, alpha: float, t_alpha: float | None) ->
     """
     t = torch.as_tensor(step).double()
     if t_alpha is None:
-        return torch.full_like(t, alpha)
-    return (t * alpha / t_alpha).clamp(max=alpha)
+        return torch.zeros_like(t) + alpha
+    warming_up = (t * alpha / t_alpha).clamp(max=alpha)
+    return torch.where(t_alpha > 0, warming_up, alpha) if isinstance(t_alpha, Tensor) else warming_up
 
 
-def beta3_schedule(step: Tensor | float, beta1: float, beta3: float, t_beta3: float | None) -> Tensor:
+def beta3_schedule(
+    step: Tensor | float, beta1: Tensor | float, beta3: Tensor | float, t_beta3: Tensor | float | None
+) -> Tensor:
     """β3(t): from β1 to β3, linear in the half-life of the slow EMA.
 
     A half-life is proportional to 1/ln β, so with s = t/t_beta3 this is
@@ -35,7 +38,7 @@ def beta3_schedule(step: Tensor | float, beta1: float, beta3: float, t_beta3: fl
         step: t, counting from 1; a tensor of any shape, or a number.
         beta1: the β that the schedule starts from.
         beta3: the final β3.
-        t_beta3: steps of warm-up; None for a constant β3.
+        t_beta3: steps of warm-up; None, or a tensor of 0, for a constant β3.
 
     Returns:
         A float64 tensor of step's shape.
@@ -45,8 +48,9 @@ def beta3_schedule(step: Tensor | float, beta1: float, beta3: float, t_beta3: fl
     """
     t = torch.as_tensor(step).double()
     if t_beta3 is None:
-        return torch.full_like(t, beta3)
-    start, end = torch.tensor([beta1, beta3], dtype=torch.float64, device=t.device).log().reciprocal()
+        return torch.zeros_like(t) + beta3
+    betas = (torch.as_tensor(beta, dtype=torch.float64, device=t.device) for beta in (beta1, beta3))
+    start, end = torch.stack([*betas]).log().reciprocal()
     s = t / t_beta3
     warming_up = torch.exp(1 / ((1 - s) * start + s * end)).clamp(max=beta3)
     return torch.where(t < t_beta3, warming_up, beta3)

@@ -1,21 +1,35 @@
 // From an op's arguments to what the CPU kernels take.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "../ademamix.h"
-#include "../tensor_view.h"
+#include "../step_arguments.h"
 #include "param.h"
 
 namespace ademamix {
 
-inline double read_scalar(double value) { return value; }
-
+// The first element.
 inline double read_scalar(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(t.const_data_ptr())
                                                : *static_cast<const float*>(t.const_data_ptr());
 }
+
+inline double read_lr(const StepOptions& options) {
+  const Tensor* tensor = std::get_if<Tensor>(&options.lr);
+  return tensor ? read_scalar(*tensor) : std::get<double>(options.lr);
+}
+
+inline Hyperparameters read_hyperparameters(const StepOptions& options) {
+  const Tensor* tensor = std::get_if<Tensor>(&options.hyperparameters);
+  if (!tensor) return std::get<Hyperparameters>(options.hyperparameters);
+  const void* data = tensor->const_data_ptr();
+  return tensor->scalar_type() == ScalarType::Double
+             ? read_hyperparameters(static_cast<const double*>(data), options.maximize)
+             : read_hyperparameters(static_cast<const float*>(data), options.maximize);
+}
+
+inline bool skipped(const StepOptions& options) { return options.found_inf && read_scalar(*options.found_inf) != 0; }
 
 // Where the tensors of one parameter fill their memory without gaps and in one order, as a transposed weight and its
 // state do, that order serves as well as the row-major one: marks them contiguous.
@@ -40,8 +54,9 @@ inline RandomKey random_key(int64_t seed, const TensorView& step, int64_t stream
 
 // Advances each parameter's step and computes its scalars. Parameters of one step share them.
 template <class T>
-std::vector<StepScalars<T>> advance(const std::vector<TensorView>& steps, const Hyperparameters& h, double lr,
-                                    double grad_scale) {
+std::vector<StepScalars<T>> advance(const std::vector<TensorView>& steps, const StepOptions& options) {
+  const Hyperparameters h = read_hyperparameters(options);
+  const double lr = read_lr(options), grad_scale = options.grad_scale ? read_scalar(*options.grad_scale) : 1;
   std::vector<StepScalars<T>> scalars(steps.size());
   float last = 0;  // no step is 0 after its increment
   for (size_t i = 0; i < steps.size(); ++i) {

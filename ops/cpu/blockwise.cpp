@@ -1,7 +1,6 @@
 // ademamix_blockwise_step_, quantize_blockwise and dequantize_blockwise on the CPU.
 #include <tuple>
 
-#include "../step_arguments.h"
 #include "arguments.h"
 #include "blockwise_kernel.h"
 #include "work.h"
@@ -19,51 +18,34 @@ Quantized quantized(const TensorView& codes, const TensorView& absmax, bool is_s
 }
 
 template <class T>
-void run(const BlockwiseLists& lists, const Hyperparameters& h, double lr, double grad_scale, bool stochastic_rounding,
-         ParamRounding param_rounding, int64_t seed, const std::vector<int64_t>& streams) {
-  const auto scalars = advance<T>(lists.steps, h, lr, grad_scale);
+void run(const BlockwiseLists& lists, const StepOptions& options) {
+  const auto scalars = advance<T>(lists.steps, options);
+  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
   std::vector<BlockwiseTensor<T>> tensors;
   std::vector<int64_t> numels;
   tensors.reserve(lists.params.size());
   numels.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
-    const RandomKey random = random_key(seed, lists.steps[i], streams[i]);
-    const bool has_remainder = param_rounding == ParamRounding::REMAINDER;
-    tensors.push_back({{lists.params[i], param_rounding, has_remainder ? lists.remainders[i] : TensorView{}, random},
+    const RandomKey random = random_key(options.seed, lists.steps[i], options.streams[i]);
+    const bool has_remainder = rounding == ParamRounding::REMAINDER;
+    tensors.push_back({{lists.params[i], rounding, has_remainder ? lists.remainders[i] : TensorView{}, random},
                        lists.grads[i],
                        quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i], true),
                        quantized(lists.exp_avg_slows[i], lists.exp_avg_slow_absmaxs[i], true),
                        quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i], false),
                        scalars[i],
                        random,
-                       stochastic_rounding});
+                       options.stochastic_rounding});
     numels.push_back(lists.params[i].numel);
   }
   parallel_over_elements(
       numels, [&](size_t i, int64_t begin, int64_t end) { blockwise_step_elements(tensors[i], begin, end); });
 }
 
-template <class Lr>
-void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
-                    TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
-                    TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
-                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start,
-                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, TensorList remainders,
-                    bool stochastic_param_rounding, int64_t seed, std::vector<int64_t> streams,
-                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
-  const BlockwiseLists lists{views_of(params),        views_of(grads),
-                             views_of(exp_avgs),      views_of(exp_avg_absmaxs),
-                             views_of(exp_avg_slows), views_of(exp_avg_slow_absmaxs),
-                             views_of(exp_avg_sqs),   views_of(exp_avg_sq_absmaxs),
-                             views_of(steps),         views_of(remainders)};
-  check_blockwise_step(lists, lr, h, stochastic_param_rounding, streams.size(), grad_scale, found_inf);
-
-  if (params.empty() || (found_inf && read_scalar(*found_inf) != 0)) return;
-  const double scale = grad_scale ? read_scalar(*grad_scale) : 1;
-  const ParamRounding rounding = param_rounding(lists.remainders, stochastic_param_rounding);
+void blockwise_step(const BlockwiseLists& lists, const StepOptions& options) {
+  if (skipped(options)) return;
   const auto run_as = lists.params[0].dtype == ScalarType::Double ? run<double> : run<float>;
-  run_as(lists, h, read_scalar(lr), scale, stochastic_rounding, rounding, seed, streams);
+  run_as(lists, options);
 }
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::optional<int64_t> seed, int64_t step,
@@ -96,8 +78,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
 }  // namespace ademamix
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CPU, m) {
-  m.impl("ademamix_blockwise_step_", TORCH_BOX(&ademamix::blockwise_step<double>));
-  m.impl("ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&ademamix::blockwise_step<torch::stable::Tensor>));
+  ademamix::register_blockwise_step<ademamix::blockwise_step>(m);
   m.impl("quantize_blockwise", TORCH_BOX(&ademamix::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&ademamix::dequantize_blockwise));
 }

@@ -7,13 +7,14 @@
 #include <vector>
 
 #include "../bfloat16.h"
-#include "../check.h"
+#include "../step_arguments.h"
 #include "launches.h"
 
 namespace ademamix {
 
 inline Scalar scalar_of(double value) { return {value, nullptr, nullptr}; }
 
+// The first element.
 inline Scalar scalar_of(const Tensor& t) {
   const bool is_double = t.scalar_type() == ScalarType::Double;
   const void* data = t.const_data_ptr();
@@ -23,6 +24,19 @@ inline Scalar scalar_of(const Tensor& t) {
 
 inline const float* pointer_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+inline StepNumbers numbers_of(const StepOptions& options) {
+  StepNumbers numbers{};
+  numbers.lr = std::visit([](const auto& lr) { return scalar_of(lr); }, options.lr);
+  numbers.grad_scale = options.grad_scale ? scalar_of(*options.grad_scale) : scalar_of(1.0);
+  numbers.h.maximize = options.maximize;
+  if (const auto* h = std::get_if<Hyperparameters>(&options.hyperparameters))
+    numbers.h = *h;
+  else
+    numbers.in_memory = numbers.lr;
+  numbers.found_inf = pointer_of(options.found_inf);
+  return numbers;
 }
 
 // As device code names them.
@@ -75,25 +89,42 @@ inline ParamRounding param_rounding(const Views& remainders, bool stochastic) {
                               : ParamRounding::REMAINDER;
 }
 
-// Where a step's random bits come from, beside the steps and the elements.
-struct RandomSource {
-  uint64_t seed;
-  const std::vector<int64_t>& streams;
-};
+inline torch::stable::Device device_of(const TensorView& view) {
+  using torch::headeronly::DeviceType;
+  return view.device == Device::CUDA ? torch::stable::Device(DeviceType::CUDA, view.device_index)
+                                     : torch::stable::Device(DeviceType::CPU);
+}
+
+inline Tensor tensor_of(const TensorView& view) {
+  const auto dims = static_cast<size_t>(view.dims);
+  return torch::stable::from_blob(view.data, {view.sizes, dims}, {view.strides, dims}, device_of(view), view.dtype);
+}
+
+// On the device of `like`.
+inline Tensor empty_tensor(const TensorView& like, const std::vector<int64_t>& sizes,
+                           const std::vector<int64_t>& strides, ScalarType dtype) {
+  const torch::stable::Device device = device_of(like);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), like.device_index, &handle));
+  return Tensor(handle);
+}
 
 // The scalars of each tensor, in device memory that torch's allocator reuses in the order of the stream, also within
 // a captured graph.
 class StepScalarsOnDevice {
  public:
   // Launches what advances the steps and computes the scalars.
-  StepScalarsOnDevice(const CurrentDevice& device, const Tensor& param, const Views& steps, ScalarType compute_dtype,
-                      const Hyperparameters& h, Scalar lr, Scalar grad_scale, const float* found_inf)
-      : bytes_(compute_dtype == ScalarType::Double ? sizeof(TensorScalars<double>) : sizeof(TensorScalars<float>)),
-        memory_(torch::stable::new_empty(param, {static_cast<int64_t>(steps.size() * bytes_)}, ScalarType::Byte)) {
+  StepScalarsOnDevice(const CurrentDevice& device, const TensorView& param, const Views& steps,
+                      const StepNumbers& numbers)
+      : bytes_(param.dtype == ScalarType::Double ? sizeof(TensorScalars<double>) : sizeof(TensorScalars<float>)),
+        memory_(empty_tensor(param, {static_cast<int64_t>(steps.size() * bytes_)}, {1}, ScalarType::Byte)) {
     const auto run = [&](auto capacity) {
       constexpr int CAPACITY = capacity();
       const Kernel kernel = device.gpu().kernel(
-          {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype),
+          {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype(param.dtype)),
                                              CAPACITY == SHORT_LIST ? "SHORT_LIST" : "LONG_STEP_LIST")},
           PROLOGUE_THREADS, device.stream());
       for (size_t first = 0; first < steps.size(); first += CAPACITY) {
@@ -102,7 +133,7 @@ class StepScalarsOnDevice {
         for (int32_t i = 0; i < pointers.count; ++i) pointers.steps[i] = static_cast<float*>(steps[first + i].data);
         const auto ctas = static_cast<unsigned int>((pointers.count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
         void* const scalars = static_cast<char*>(data()) + first * bytes_;
-        launch(kernel, device.stream(), ctas, PROLOGUE_THREADS, pointers, h, lr, grad_scale, found_inf, scalars);
+        launch(kernel, device.stream(), ctas, PROLOGUE_THREADS, pointers, numbers, scalars);
       }
     };
     if (steps.size() <= SHORT_LIST)
@@ -122,24 +153,22 @@ class StepScalarsOnDevice {
 // or any that the parameter has. Where a tensor lies otherwise, a copy takes its place.
 class CommonOrder {
  public:
-  // One list of a call with its views; those of the copies replace them. `written` is what the kernels change.
+  // One list of a call; views of copies replace its own. `written` is what the kernels change.
   struct List {
-    TensorList tensors;
     Views& views;
     bool written;
   };
 
   // lists[0] has the parameters; others may be empty.
   CommonOrder(std::initializer_list<List> lists, bool any_order) {
-    const List& params = *lists.begin();
-    for (size_t i = 0; i < params.views.size(); ++i) {
-      const TensorView first = params.views[i];
+    const Views params = lists.begin()->views;
+    for (size_t i = 0; i < params.size(); ++i) {
+      const TensorView& first = params[i];
       const bool row_major = first.contiguous || !any_order || !fills_memory(first);
       for (const List& list : lists) {
         if (list.views.empty()) continue;
         TensorView& view = list.views[i];
-        if (row_major ? !view.contiguous : !same_strides(first, view))
-          replace(list.tensors[i], view, first, row_major, list.written);
+        if (row_major ? !view.contiguous : !same_strides(first, view)) replace(view, first, row_major, list.written);
       }
     }
   }
@@ -150,25 +179,16 @@ class CommonOrder {
 
  private:
   // By a copy in row-major order or in the order of `first`.
-  void replace(const Tensor& tensor, TensorView& view, const TensorView& first, bool row_major, bool written) {
+  void replace(TensorView& view, const TensorView& first, bool row_major, bool written) {
+    const std::vector<int64_t> sizes(first.sizes, first.sizes + first.dims);
     std::vector<int64_t> strides(first.strides, first.strides + first.dims);
     if (row_major)
       for (int64_t d = first.dims - 1, stride = 1; d >= 0; stride *= first.sizes[d--]) strides[d] = stride;
-    int32_t dtype;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(first.dims, first.sizes, strides.data(), dtype, device_type(tensor),
-                                                    view.device_index, &handle));
-    Tensor copy(handle);
+    const Tensor tensor = tensor_of(view);
+    Tensor copy = empty_tensor(view, sizes, strides, view.dtype);
     torch::stable::copy_(copy, tensor);
     view = view_of(copy);
     (written ? written_ : read_).emplace_back(tensor, copy);
-  }
-
-  static int32_t device_type(const Tensor& tensor) {
-    int32_t type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-    return type;
   }
 
   std::vector<std::pair<Tensor, Tensor>> written_, read_;  // tensors and their copies

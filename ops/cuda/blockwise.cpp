@@ -1,7 +1,6 @@
 // ademamix_blockwise_step_, quantize_blockwise and dequantize_blockwise on CUDA devices.
 #include <tuple>
 
-#include "../step_arguments.h"
 #include "arguments.h"
 
 namespace ademamix {
@@ -34,11 +33,13 @@ struct BlockwiseKernel {
   }
 };
 
-void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists, const StepScalarsOnDevice& scalars,
-                        bool stochastic_rounding, ParamRounding param_rounding, const RandomSource& random,
-                        const float* found_inf) {
+void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
+  const CurrentDevice device(lists.params[0].device_index);
+  CommonOrder order({{lists.params, true}, {lists.grads, false}, {lists.remainders, true}}, /*any_order=*/false);
+  const StepNumbers numbers = numbers_of(options);
+  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
   const BlockwiseKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, lists.exp_avg_slows[0].dtype,
-                               stochastic_rounding, param_rounding};
+                               options.stochastic_rounding, rounding};
   std::vector<BlockwiseRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
@@ -50,9 +51,9 @@ void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists
                       static_cast<float*>(lists.exp_avg_absmaxs[i].data),
                       static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
                       static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)};
-    if (param_rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
+    if (rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
     r.numel = lists.params[i].numel;
-    r.stream = random.streams[i];
+    r.stream = options.streams[i];
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
     r.wide_blocks = kernel.is_wide(r) ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
     r.wide_grad = aligned(r.grad, element_bytes(kernel.grad), LANE_ELEMENTS);
@@ -68,41 +69,15 @@ void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists
                                  {r.exp_avg_sq_absmax, absmax_bytes},
                                  {r.remainder, numel * sizeof(int16_t)}}};
   };
-  const auto tiles = [](const BlockwiseRecord& r) { return tiles_of(r.blocks); };
+  const auto tiles_of_record = [](const BlockwiseRecord& r) { return tiles_of(r.blocks); };
+  const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, numbers);
   const void* const on_device = scalars.data();
-  for_each_launch(device, records, tiles, state_of, [&](const auto& table, uint32_t tiles) {
+  for_each_launch(device, records, tiles_of_record, state_of, [&](const auto& table, uint32_t tiles) {
     const Kernel loaded = device.gpu().kernel(kernel.name(capacity_name(table)), BLOCKWISE_THREADS, device.stream());
     const auto ctas = static_cast<uint32_t>(device.gpu().multiprocessors * loaded.ctas_per_multiprocessor);
-    launch(loaded, device.stream(), std::min(tiles, ctas), BLOCKWISE_THREADS, table, on_device, random.seed, found_inf);
+    launch(loaded, device.stream(), std::min(tiles, ctas), BLOCKWISE_THREADS, table, on_device,
+           static_cast<uint64_t>(options.seed), numbers.found_inf);
   });
-}
-
-template <class Lr>
-void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
-                    TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
-                    TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
-                    double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3, int64_t schedule_start,
-                    double eps, double weight_decay, bool maximize, bool stochastic_rounding, TensorList remainders,
-                    bool stochastic_param_rounding, int64_t seed, std::vector<int64_t> streams,
-                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const Hyperparameters h{beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay, maximize};
-  BlockwiseLists lists{views_of(params),        views_of(grads),
-                       views_of(exp_avgs),      views_of(exp_avg_absmaxs),
-                       views_of(exp_avg_slows), views_of(exp_avg_slow_absmaxs),
-                       views_of(exp_avg_sqs),   views_of(exp_avg_sq_absmaxs),
-                       views_of(steps),         views_of(remainders)};
-  check_blockwise_step(lists, lr, h, stochastic_param_rounding, streams.size(), grad_scale, found_inf);
-  if (params.empty()) return;
-
-  const CurrentDevice device(lists.params[0].device_index);
-  CommonOrder order({{params, lists.params, true}, {grads, lists.grads, false}, {remainders, lists.remainders, true}},
-                    /*any_order=*/false);
-  const float* const skip = pointer_of(found_inf);
-  const StepScalarsOnDevice scalars(device, params[0], lists.steps, compute_dtype(lists.params[0].dtype), h,
-                                    scalar_of(lr), grad_scale ? scalar_of(*grad_scale) : scalar_of(1.0), skip);
-  run_blockwise_step(device, lists, scalars, stochastic_rounding,
-                     param_rounding(lists.remainders, stochastic_param_rounding),
-                     {static_cast<uint64_t>(seed), streams}, skip);
   order.write_back();
 }
 
@@ -149,8 +124,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
 }  // namespace ademamix
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
-  m.impl("ademamix_blockwise_step_", TORCH_BOX(&ademamix::blockwise_step<double>));
-  m.impl("ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&ademamix::blockwise_step<torch::stable::Tensor>));
+  ademamix::register_blockwise_step<ademamix::blockwise_step>(m);
   m.impl("quantize_blockwise", TORCH_BOX(&ademamix::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&ademamix::dequantize_blockwise));
 }

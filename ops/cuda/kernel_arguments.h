@@ -62,6 +62,20 @@ struct Scalar {
   ADEMAMIX_INLINE double get() const { return float64 ? *float64 : float32 ? *float32 : value; }
 };
 
+// What a step's scalars are computed from, beside the steps.
+struct StepNumbers {
+  Hyperparameters h;
+  Scalar in_memory;  // where it has a pointer, all but h.maximize is read there (read_hyperparameters)
+  Scalar lr, grad_scale;
+  const float* found_inf;
+
+  ADEMAMIX_INLINE Hyperparameters hyperparameters() const {
+    return in_memory.float64   ? read_hyperparameters(in_memory.float64, h.maximize)
+           : in_memory.float32 ? read_hyperparameters(in_memory.float32, h.maximize)
+                               : h;
+  }
+};
+
 template <int CAPACITY>
 struct StepPointers {
   float* steps[CAPACITY];

@@ -24,14 +24,13 @@ __device__ inline bool skipped(const float* found_inf) { return found_inf && *fo
 
 template <class T, int CAPACITY>
 __global__ void __launch_bounds__(PROLOGUE_THREADS)
-    prologue_kernel(const __grid_constant__ StepPointers<CAPACITY> pointers, const __grid_constant__ Hyperparameters h,
-                    const __grid_constant__ Scalar lr, const __grid_constant__ Scalar grad_scale,
-                    const float* found_inf, TensorScalars<T>* scalars) {
+    prologue_kernel(const __grid_constant__ StepPointers<CAPACITY> pointers,
+                    const __grid_constant__ StepNumbers numbers, TensorScalars<T>* scalars) {
   const int i = static_cast<int>(blockIdx.x) * PROLOGUE_THREADS + static_cast<int>(threadIdx.x);
-  if (i >= pointers.count || skipped(found_inf)) return;
+  if (i >= pointers.count || skipped(numbers.found_inf)) return;
   const float step = *pointers.steps[i] + 1;
   *pointers.steps[i] = step;
-  scalars[i].scalars = StepScalars<T>(h, step, lr.get(), grad_scale.get());
+  scalars[i].scalars = StepScalars<T>(numbers.hyperparameters(), step, numbers.lr.get(), numbers.grad_scale.get());
   scalars[i].step = static_cast<uint32_t>(step);
 }
 
