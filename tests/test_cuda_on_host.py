@@ -53,6 +53,7 @@ def test_on_host(tmp_path: Path) -> None:
     ]
     environment = os.environ | {
         "CUDA_ON_HOST": str(tmp_path),
+        "PYTHONPATH": str(NATIVE),
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",

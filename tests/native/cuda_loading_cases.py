@@ -1,57 +1,60 @@
 """How kernels come to be loaded: compiled once, kept on disk, and what happens where something of that fails."""
 
-import json
+import multiprocessing
+import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from config import HYPERPARAMETERS, make_lists
+from config import StepLists, make_lists, step_call
 from host import SOURCES, driver, set_up, take_log
 
-CASE = [((40,), *["contiguous"] * 3)]
-
-# Takes a step in a process of its own: what it logs of the loading, and what it says.
-STEP = """
-import json, sys
-from pathlib import Path
-import torch
-from config import HYPERPARAMETERS, make_lists
-from host import driver, set_up, take_log
-cache, sources, failing, capability = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-set_up(cache, sources)
-driver.set_attribute(75, capability // 10)
-driver.set_attribute(76, capability % 10)
-if failing:
-    driver.fail_next(failing.encode(), 2)
-lists = make_lists([((40,), *["contiguous"] * 3)])
-error = ""
-try:
-    torch.ops.cuda_on_host.ademamix_step_(*lists, 1e-2, **HYPERPARAMETERS)
-except RuntimeError as e:
-    error = str(e)
-log = driver.take_log().decode().split()
-assert driver.pushed_contexts() == 0
-torch.ops.cuda_on_host.ademamix_step_(*lists, 1e-2, **HYPERPARAMETERS)
-print(json.dumps([log, driver.take_log().decode().split(), error]))
-"""
+# A process for each case, since kernels are loaded once in each; forked from one that has torch.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["host"])
 
 
-def command(cache: Path, failing: str = "", capability: int = 90, sources: Path = SOURCES) -> list[str]:
-    paths = [str(SOURCES.parent / "tests"), str(Path(__file__).parent), str(SOURCES.parent)]
-    code = f"import sys; sys.path[:0] = {paths}\n{STEP}"
-    return [sys.executable, "-c", code, str(cache), str(sources), failing, str(capability)]
+def make_call(*dtypes: torch.dtype) -> tuple[StepLists, Callable[[], None]]:
+    lists = make_lists([((40,), *["contiguous"] * 3)], *dtypes)
+    op, args, kwargs = step_call(torch.ops.cuda_on_host.ademamix_step_, lists)
+    return lists, lambda: op(*args, **kwargs)
 
 
-def step(cache: Path, **options: Any) -> tuple[list[str], list[str], str, str]:
-    """The logs of two steps, the error of the first, and what came on stderr."""
-    done = subprocess.run(command(cache, **options), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return (*json.loads(done.stdout.splitlines()[-1]), done.stderr)
+def take_steps(results: Any, cache: Path, failing: str, capability: int, sources: Path) -> None:
+    """In a process of its own."""
+    set_up(cache, sources)
+    driver.set_attribute(75, capability // 10)
+    driver.set_attribute(76, capability % 10)
+    if failing:
+        driver.fail_next(failing.encode(), 2)
+    _, take_step = make_call()
+    logs, errors = [], []
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        for _ in range(2):
+            try:
+                take_step()
+            except RuntimeError as error:
+                errors.append(str(error))
+            logs.append(driver.take_log().decode().split())
+            assert driver.pushed_contexts() == 0
+        said.seek(0)
+        results.put((*logs, errors, said.read().decode()))
+
+
+def start(cache: Path, failing: str = "", capability: int = 90, sources: Path = SOURCES) -> Any:
+    results = PROCESSES.Queue()
+    PROCESSES.Process(target=take_steps, args=(results, cache, failing, capability, sources)).start()
+    return results
+
+
+def step(*args: Any, **kwargs: Any) -> tuple[list[str], list[str], list[str], str]:
+    """The logs of two steps, their errors, and what came on stderr."""
+    return start(*args, **kwargs).get(timeout=120)  # type: ignore[no-any-return]
 
 
 COMPILED = ["compile-sm_90", "load", "launch"] * 2  # the prologue and the step
@@ -77,8 +80,8 @@ def test_a_later_gpu_gets_the_latest_known_code(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_nvrtc_no_longer_knows(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"no code for GPUs of compute capability 7.0"):
-        step(tmp_path, capability=70)
+    _, _, errors, _ = step(tmp_path, capability=70)
+    assert "no code for GPUs of compute capability 7.0" in errors[1]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "changed", "another"])
@@ -100,8 +103,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_many_processes_at_once(tmp_path: Path) -> None:
-    processes = [subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0] * 3
+    for results in [start(tmp_path) for _ in range(3)]:
+        assert results.get(timeout=120)[1] == LOADED
     assert len(list(tmp_path.iterdir())) == 2  # nothing unfinished is left
     assert step(tmp_path)[0] == CACHED
 
@@ -118,8 +121,8 @@ def test_sources_are_part_of_the_key(tmp_path: Path) -> None:
 
 
 def test_the_compilers_log_is_in_the_error(tmp_path: Path) -> None:
-    error = step(tmp_path, failing="nvrtcCompileProgram")[2]
-    assert "NVRTC could not compile prologue_kernel<float, 16> for sm_90" in error
+    (error,) = step(tmp_path, failing="nvrtcCompileProgram")[2]
+    assert "NVRTC could not compile prologue_kernel<float, SHORT_LIST> for sm_90" in error
     assert "error: as the test wants it" in error
 
 
@@ -137,7 +140,7 @@ def test_the_compilers_log_is_in_the_error(tmp_path: Path) -> None:
     ],
 )
 def test_a_failing_call_is_an_error_and_the_next_step_succeeds(tmp_path: Path, function: str, what: str) -> None:
-    _, second, error, _ = step(tmp_path, failing=function)
+    _, second, (error,), _ = step(tmp_path, failing=function)
     assert f"torch_ademamix: {what}: CUDA error: out of memory (CUDA_ERROR_OUT_OF_MEMORY)" in error
     assert second.count("launch") == 2
 
@@ -152,18 +155,17 @@ def capturing() -> Iterator[None]:
 @pytest.mark.usefixtures("capturing")
 def test_nothing_is_loaded_during_a_capture(tmp_path: Path) -> None:
     set_up(tmp_path)
-    lists = make_lists(CASE, torch.float64, torch.float16)
+    lists, take_step = make_call(torch.float64, torch.float16)
     before = lists.clone()
     take_log()
     with pytest.raises(RuntimeError, match=r"isn't loaded, which a graph's capture doesn't allow.*init_state"):
-        torch.ops.cuda_on_host.ademamix_step_(*lists, 1e-2, **HYPERPARAMETERS)
+        take_step()
     assert "load" not in take_log("load")
     assert torch.equal(lists.steps[0], before.steps[0])
 
 
 def test_launches_go_to_torchs_stream() -> None:
     driver.set_current_stream(0x77)
-    lists = make_lists(CASE)
-    torch.ops.cuda_on_host.ademamix_step_(*lists, 1e-2, **HYPERPARAMETERS)  # the stand-in refuses another stream
+    make_call()[1]()  # the stand-in refuses another stream
     driver.set_current_stream(0)
     assert driver.pushed_contexts() == 0

@@ -1,12 +1,24 @@
 """The CUDA ops, run on the host, against the CPU ops: what test_cuda_on_host.py runs under the sanitizers."""
 
 import copy
+import threading
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
-from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, StepLists, assert_identical, make_lists
+from config import (
+    DTYPES,
+    MIXED,
+    OPTIONS,
+    StepLists,
+    assert_identical,
+    hyperparameter_tensor,
+    make_lists,
+    step_call,
+)
 from host import driver, managed_memory, take_log
+from places import in_arenas
 from quantized import SEED, BlockwiseLists, make_blockwise, neighbours, with_absmax_one
 from torch import Tensor
 
@@ -29,20 +41,23 @@ def assert_within_ulp(actual: Tensor, expected: Tensor) -> None:
     assert bool((same | ((actual >= low) & (actual <= high))).all())
 
 
-def check_step(lists: Lists, lr: float | Tensor = 1e-2, **options: Any) -> int:
-    """Compares a step of both ops, and leaves its result in the lists; the number of launches."""
-    defaults = dict(HYPERPARAMETERS)
+def call(namespace: Any, kind: str, lists: Any, **options: Any) -> None:
     name = "ademamix_step_"
-    if isinstance(lists, BlockwiseLists):
+    if kind == "blockwise":
         name = "ademamix_blockwise_step_"
-        defaults |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
-    options = {**defaults, **options}
-    lr = options.pop("lr", lr)
+        options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
+    op, args, kwargs = step_call(getattr(namespace, name), lists, **options)
+    op(*args, **kwargs)
+
+
+def check_step(lists: Lists, **options: Any) -> int:
+    """Compares a step of both ops, and leaves its result in the lists; the number of launches."""
+    kind = "blockwise" if isinstance(lists, BlockwiseLists) else "32"
     expected, expected_options = lists.clone(), copy.deepcopy(options)
-    getattr(torch.ops.torch_ademamix, name)(*expected, lr, **expected_options)
+    call(torch.ops.torch_ademamix, kind, expected, **expected_options)
     take_log()
-    getattr(torch.ops.cuda_on_host, name)(*lists, lr, **options)
-    assert_identical(options["remainders"], expected_options["remainders"])
+    call(torch.ops.cuda_on_host, kind, lists, **options)
+    assert_identical(options.get("remainders"), expected_options.get("remainders"))
     (params, *others), (expected_params, *expected_others) = lists, expected
     for actual, wanted in zip(params, expected_params, strict=True):
         assert_within_ulp(actual, wanted)
@@ -232,53 +247,98 @@ def test_quantize_and_dequantize(format: str) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("position", [1, 2, -1])
-def test_refuses_before_writing(kind: str, position: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_places(kind: str, dtype: torch.dtype, count: int) -> None:
+    """As plain lists, bit for bit; also of parameters that are strided, or in another order in memory."""
+    lists = make(kind, [*MIXED, *EDGES], dtype)
+    roundings: list[dict[str, Any]] = [{}]
+    if dtype == torch.bfloat16:
+        roundings += [with_remainders(lists), stochastically(lists)]
+    for options in roundings:
+        plain, remainders = lists.clone(), options.pop("remainders", [])
+        arenas = in_arenas(plain.clone(), remainders, count)
+        call(torch.ops.cuda_on_host, kind, plain, remainders=remainders, **options)
+        take_log()
+        call(torch.ops.cuda_on_host, kind, arenas, **arenas.options, **options)
+        assert take_log() == ["launch", "launch"]
+        arenas.assert_holds(plain, remainders)
+
+
+@KINDS
+@SAME_DTYPES
+@pytest.mark.parametrize("options", ["plain", "schedules", "schedule_start", "maximize"])
+def test_hyperparameters_in_a_tensor(kind: str, options: str, dtype: torch.dtype) -> None:
+    """Bit for bit what they are as numbers."""
+    numbers = make(kind, contiguous(700, 5), dtype)
+    tensor = numbers.clone()
+    hyperparameters = hyperparameter_tensor(**OPTIONS[options])
+    call(torch.ops.cuda_on_host, kind, numbers, **OPTIONS[options])
+    maximize = {"maximize": options == "maximize"}
+    call(torch.ops.cuda_on_host, kind, tensor, hyperparameters=hyperparameters, **maximize)
+    assert_identical(list(tensor), list(numbers))
+    check_step(tensor, hyperparameters=hyperparameters.float(), **maximize)
+
+
+@KINDS
+def test_dry_run(kind: str) -> None:
     lists = make(kind, contiguous(700, 5))
     before = lists.clone()
-    arguments = list(lists)
-    arguments[position] = arguments[position][:1]
-    options = {**HYPERPARAMETERS}
-    op = torch.ops.cuda_on_host.ademamix_step_
-    if isinstance(lists, BlockwiseLists):
-        op = torch.ops.cuda_on_host.ademamix_blockwise_step_
-        options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
-    with pytest.raises(RuntimeError, match="has length 1, but params has length 2"):
-        op(*arguments, 1e-2, **options)
+    take_log()
+    call(torch.ops.cuda_on_host, kind, lists, dry_run=True)
+    assert take_log() == []
     assert_identical(list(lists), list(before))
 
 
 @KINDS
-def test_paged_state(kind: str) -> None:
-    """In chunks, of 1000 bytes in this build, each of which is fetched while the one before it is computed."""
-    lists = make(kind, contiguous(300, 300, 300, 300))
-    state = list(lists)[2:-1]
-    expected = lists.clone()
-    for tensors in state:
-        if tensors[0].numel() == 300:
-            for i in (0, 1, 3):
-                whole = torch.ops.cuda_on_host.paged_empty(tensors[i], 300, tensors[i].dtype)
-                whole.copy_(tensors[i])
-                tensors[i] = whole
-    assert managed_memory()[:2] == [9, 300 * (9 * 4 if kind == "32" else 3 * (1 + 2 + 1))]
+@pytest.mark.parametrize("position", [1, 2, -1])
+def test_refuses_before_writing(kind: str, position: int) -> None:
+    lists = make(kind, contiguous(700, 5))
+    before = lists.clone()
+    bent = lists.clone()
+    name = [field.name for field in fields(lists)][position]
+    getattr(bent, name).pop()
+    with pytest.raises(RuntimeError, match="has length 1, but params has length 2"):
+        call(torch.ops.cuda_on_host, kind, bent)
+    getattr(bent, name).append(getattr(lists, name)[-1])
+    assert_identical(list(bent), list(before))
+
+
+def paged(tensor: Tensor) -> Tensor:
+    return torch.ops.cuda_on_host.paged_empty(tensor, tensor.numel(), tensor.dtype).copy_(tensor)
+
+
+@KINDS
+@pytest.mark.parametrize("placed", [False, True])
+def test_paged_state(kind: str, placed: bool) -> None:
+    """In chunks of at least 1000 bytes, each of which is fetched while the one before it is computed."""
+    plain = make(kind, contiguous(300, 300, 300, 300))
+    lists: Any = in_arenas(plain.clone(), count=1) if placed else plain.clone()
+    options = lists.options if placed else {}
+    for field, tensors in list(zip(fields(plain), lists, strict=True))[2:-1]:
+        if not field.name.endswith("absmaxs"):
+            tensors[:] = [t if i == 2 else paged(t) for i, t in enumerate(tensors)]
+    assert managed_memory()[0] == (3 if placed else 9)
+    chunks = 4 if placed else 3
+    bytes_of_a_chunk = 300 * (12 if kind == "32" else 4)
 
     def step(launches: list[str]) -> None:
-        options = {**HYPERPARAMETERS}
-        name = "ademamix_step_"
-        if isinstance(lists, BlockwiseLists):
-            name = "ademamix_blockwise_step_"
-            options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
-        getattr(torch.ops.torch_ademamix, name)(*expected, 1e-2, **options)
+        call(torch.ops.torch_ademamix, kind, plain)
         take_log()
-        getattr(torch.ops.cuda_on_host, name)(*lists, 1e-2, **options)
+        prefetched = managed_memory()[2]
+        call(torch.ops.cuda_on_host, kind, lists, **options)
         assert take_log() == ["launch", *launches]  # after the prologue
-        assert_identical(list(lists), list(expected))
+        assert managed_memory()[2] - prefetched == (chunks * bytes_of_a_chunk if "prefetch" in launches else 0)
+        if placed:
+            lists.assert_holds(plain, [])
+        else:
+            assert_identical(list(lists), list(plain))
 
     fetch = ["main-records", "side-waits", *["prefetch"] * 3]  # after what is being computed
     join = ["side-records", "main-waits"]
-    in_chunks = [*fetch, *join, *fetch, "launch", *join, *fetch, "launch", *join, "launch"]
+    in_chunks = [*fetch, *[*join, *fetch, "launch"] * (chunks - 1), *join, "launch"]
 
-    step(["launch"])  # there is room: all is on the GPU
+    step(["launch"])  # the GPU has room: all is there
     driver.set_free_bytes(0)
     step(in_chunks)
     driver.set_capturing(True)
@@ -289,6 +349,34 @@ def test_paged_state(kind: str) -> None:
     assert take_log() == ["page-out"]
     step(in_chunks)
     step(["launch"])
-    del state, tensors, whole
-    lists = None
+    del lists, tensors
+    assert managed_memory()[:2] == [0, 0]
+
+
+def test_managed_memory_that_cannot_be_had() -> None:
+    t = torch.zeros(9)
+    driver.fail_next(b"cuMemAllocManaged", 2)
+    with pytest.raises(RuntimeError, match=r"managed memory: CUDA error: out of memory \(CUDA_ERROR_OUT_OF_MEMORY\)"):
+        torch.ops.cuda_on_host.paged_empty(t, 5, torch.int16)
+    assert managed_memory()[:2] == [0, 0]
+    driver.fail_next(b"cuMemAdvise", 1)  # which is a hint
+    paged = torch.ops.cuda_on_host.paged_empty(t, 5, torch.int16)
+    assert (paged.dtype, paged.shape, managed_memory()[:2]) == (torch.int16, (5,), [1, 10])
+    driver.fail_next(b"cuMemPrefetchAsync", 1)
+    with pytest.raises(RuntimeError, match="page out: CUDA error"):
+        torch.ops.cuda_on_host.page_out(paged)
+    del paged
+    assert managed_memory()[:2] == [0, 0]
+    assert driver.pushed_contexts() == 0
+    with pytest.raises(RuntimeError, match="doesn't lie in managed memory"):
+        torch.ops.cuda_on_host.page_out(t)
+
+
+def test_managed_memory_is_freed_in_any_thread() -> None:
+    """The stand-in frees nothing without a context, and address sanitizer sees what is used afterwards."""
+    tensors = [torch.ops.cuda_on_host.paged_empty(torch.zeros(1), n, torch.float32) for n in (0, 1, 300, 5000)]
+    assert managed_memory()[:2] == [3, 4 * 5301]  # nothing is ordinary memory
+    thread = threading.Thread(target=tensors.clear)
+    thread.start()
+    thread.join()
     assert managed_memory()[:2] == [0, 0]
