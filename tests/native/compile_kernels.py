@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-SOURCES = Path(__file__).parents[2] / "ops"
-
 import torch  # noqa: F401  the library is linked to it
+
+SOURCES = Path(__file__).parents[2] / "ops"
 
 library = ctypes.CDLL(sys.argv[1])
 library.ademamix_compile.restype = ctypes.c_char_p

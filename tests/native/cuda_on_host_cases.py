@@ -322,7 +322,7 @@ def test_paged_state(kind: str, placed: bool) -> None:
     chunks = 4 if placed else 3
     bytes_of_a_chunk = 300 * (12 if kind == "32" else 4)
 
-    def step(launches: list[str]) -> None:
+    def step(lists: Any, launches: list[str]) -> None:
         call(torch.ops.torch_ademamix, kind, plain)
         take_log()
         prefetched = managed_memory()[2]
@@ -338,17 +338,17 @@ def test_paged_state(kind: str, placed: bool) -> None:
     join = ["side-records", "main-waits"]
     in_chunks = [*fetch, *[*join, *fetch, "launch"] * (chunks - 1), *join, "launch"]
 
-    step(["launch"])  # the GPU has room: all is there
+    step(lists, ["launch"])  # the GPU has room: all is there
     driver.set_free_bytes(0)
-    step(in_chunks)
+    step(lists, in_chunks)
     driver.set_capturing(True)
-    step(["launch"])
+    step(lists, ["launch"])
     driver.set_capturing(False)
     driver.set_free_bytes(1 << 40)
     torch.ops.cuda_on_host.page_out(lists.exp_avgs[0][7:])
     assert take_log() == ["page-out"]
-    step(in_chunks)
-    step(["launch"])
+    step(lists, in_chunks)
+    step(lists, ["launch"])
     del lists, tensors
     assert managed_memory()[:2] == [0, 0]
 
