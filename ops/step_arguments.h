@@ -36,9 +36,9 @@ void check_blockwise_step(const BlockwiseLists& lists, const Lr& lr, const Hyper
                           const std::optional<Tensor>& found_inf) {
   const Checker check("ademamix_blockwise_step_", lists.params);
   check.grads(lists.grads);
-  check.codes("exp_avgs", lists.exp_avgs, {ScalarType::Byte});
+  check.codes("exp_avgs", lists.exp_avgs, {ScalarType::Char});
   check.absmaxs("exp_avg_absmaxs", lists.exp_avg_absmaxs);
-  check.codes("exp_avg_slows", lists.exp_avg_slows, {ScalarType::Short, ScalarType::Byte});
+  check.codes("exp_avg_slows", lists.exp_avg_slows, {ScalarType::Short, ScalarType::Char});
   check.absmaxs("exp_avg_slow_absmaxs", lists.exp_avg_slow_absmaxs);
   check.codes("exp_avg_sqs", lists.exp_avg_sqs, {ScalarType::Byte});
   check.absmaxs("exp_avg_sq_absmaxs", lists.exp_avg_sq_absmaxs);
