@@ -39,9 +39,9 @@ struct BlockwiseLists {
 
   void check(Checker& check) const {
     check.grads(grads);
-    check.codes("exp_avgs", exp_avgs, {ScalarType::Byte});
+    check.codes("exp_avgs", exp_avgs, {ScalarType::Char});
     check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs);
-    check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short, ScalarType::Byte});
+    check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short, ScalarType::Char});
     check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs);
     check.codes("exp_avg_sqs", exp_avg_sqs, {ScalarType::Byte});
     check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs);

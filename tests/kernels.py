@@ -11,7 +11,7 @@ NVRTC = {version: ROOT / f"build/nvrtc/libnvrtc.so.{version}" for version in (12
 
 DTYPES = ("float", "bfloat16", "half", "double")
 ROUNDINGS = {"bfloat16": ("NEAREST", "REMAINDER", "STOCHASTIC")}
-FORMATS = ("SIGNED_DYNAMIC", "UNSIGNED_DYNAMIC", "LINEAR_INT16")
+FORMATS = ("SignedSqrt", "FourthRoot", "Linear")
 
 
 def step_types() -> Iterator[tuple[str, str, str]]:
@@ -27,13 +27,13 @@ def kernels() -> Iterator[tuple[str, str]]:
         yield "prologue.cuh", f"prologue_kernel<{dtype}, {tensors}>"
     for types in step_types():
         yield "step_kernel.cuh", f"step_kernel<{', '.join(types)}, LONG_LIST<StepRecord>>"
-    for (param, grad, rounding), code, stochastic in product(step_types(), ("int16_t", "uint8_t"), ("true", "false")):
-        types = ", ".join((param, grad, code, stochastic, rounding))
+    for (param, grad, rounding), slow, stochastic in product(step_types(), ("Linear", "SignedSqrt"), ("true", "false")):
+        types = ", ".join((param, grad, slow, stochastic, rounding))
         yield "blockwise_kernel.cuh", f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
     for format in FORMATS:
-        yield "blockwise_kernel.cuh", f"quantize_kernel<BlockFormat::{format}, false>"
-        yield "blockwise_kernel.cuh", f"dequantize_kernel<BlockFormat::{format}>"
-    yield "blockwise_kernel.cuh", "quantize_kernel<BlockFormat::UNSIGNED_DYNAMIC, true>"
+        yield "blockwise_kernel.cuh", f"quantize_kernel<{format}, false>"
+        yield "blockwise_kernel.cuh", f"dequantize_kernel<{format}>"
+    yield "blockwise_kernel.cuh", "quantize_kernel<FourthRoot, true>"
 
 
 def is_typical(name: str) -> bool:
@@ -41,4 +41,4 @@ def is_typical(name: str) -> bool:
     types = name.partition("<")[2].split(", ")
     if name.startswith(("step_kernel", "blockwise_step_kernel")) and types[0] != types[1]:
         return False
-    return not name.startswith("blockwise_step_kernel") or types[2:4] == ["int16_t", "true"]
+    return not name.startswith("blockwise_step_kernel") or types[2:4] == ["Linear", "true"]

@@ -21,7 +21,7 @@ struct BlockwiseKernel {
 
   KernelName name(const char* capacity) const {
     return {HEADER, kernel_expression("blockwise_step_kernel", type_name(param), type_name(grad),
-                                      slow_bytes() == 2 ? "int16_t" : "uint8_t", bool_name(stochastic_rounding),
+                                      slow_bytes() == 2 ? "Linear" : "SignedSqrt", bool_name(stochastic_rounding),
                                       rounding_name(param_rounding), capacity)};
   }
 
@@ -45,7 +45,7 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   for (size_t i = 0; i < lists.params.size(); ++i) {
     BlockwiseRecord r{lists.params[i].data,
                       lists.grads[i].data,
-                      static_cast<uint8_t*>(lists.exp_avgs[i].data),
+                      static_cast<int8_t*>(lists.exp_avgs[i].data),
                       lists.exp_avg_slows[i].data,
                       static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
                       static_cast<float*>(lists.exp_avg_absmaxs[i].data),
@@ -83,9 +83,9 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
 
 const char* format_name(BlockFormat format) {
   switch (format) {
-    case BlockFormat::SIGNED_DYNAMIC: return "BlockFormat::SIGNED_DYNAMIC";
-    case BlockFormat::UNSIGNED_DYNAMIC: return "BlockFormat::UNSIGNED_DYNAMIC";
-    default: return "BlockFormat::LINEAR_INT16";
+    case BlockFormat::SIGNED_SQRT_INT8: return "SignedSqrt";
+    case BlockFormat::FOURTH_ROOT_UINT8: return "FourthRoot";
+    default: return "Linear";
   }
 }
 

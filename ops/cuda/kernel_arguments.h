@@ -134,6 +134,7 @@ constexpr int WARP = 32;
 constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
 static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
 
+// A fixed number of CTAs goes through all blocks, so that a tensor's scalars are loaded once per CTA.
 constexpr int BLOCKWISE_THREADS = 128;
 constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
 
@@ -141,7 +142,7 @@ constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, on
 struct BlockwiseRecord {
   void* param;
   const void* grad;
-  uint8_t* exp_avg;
+  int8_t* exp_avg;
   void* exp_avg_slow;
   uint8_t* exp_avg_sq;
   float* exp_avg_absmax;

@@ -66,8 +66,9 @@ std::string name_of(T) {
   if constexpr (std::is_same_v<T, double>) return "double";
   if constexpr (std::is_same_v<T, bfloat16>) return "bfloat16";
   if constexpr (std::is_same_v<T, half>) return "half";
-  if constexpr (std::is_same_v<T, int16_t>) return "int16_t";
-  if constexpr (std::is_same_v<T, uint8_t>) return "uint8_t";
+  if constexpr (std::is_same_v<T, SignedSqrt>) return "SignedSqrt";
+  if constexpr (std::is_same_v<T, FourthRoot>) return "FourthRoot";
+  if constexpr (std::is_same_v<T, Linear>) return "Linear";
 }
 
 template <auto VALUE>
@@ -99,12 +100,13 @@ void add_prologues() {
   kernels[name + ", LONG_STEP_LIST>"] = launch_of(prologue_kernel<T, LONG_STEP_LIST>);
 }
 
-template <BlockFormat FORMAT>
-void add_format(const std::string& name) {
-  kernels["quantize_kernel<BlockFormat::" + name + ", false>"] = launch_of(quantize_kernel<FORMAT, false>);
-  if constexpr (FORMAT == BlockFormat::UNSIGNED_DYNAMIC)
-    kernels["quantize_kernel<BlockFormat::" + name + ", true>"] = launch_of(quantize_kernel<FORMAT, true>);
-  kernels["dequantize_kernel<BlockFormat::" + name + ">"] = launch_of(dequantize_kernel<FORMAT>);
+template <class Format>
+void add_format() {
+  const std::string name = name_of(Format{});
+  kernels["quantize_kernel<" + name + ", false>"] = launch_of(quantize_kernel<Format, false>);
+  if constexpr (std::is_same_v<Format, FourthRoot>)
+    kernels["quantize_kernel<" + name + ", true>"] = launch_of(quantize_kernel<Format, true>);
+  kernels["dequantize_kernel<" + name + ">"] = launch_of(dequantize_kernel<Format>);
 }
 
 const bool added = [] {
@@ -118,20 +120,20 @@ const bool added = [] {
         const std::string dtypes = name_of(p) + ", " + name_of(g) + ", ";
         add_step("step_kernel<" + dtypes + rounding_name, "StepRecord",
                  step_kernel<P, G, rounding(), LONG_LIST<StepRecord>>);
-        for_each<int16_t, uint8_t>([=](auto code) {
+        for_each<Linear, SignedSqrt>([=](auto slow) {
           for_each<std::true_type, std::false_type>([=](auto stochastic) {
-            add_step("blockwise_step_kernel<" + dtypes + name_of(code) + (stochastic() ? ", true, " : ", false, ") +
+            add_step("blockwise_step_kernel<" + dtypes + name_of(slow) + (stochastic() ? ", true, " : ", false, ") +
                          rounding_name,
                      "BlockwiseRecord",
-                     blockwise_step_kernel<P, G, decltype(code), stochastic(), rounding(), LONG_LIST<BlockwiseRecord>>);
+                     blockwise_step_kernel<P, G, decltype(slow), stochastic(), rounding(), LONG_LIST<BlockwiseRecord>>);
           });
         });
       });
     });
   });
-  add_format<BlockFormat::SIGNED_DYNAMIC>("SIGNED_DYNAMIC");
-  add_format<BlockFormat::UNSIGNED_DYNAMIC>("UNSIGNED_DYNAMIC");
-  add_format<BlockFormat::LINEAR_INT16>("LINEAR_INT16");
+  add_format<SignedSqrt>();
+  add_format<FourthRoot>();
+  add_format<Linear>();
   return true;
 }();
 

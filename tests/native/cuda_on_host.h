@@ -49,6 +49,8 @@ inline T __ldg(const T* p) {
   return *p;
 }
 
+inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }  // 0 if NaN
+
 // Of the eight bytes of x and y those that the four lowest digits of the selector name.
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
   const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
