@@ -57,11 +57,11 @@ class Kernel:
         return [i for i, text in enumerate(self.instructions) if re.search(pattern, text)]
 
     def loop_length(self, *patterns: str) -> int:
-        """Instructions on the shortest way around the loop that passes the first match of each pattern.
+        """Instructions on the shortest way around the loop that passes the last match of each pattern.
 
         A branch that is seldom taken, to a ragged tail, say, or to the slow part of a reciprocal, isn't on it.
         """
-        stations = [self.positions(pattern)[0] for pattern in patterns]
+        stations = [self.positions(pattern)[-1] for pattern in patterns]
         return sum(self._distance(a, b) for a, b in zip(stations, [*stations[1:], stations[0]], strict=True))
 
 

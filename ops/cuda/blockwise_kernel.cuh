@@ -107,6 +107,84 @@ constexpr int BLOCKWISE_CTAS_PER_SM = std::is_same_v<P, double>               ? 
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
+// A lane's part of a block as it lies in memory.
+template <class P, class G, class Slow, ParamRounding ROUNDING>
+class BlockLanes {
+ public:
+  ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
+  Lanes<G, LANE_ELEMENTS> g;
+  LaneCodes<SignedSqrt> m1;
+  LaneCodes<Slow> m2;
+  LaneCodes<FourthRoot> nu;
+  float absmax;  // of the first three lanes, each has one state's
+
+  __device__ __forceinline__ void load(const BlockwiseRecord& r, uint32_t block, int lane) {
+    const Place at(r, block, lane);
+    if (at.wide) {
+      p.load(at.param, at.remainder);
+      if (r.wide_grad)
+        g.load(at.grad);
+      else
+        g.load(at.grad, LANE_ELEMENTS, G(0));
+      m1.load(at.m1);
+      m2.load(at.m2);
+      nu.load(at.nu);
+    } else {  // zeros after the end change no scale
+      p.load(at.param, at.remainder, at.count);
+      g.load(at.grad, at.count, G(0));
+      m1.load(at.m1, at.count, 0);
+      m2.load(at.m2, at.count, 0);
+      nu.load(at.nu, at.count, 0);
+    }
+    absmax = at.absmax ? *at.absmax : 0;
+  }
+
+  __device__ __forceinline__ void store(const BlockwiseRecord& r, uint32_t block, int lane) const {
+    const Place at(r, block, lane);
+    if (at.wide) {
+      p.store(at.param, at.remainder);
+      m1.store(at.m1);
+      m2.store(at.m2);
+      nu.store(at.nu);
+    } else {
+      p.store(at.param, at.remainder, at.count);
+      m1.store(at.m1, at.count);
+      m2.store(at.m2, at.count);
+      nu.store(at.nu, at.count);
+    }
+    if (at.absmax) *at.absmax = absmax;
+  }
+
+ private:
+  struct Place {
+    P* param;
+    const G* grad;
+    int16_t* remainder;
+    int8_t* m1;
+    typename Slow::Code* m2;
+    uint8_t* nu;
+    float* absmax;
+    bool wide;
+    int count;  // elements, if not wide; below 0 past the tensor's end
+
+    // `block` may be past the tensor's end.
+    __device__ __forceinline__ Place(const BlockwiseRecord& r, uint32_t block, int lane) {
+      const int64_t first = static_cast<int64_t>(block) * BLOCK_SIZE + lane * LANE_ELEMENTS;
+      const int64_t rest = r.numel - first;
+      param = static_cast<P*>(r.param) + first;
+      grad = static_cast<const G*>(r.grad) + first;
+      remainder = remainder_at<ROUNDING>(r.remainder, first);
+      m1 = r.exp_avg + first;
+      m2 = static_cast<typename Slow::Code*>(r.exp_avg_slow) + first;
+      nu = r.exp_avg_sq + first;
+      float* const absmaxs = lane == 0 ? r.exp_avg_absmax : lane == 1 ? r.exp_avg_slow_absmax : r.exp_avg_sq_absmax;
+      absmax = lane < 3 && block < r.blocks ? absmaxs + block : nullptr;
+      wide = block < r.wide_blocks;
+      count = rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;
+    }
+  };
+};
+
 template <class P, class G, class Slow, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, ROUNDING>)
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord, CAPACITY> table,
@@ -114,73 +192,60 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
                           const float* found_inf) {
   using T = typename BlockwiseTypes<P>::T;
   using V = typename BlockwiseTypes<P>::V;
-  if (skipped(found_inf)) return;
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const uint32_t warp = threadIdx.x / WARP;
-  uint32_t end_tile = 0, first_tile = 0;  // of the current tensor
-  int32_t tensor = 0;
+
+  // A warp's block, and the tensor that it belongs to.
+  struct Cursor {
+    int32_t tensor;
+    uint32_t first_tile, end_tile;  // of the tensor
+    uint32_t block;                 // of the tensor, or past its end
+
+    __device__ __forceinline__ void move_to(const TensorTable<BlockwiseRecord, CAPACITY>& table, uint32_t tile,
+                                            uint32_t warp) {
+      if (tile >= end_tile) {
+        const auto place = table.find(tile);
+        tensor = place.tensor;
+        first_tile = tile - place.tile;
+        end_tile = table.end_tile[tensor];
+      }
+      block = (tile - first_tile) * TILE_BLOCKS + warp;
+    }
+  };
+
+  // The first block's loads are under way before anything is waited for, and the next one's while one is computed.
+  Cursor here{};
+  BlockLanes<P, G, Slow, ROUNDING> lanes;
+  here.move_to(table, blockIdx.x, warp);
+  lanes.load(table.records[here.tensor], here.block, lane);
+  if (skipped(found_inf)) return;
+  int32_t tensor = -1;  // whose scalars these are
   StepScalars<V> s;
   RandomKey key{};
-  float* absmax = nullptr;  // of the first three lanes, each has one state's scales
-
   for (uint32_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
-    if (tile >= end_tile) {
-      const auto place = table.find(tile);
-      tensor = place.tensor;
-      first_tile = tile - place.tile;
-      end_tile = table.end_tile[tensor];
+    Cursor next = here;
+    BlockLanes<P, G, Slow, ROUNDING> next_lanes;
+    if (tile + gridDim.x < table.tiles()) {
+      next.move_to(table, tile + gridDim.x, warp);
+      next_lanes.load(table.records[next.tensor], next.block, lane);
+    }
+    const BlockwiseRecord& r = table.records[here.tensor];
+    if (here.tensor != tensor) {
+      tensor = here.tensor;
       const TensorScalars<T> loaded = load(scalars + table.first + tensor);
       s = StepScalars<V>(loaded.scalars);
-      const BlockwiseRecord& r = table.records[tensor];
       key = random_key(seed, loaded.step, r.stream);
-      absmax = lane == 0 ? r.exp_avg_absmax : lane == 1 ? r.exp_avg_slow_absmax : r.exp_avg_sq_absmax;
     }
-    const BlockwiseRecord& r = table.records[tensor];
-    const uint32_t block = (tile - first_tile) * TILE_BLOCKS + warp;  // of the tensor, or past its end
-    const int64_t first = static_cast<int64_t>(block) * BLOCK_SIZE + lane * LANE_ELEMENTS;
-    const bool wide = block < r.wide_blocks;
-    const int64_t rest = r.numel - first;
-    const int count = rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;  // below 0 past the end
-    const bool has_scale = lane < 3 && block < r.blocks;
-    P* const param = static_cast<P*>(r.param) + first;
-    const G* const grad = static_cast<const G*>(r.grad) + first;
-    int16_t* const remainder = remainder_at<ROUNDING>(r.remainder, first);
-    int8_t* const m1_codes = r.exp_avg + first;
-    auto* const m2_codes = static_cast<typename Slow::Code*>(r.exp_avg_slow) + first;
-    uint8_t* const nu_codes = r.exp_avg_sq + first;
-
-    ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
-    Lanes<G, LANE_ELEMENTS> g;
-    LaneCodes<SignedSqrt> m1_lanes;
-    LaneCodes<Slow> m2_lanes;
-    LaneCodes<FourthRoot> nu_lanes;
-    if (wide) {
-      p.load(param, remainder);
-      if (r.wide_grad)
-        g.load(grad);
-      else
-        g.load(grad, LANE_ELEMENTS, G(0));
-      m1_lanes.load(m1_codes);
-      m2_lanes.load(m2_codes);
-      nu_lanes.load(nu_codes);
-    } else {  // zeros after the end change no scale
-      p.load(param, remainder, count);
-      g.load(grad, count, G(0));
-      m1_lanes.load(m1_codes, count, 0);
-      m2_lanes.load(m2_codes, count, 0);
-      nu_lanes.load(nu_codes, count, 0);
-    }
-    const float old_absmax = has_scale ? absmax[block] : 0;
 
     LaneFloats m1, m2, nu, root;
-    decode<SignedSqrt>(m1_lanes, __shfl_sync(0xffffffff, old_absmax, 0), m1);
-    decode<Slow>(m2_lanes, __shfl_sync(0xffffffff, old_absmax, 1), m2);
-    decode<FourthRoot>(nu_lanes, __shfl_sync(0xffffffff, old_absmax, 2), nu);
+    decode<SignedSqrt>(lanes.m1, __shfl_sync(0xffffffff, lanes.absmax, 0), m1);
+    decode<Slow>(lanes.m2, __shfl_sync(0xffffffff, lanes.absmax, 1), m2);
+    decode<FourthRoot>(lanes.nu, __shfl_sync(0xffffffff, lanes.absmax, 2), nu);
     T new_param[LANE_ELEMENTS];
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
-      Element<V> e{V(p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
-      const V sqrt_nu = update(e, V(g.template get<T>(i)), s);
+      Element<V> e{V(lanes.p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
+      const V sqrt_nu = update(e, V(lanes.g.template get<T>(i)), s);
       new_param[i] = to_param(e.param);
       m1[i] = to_float(e.exp_avg);
       m2[i] = to_float(e.exp_avg_slow);
@@ -188,12 +253,8 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
       // Codes are made of the root of the float32 value.
       root[i] = std::is_same_v<V, double> ? sqrt(nu[i]) : to_float(sqrt_nu);
     }
-    const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
-    p.set_all(new_param, key, group);
-    if (wide)
-      p.store(param, remainder);
-    else
-      p.store(param, remainder, count);
+    const uint64_t group = static_cast<uint64_t>(here.block) * WARP + static_cast<uint32_t>(lane);
+    lanes.p.set_all(new_param, key, group);
 
     float m1_absmax = warp_largest(largest(m1)), m2_absmax = warp_largest(largest(m2)),
           nu_absmax = warp_largest(largest(nu));
@@ -209,20 +270,14 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
       nu_absmax = warp_largest(largest(nu));
     }
     const float new_absmax = lane == 0 ? m1_absmax : lane == 1 ? m2_absmax : sqrt(nu_absmax);
-    if (has_scale) absmax[block] = new_absmax;
+    lanes.absmax = new_absmax;
     const float inverse = inverse_absmax(new_absmax);
-    encode<SignedSqrt, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 0), key, group, m1_lanes);
-    encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 1), key, group, m2_lanes);
-    encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 2), key, group, nu_lanes);
-    if (wide) {
-      m1_lanes.store(m1_codes);
-      m2_lanes.store(m2_codes);
-      nu_lanes.store(nu_codes);
-    } else {
-      m1_lanes.store(m1_codes, count);
-      m2_lanes.store(m2_codes, count);
-      nu_lanes.store(nu_codes, count);
-    }
+    encode<SignedSqrt, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 0), key, group, lanes.m1);
+    encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 1), key, group, lanes.m2);
+    encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 2), key, group, lanes.nu);
+    lanes.store(r, here.block, lane);
+    lanes = next_lanes;
+    here = next;
   }
 }
 
