@@ -137,7 +137,7 @@ struct RandomWords {
 
 ADEMAMIX_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  uint64_t product;  // nvcc would multiply 64-bit numbers by a constant
+  uint64_t product;  // else the compiler multiplies 64-bit numbers by a constant
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;
 #else

@@ -1,8 +1,12 @@
 """The CUDA kernels' variants, by the names under which NVRTC compiles them, and NVRTCs to do it with."""
 
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
+
+from torch_ademamix import cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +46,18 @@ def is_typical(name: str) -> bool:
     if name.startswith(("step_kernel", "blockwise_step_kernel")) and types[0] != types[1]:
         return False
     return not name.startswith("blockwise_step_kernel") or types[2:4] == ["Linear", "true"]
+
+
+def compile_kernels(wanted: Iterable[tuple[str, str]], nvrtc: str | Path, capability: int, folder: Path) -> list[Path]:
+    """Files of their code, behind a first line (ops/cuda/compiler.cpp)."""
+    script = ROOT / "tests/native/compile_kernels.py"
+    library = Path(cuda.__file__).with_name("_cuda.so")
+    done = subprocess.run(
+        [sys.executable, script, library, cuda.sources(), nvrtc, folder, str(capability)],
+        input="\n".join(f"{header} {name}" for header, name in wanted),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    return [next(numbered.iterdir()) for numbered in sorted(folder.iterdir(), key=lambda path: int(path.name))]

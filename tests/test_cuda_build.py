@@ -3,14 +3,13 @@
 import os
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import expecttest
 import pytest
 import sass
-from kernels import NVRTC, ROOT, is_typical, kernels
+from kernels import NVRTC, compile_kernels, is_typical, kernels
 
 from torch_ademamix import ops
 
@@ -38,17 +37,10 @@ Kernels = dict[str, Path]  # the code of each kernel, by its name
 def compile_all(folder: Path, nvrtc: int, capability: int) -> Kernels:
     whole = (nvrtc, capability) in WHOLE or os.environ.get("ALL_VARIANTS") == "1"
     wanted = [(header, name) for header, name in kernels() if whole or is_typical(name)]
-    into = folder / f"{nvrtc}-{capability}"
-    library = Path(ops.__file__).with_name("_cuda.so")
-    command = [sys.executable, str(ROOT / "tests/native/compile_kernels.py"), library, NVRTC[nvrtc], into]
-    lines = "\n".join(f"{header} {name}" for header, name in wanted)
-    done = subprocess.run([*command, str(capability)], input=lines, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    codes = {}
-    for i, (_, name) in enumerate(wanted):
-        (codes[name],) = (into / str(i)).iterdir()
-        codes[name].write_bytes(codes[name].read_bytes().partition(b"\n")[2])  # the code alone
-    return codes
+    files = compile_kernels(wanted, NVRTC[nvrtc], capability, folder / f"{nvrtc}-{capability}")
+    for file in files:
+        file.write_bytes(file.read_bytes().partition(b"\n")[2])  # the code alone
+    return {name: file for (_, name), file in zip(wanted, files, strict=True)}
 
 
 @pytest.fixture(scope="module")

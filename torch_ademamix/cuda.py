@@ -47,6 +47,11 @@ def find_nvrtc() -> str | None:
     return name
 
 
+def sources() -> Path:
+    """The folder of the kernels' sources."""
+    return next(folder for folder in _SOURCES if (folder / "value.h").is_file())
+
+
 def load() -> str | None:
     """Loads the library, which starts no CUDA; if it can't serve, returns why, as a part of a sentence."""
     global _loaded
@@ -62,8 +67,7 @@ def load() -> str | None:
     except OSError as error:
         return f"the CUDA library can't be loaded ({error})"
     _loaded = ctypes.CDLL(str(_LIBRARY))
-    sources = next(folder for folder in _SOURCES if (folder / "value.h").is_file())
-    _loaded.ademamix_set_up(*(os.fsencode(path) for path in (sources, cache_folder(), nvrtc)))
+    _loaded.ademamix_set_up(*(os.fsencode(path) for path in (sources(), cache_folder(), nvrtc)))
     return None
 
 
