@@ -49,9 +49,6 @@ def test_graph():
         """\
 _set_grad_enabled(
     False)
-to(
-    f32[]
-    device(type='cpu'))
 ademamix_step_.tensor_lr(
     [f32[4], f32[3, 5]]
     [f32[4], f32[3, 5]]
@@ -71,14 +68,12 @@ ademamix_step_.tensor_lr(
     weight_decay=0.01
     maximize=False
     seed=5
+    places=()
     grad_scale=None
     found_inf=None
     remainders=[]
     stochastic_param_rounding=False
     streams=[])
-to(
-    f32[]
-    device(type='cpu'))
 ademamix_blockwise_step_.tensor_lr(
     [f32[70, 60], f32[4096]]
     [f32[70, 60], f32[4096]]
@@ -101,6 +96,7 @@ ademamix_blockwise_step_.tensor_lr(
     weight_decay=0.01
     maximize=False
     seed=5
+    places=()
     grad_scale=None
     found_inf=None
     stochastic_rounding=True

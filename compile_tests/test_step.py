@@ -56,9 +56,6 @@ def test_graph():
         """\
 _set_grad_enabled(
     False)
-to(
-    f32[]
-    device(type='cpu'))
 ademamix_step_.tensor_lr(
     [f32[5, 3], f32[4], f32[], f32[70, 60]]
     [f32[5, 3], f32[4], f32[], f32[70, 60]]
@@ -78,6 +75,7 @@ ademamix_step_.tensor_lr(
     weight_decay=0.01
     maximize=False
     seed=0
+    places=()
     grad_scale=None
     found_inf=None
     remainders=[]
@@ -117,6 +115,7 @@ ademamix_step_.default(
     weight_decay=0.01
     maximize=True
     seed=0
+    places=()
     grad_scale=None
     found_inf=None
     remainders=[]
@@ -141,6 +140,7 @@ ademamix_step_.default(
     weight_decay=0.01
     maximize=True
     seed=0
+    places=()
     grad_scale=None
     found_inf=None
     remainders=[]

@@ -62,7 +62,7 @@ def in_arenas(lists: StepLists | BlockwiseLists, remainders: list[Tensor] = [], 
             sizes, starts = [end // BLOCK_SIZE for end in ends], [first // BLOCK_SIZE for first in firsts]
         else:
             sizes, starts = ends, firsts
-        result = [torch.full((size,), FILLING, dtype=tensors[0].dtype) for size in sizes]
+        result = [torch.full((size,), FILLING, dtype=tensors[0].dtype, device=tensors[0].device) for size in sizes]
         for p, tensor, k, start in zip(lists.params, tensors, arenas, starts, strict=True):
             row_major = isinstance(lists, BlockwiseLists) and name != "remainders"
             elements = tensor.flatten() if row_major or name == "steps" else in_order_of(p, tensor)

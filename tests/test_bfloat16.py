@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from config import HYPERPARAMETERS, KERNELS, MIXED, OPTIONS, assert_identical, bits, make_lists, native_built, step
+from config import KERNELS, MIXED, OPTIONS, assert_identical, bits, make_lists, native_built, step, step_call
 from quantized import blockwise_call, blockwise_step, make_blockwise
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, bfloat16
@@ -155,7 +155,7 @@ def test_a_skipped_step_changes_nothing(kernel, kind):
 def op_call(kind, lists, **options):
     """The op, and its positional and keyword arguments."""
     if kind == "32":
-        return torch.ops.torch_ademamix.ademamix_step_.default, (*lists, 1e-2), {**HYPERPARAMETERS, **options}
+        return step_call(torch.ops.torch_ademamix.ademamix_step_, lists, **options)
     return blockwise_call(lists, **options)
 
 

@@ -7,14 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, StepLists, assert_identical, bits, make_lists
+from config import (
+    DTYPES,
+    HYPERPARAMETERS,
+    MIXED,
+    OPTIONS,
+    StepLists,
+    assert_identical,
+    bits,
+    hyperparameter_tensor,
+    make_lists,
+    step_call,
+)
+from places import in_arenas
 from quantized import SEED, BlockwiseLists, make_blockwise
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import torch_ademamix
 from benchmarks.gpu import GPT2
-from torch_ademamix import AdEMAMix, bfloat16, capture_train_step, compile_train_step, ops, paging
+from torch_ademamix import AdEMAMix, bfloat16, capture_train_step, compile_train_step, ops, paging, reference
 from torch_ademamix.blockwise import CODE_DTYPES, quantize
 
 pytestmark = [
@@ -61,7 +73,7 @@ def make(kind: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def take_step(lists: Any, lr: float | Tensor = 1e-2, **options: Any) -> None:
-    defaults: dict[str, Any] = {"lr": lr, **HYPERPARAMETERS}
+    defaults: dict[str, Any] = {"lr": lr, **HYPERPARAMETERS, "places": []}
     if isinstance(lists, StepLists):
         return ops.ademamix_step_(*lists, **{**defaults, **options})
     defaults |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
@@ -197,13 +209,41 @@ def test_quantize_and_dequantize(format: str) -> None:
 @KINDS
 def test_opcheck(kind: str) -> None:
     packet = torch.ops.torch_ademamix.ademamix_step_
-    options = {**HYPERPARAMETERS}
+    options: dict[str, Any] = {}
     lists = on_gpu(make(kind, MIXED[1:4]))
     if isinstance(lists, BlockwiseLists):
         packet = torch.ops.torch_ademamix.ademamix_blockwise_step_
         options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
-    torch.library.opcheck(packet.default, (*lists, 1e-2), options)
-    torch.library.opcheck(packet.tensor_lr, (*lists, torch.tensor(1e-2, device="cuda")), options)
+    hyperparameters = hyperparameter_tensor().cuda()
+    torch.library.opcheck(*step_call(packet, lists, **options))
+    torch.library.opcheck(*step_call(packet, lists, torch.tensor(1e-2, device="cuda"), **options))
+    torch.library.opcheck(*step_call(packet, lists, hyperparameters=hyperparameters, **options))
+
+
+@KINDS
+@pytest.mark.parametrize("count", [1, 3])
+def test_places(kind: str, count: int) -> None:
+    """As plain lists, bit for bit."""
+    plain = on_gpu(make(kind, MIXED))
+    arenas = in_arenas(plain.clone(), count=count)
+    take_step(plain)
+    options = {"stochastic_rounding": True, "seed": SEED, "streams": arenas.streams} if kind == "blockwise" else {}
+    op = ops.ademamix_step_ if kind == "32" else ops.ademamix_blockwise_step_
+    op(*arenas, **{"lr": 1e-2, **HYPERPARAMETERS, **options, **arenas.options})
+    arenas.assert_holds(plain, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_hyperparameters_in_a_tensor(dtype: torch.dtype) -> None:
+    """Bit for bit what they are as numbers."""
+    lists = on_gpu(make("32", MIXED))
+    numbers = lists.clone()
+    hyperparameters = hyperparameter_tensor(dtype=dtype, t_alpha=8.0, t_beta3=8.0)
+    values = dict(zip(reference.HYPERPARAMETERS, hyperparameters.tolist(), strict=True))
+    take_step(numbers, **{**values, "schedule_start": 0})
+    op, args, kwargs = step_call(torch.ops.torch_ademamix.ademamix_step_, lists, hyperparameters=hyperparameters.cuda())
+    op(*args, **kwargs)
+    assert_identical(list(lists), list(numbers))
 
 
 @KINDS

@@ -1,13 +1,15 @@
 """Arguments bent in several places at once: native kernels, reference and fakes refuse alike, and write nothing."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
-from config import CONTIGUOUS, HYPERPARAMETERS, StepLists, assert_identical, make_lists, step
+from config import CONTIGUOUS, HYPERPARAMETERS, StepLists, assert_identical, make_lists, step, step_call
 from fuzzing import effort, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from places import in_arenas
 from quantized import blockwise_call, blockwise_step, make_blockwise
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,6 +64,10 @@ def bends(draw, lists, options):
             name = draw(st.sampled_from(sorted(OPTIONS)))
             options[name] = draw(OPTIONS[name])
             continue
+        if options["places"] and draw(st.integers(0, 2)) == 0:
+            number = draw(st.integers(0, len(options["places"]) - 1))
+            options["places"][number] = draw(st.sampled_from([-1, 0, 1, 2, 255, 256, 512, 1 << 20, 2**63 - 256]))
+            continue
         name = draw(st.sampled_from([*vars(lists), "remainders"]))
         tensors = options["remainders"] if name == "remainders" else getattr(lists, name)
         i = draw(st.integers(-1, len(ENTRIES) - 1))
@@ -78,11 +84,10 @@ def bends(draw, lists, options):
 
 def call_op(lists, lr, **options):
     if isinstance(lists, StepLists):
-        packet = torch.ops.torch_ademamix.ademamix_step_
-        (packet.tensor_lr if isinstance(lr, Tensor) else packet.default)(*lists, lr, **options)
+        op, args, kwargs = step_call(torch.ops.torch_ademamix.ademamix_step_, lists, lr, **options)
     else:
         op, args, kwargs = blockwise_call(lists, lr, **options)
-        op(*args, **kwargs)
+    op(*args, **kwargs)
 
 
 def call_fake(lists, lr, **options):
@@ -120,26 +125,31 @@ def assert_alike(lists, options):
         assert refusal(call_reference, lists, options) == native
 
 
-def options_for(lists, with_remainders):
-    """Of a good call."""
-    remainders = []
+def options_for(lists, with_remainders, placed):
+    """Of a good call; if it is placed, the lists' state is put into arenas."""
+    remainders, places = [], []
     if with_remainders and lists.params[0].dtype == torch.bfloat16:
         remainders = [torch.zeros(p.shape, dtype=torch.int16) for p in lists.params]
-    return {"lr": 1e-2, **HYPERPARAMETERS, "streams": [1, 2, 3, 4], "remainders": remainders}
+    if placed:
+        arenas = in_arenas(lists, remainders)
+        remainders, places = arenas.remainders, arenas.places
+        for field, tensors in zip(fields(lists), arenas, strict=True):
+            setattr(lists, field.name, tensors)
+    return {"lr": 1e-2, **HYPERPARAMETERS, "streams": [1, 2, 3, 4], "remainders": remainders, "places": places}
 
 
 PARAM_DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
 
 
-@given(st.data(), PARAM_DTYPES, st.booleans())
+@given(st.data(), PARAM_DTYPES, st.booleans(), st.booleans())
 @effort(80)
-def test_step(data, dtype, with_remainders):
+def test_step(data, dtype, with_remainders, placed):
     lists = make_lists(ENTRIES, dtype)
-    assert_alike(*data.draw(bends(lists, options_for(lists, with_remainders))))
+    assert_alike(*data.draw(bends(lists, options_for(lists, with_remainders, placed))))
 
 
-@given(st.data(), PARAM_DTYPES, st.booleans(), st.sampled_from([8, 16]))
+@given(st.data(), PARAM_DTYPES, st.booleans(), st.booleans(), st.sampled_from([8, 16]))
 @effort(80)
-def test_blockwise_step(data, dtype, with_remainders, slow_ema_bits):
+def test_blockwise_step(data, dtype, with_remainders, placed, slow_ema_bits):
     lists = make_blockwise(ENTRIES, dtype, slow_ema_bits=slow_ema_bits)
-    assert_alike(*data.draw(bends(lists, options_for(lists, with_remainders))))
+    assert_alike(*data.draw(bends(lists, options_for(lists, with_remainders, placed))))

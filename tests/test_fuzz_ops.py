@@ -5,7 +5,7 @@ import copy
 import float64
 import numpy as np
 import torch
-from config import StepLists, assert_identical, step
+from config import StepLists, assert_identical, hyperparameter_tensor, step
 from fuzzing import (
     GRAD_SCALES,
     effort,
@@ -22,6 +22,7 @@ from fuzzing import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from places import in_arenas
 from quantized import blockwise_step, expected_blockwise_step
 from quantized import quantized as with_quantized_state
 
@@ -97,6 +98,36 @@ def test_blockwise_step(kernel, data, lists, options, lr, found_inf, slow_ema_bi
     if not found_inf:
         expected = expected_blockwise_step(kernel, before, **{**options, **rounding})
     assert_identical((list(stepped), stepped_rounding), (list(expected), rounding))
+
+
+@given(
+    st.data(),
+    step_lists(finite=False),
+    step_options,
+    learning_rates,
+    found_infs,
+    st.sampled_from([None, 8, 16]),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@effort(100)
+def test_places_and_hyperparameters(kernel, data, lists, options, lr, found_inf, slow_ema_bits, arenas, in_tensor):
+    """Bit for bit what a call with a tensor for each parameter, and numbers, gives."""
+    rounding = data.draw(param_roundings(lists))
+    run = step if slow_ema_bits is None else blockwise_step
+    plain = lists if slow_ema_bits is None else with_quantized_state(lists, slow_ema_bits)
+    placed = in_arenas(plain.clone(), rounding.get("remainders", []), arenas)
+    numbers = {**options, "lr": lr}
+    others = {"maximize": options["maximize"], "hyperparameters": hyperparameter_tensor(**numbers)}
+    run(kernel, plain, found_inf=found_inf, **numbers, **rounding)
+    run(
+        kernel,
+        placed,
+        found_inf=found_inf,
+        **(others if in_tensor else numbers),
+        **{**rounding, **placed.options},
+    )
+    placed.assert_holds(plain, rounding.get("remainders", []))
 
 
 FORMATS = ("signed_dynamic", "unsigned_dynamic", "linear_int16")

@@ -1,8 +1,11 @@
 """What the blockwise ops refuse: in which words, and that nothing has been written then."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from config import HYPERPARAMETERS, MIXED, assert_identical
+from places import in_arenas
 from quantized import blockwise_call, blockwise_step, make_blockwise
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,6 +38,19 @@ def to(x):
 
 def strided(tensor):
     return torch.stack((tensor, tensor), dim=-1)[..., 0]
+
+
+def placing(change):
+    """Puts the state into one arena of 1536 elements, 6 blocks and 7 steps, and bends it."""
+
+    def bend(lists, options):
+        arenas = in_arenas(lists, count=1)
+        for field, tensors in zip(fields(lists), arenas, strict=True):
+            setattr(lists, field.name, tensors)
+        options.update(arenas.options)
+        change(lists, options)
+
+    return bend
 
 
 CODES = ("exp_avgs", "exp_avg_slows", "exp_avg_sqs")
@@ -112,6 +128,38 @@ REFUSALS = [
     (setting(t_alpha=0.0), "t_alpha is 0, but must be positive or None"),
     (setting(eps=float("nan")), "eps is nan, but must be at least 0"),
     (setting(found_inf=torch.ones(2)), "found_inf has shape [2], but must hold one element"),
+    (
+        placing(lambda lists, options: options["places"].pop()),
+        "places has length 11, but must have 12, 3 for each of params, or none",
+    ),
+    *[
+        (placing(shortening(name)), f"{name} has length 0, but exp_avgs has length 1")
+        for name in (*ABSMAXS, *CODES[1:], "steps")
+    ],
+    *[
+        (
+            placing(replacing(name, lambda arena: arena[None], 0)),
+            f"{name}[0] has shape [1, {n}], but must have one dimension",
+        )
+        for name, n in (*((name, 1536) for name in CODES), *((name, 6) for name in ABSMAXS), ("steps", 7))
+    ],
+    *[(placing(replacing(name, strided, 0)), f"{name}[0] must be contiguous") for name in (*CODES, *ABSMAXS, "steps")],
+    *[
+        (placing(replacing(name, to("meta"), 0)), f"{name}[0] is on meta, but params[0] is on cpu")
+        for name in (*CODES, *ABSMAXS, "steps")
+    ],
+    *[
+        (
+            placing(replacing(name, lambda arena: arena[:-1], 0)),
+            f"places[1] is 1536, but {name}[0] has room for {room} elements, and params[0] has 0",
+        )
+        for names, room in ((CODES, 1535), (ABSMAXS, 1280))
+        for name in names
+    ],
+    (
+        setting(hyperparameters=torch.zeros(9)),
+        "hyperparameters has shape [9], but must have shape [10]",
+    ),
 ]
 
 

@@ -63,7 +63,7 @@ def placed(state: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> 
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return ops.paged_empty_like(like, dtype)  # type: ignore[no-any-return]
+    return ops.paged_empty_like(like, dtype)
 
 
 def page_out(tensor: Tensor) -> None:

@@ -57,14 +57,9 @@ inline const char* rounding_name(ParamRounding rounding) {
   }
 }
 
-template <int CAPACITY>
-const char* capacity_name(const TensorTable<StepRecord, CAPACITY>&) {
-  return CAPACITY == SHORT_LIST ? "SHORT_LIST" : "LONG_LIST<StepRecord>";
-}
-
-template <int CAPACITY>
-const char* capacity_name(const TensorTable<BlockwiseRecord, CAPACITY>&) {
-  return CAPACITY == SHORT_LIST ? "SHORT_LIST" : "LONG_LIST<BlockwiseRecord>";
+// Of the argument tables, whose names are LONG_LIST... for long lists.
+inline const char* capacity_name(size_t tensors, const char* long_list) {
+  return tensors <= SHORT_LIST ? "SHORT_LIST" : long_list;
 }
 
 template <class First, class... Others>
@@ -112,6 +107,13 @@ inline Tensor empty_tensor(const TensorView& like, const std::vector<int64_t>& s
   return Tensor(handle);
 }
 
+inline Kernel prologue_kernel(const CurrentDevice& device, ScalarType param_dtype, size_t tensors) {
+  return device.gpu().kernel(
+      {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype(param_dtype)),
+                                         capacity_name(tensors, "LONG_STEP_LIST"))},
+      PROLOGUE_THREADS, device.stream());
+}
+
 // The scalars of each tensor, in device memory that torch's allocator reuses in the order of the stream, also within
 // a captured graph.
 class StepScalarsOnDevice {
@@ -121,30 +123,28 @@ class StepScalarsOnDevice {
                       const StepNumbers& numbers)
       : bytes_(param.dtype == ScalarType::Double ? sizeof(TensorScalars<double>) : sizeof(TensorScalars<float>)),
         memory_(empty_tensor(param, {static_cast<int64_t>(steps.size() * bytes_)}, {1}, ScalarType::Byte)) {
-    const auto run = [&](auto capacity) {
-      constexpr int CAPACITY = capacity();
-      const Kernel kernel = device.gpu().kernel(
-          {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype(param.dtype)),
-                                             CAPACITY == SHORT_LIST ? "SHORT_LIST" : "LONG_STEP_LIST")},
-          PROLOGUE_THREADS, device.stream());
-      for (size_t first = 0; first < steps.size(); first += CAPACITY) {
-        StepPointers<CAPACITY> pointers;
-        pointers.count = static_cast<int32_t>(std::min<size_t>(steps.size() - first, CAPACITY));
-        for (int32_t i = 0; i < pointers.count; ++i) pointers.steps[i] = static_cast<float*>(steps[first + i].data);
-        const auto ctas = static_cast<unsigned int>((pointers.count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
-        void* const scalars = static_cast<char*>(data()) + first * bytes_;
-        launch(kernel, device.stream(), ctas, PROLOGUE_THREADS, pointers, numbers, scalars);
-      }
-    };
+    const Kernel kernel = prologue_kernel(device, param.dtype, steps.size());
     if (steps.size() <= SHORT_LIST)
-      run(std::integral_constant<int, SHORT_LIST>{});
+      launch_prologues<SHORT_LIST>(kernel, device.stream(), steps, numbers);
     else
-      run(std::integral_constant<int, LONG_STEP_LIST>{});
+      launch_prologues<LONG_STEP_LIST>(kernel, device.stream(), steps, numbers);
   }
 
   void* data() const { return memory_.mutable_data_ptr(); }
 
  private:
+  template <int CAPACITY>
+  void launch_prologues(const Kernel& kernel, CUstream stream, const Views& steps, const StepNumbers& numbers) const {
+    for (size_t first = 0; first < steps.size(); first += CAPACITY) {
+      StepPointers<CAPACITY> pointers;
+      pointers.count = static_cast<int32_t>(std::min<size_t>(steps.size() - first, CAPACITY));
+      for (int32_t i = 0; i < pointers.count; ++i) pointers.steps[i] = static_cast<float*>(steps[first + i].data);
+      const auto ctas = static_cast<unsigned int>((pointers.count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
+      void* const scalars = static_cast<char*>(data()) + first * bytes_;
+      launch(kernel, stream, ctas, PROLOGUE_THREADS, pointers, numbers, scalars);
+    }
+  }
+
   size_t bytes_;  // of a tensor's
   Tensor memory_;
 };

@@ -15,14 +15,16 @@ const char* bool_name(bool value) { return value ? "true" : "false"; }
 struct BlockwiseKernel {
   ScalarType param, grad, slow_code;
   bool stochastic_rounding;
-  ParamRounding param_rounding;
+  ParamRounding rounding;
 
   int slow_bytes() const { return slow_code == ScalarType::Short ? 2 : 1; }
 
-  KernelName name(const char* capacity) const {
-    return {HEADER, kernel_expression("blockwise_step_kernel", type_name(param), type_name(grad),
-                                      slow_bytes() == 2 ? "Linear" : "SignedSqrt", bool_name(stochastic_rounding),
-                                      rounding_name(param_rounding), capacity)};
+  Kernel load(const CurrentDevice& device, size_t tensors) const {
+    const char* const capacity = capacity_name(tensors, "LONG_LIST<BlockwiseRecord>");
+    const std::string expression = kernel_expression("blockwise_step_kernel", type_name(param), type_name(grad),
+                                                     slow_bytes() == 2 ? "Linear" : "SignedSqrt",
+                                                     bool_name(stochastic_rounding), rounding_name(rounding), capacity);
+    return device.gpu().kernel({HEADER, expression}, BLOCKWISE_THREADS, device.stream());
   }
 
   // Whether all that the kernel reads and writes is aligned, but the gradient.
@@ -35,11 +37,17 @@ struct BlockwiseKernel {
 
 void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
+  const BlockwiseKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, lists.exp_avg_slows[0].dtype,
+                               options.stochastic_rounding,
+                               param_rounding(lists.remainders, options.stochastic_param_rounding)};
+  const Kernel loaded = kernel.load(device, lists.params.size());
+  if (options.dry_run) {
+    prologue_kernel(device, kernel.param, lists.steps.size());
+    return;
+  }
+
   CommonOrder order({{lists.params, true}, {lists.grads, false}, {lists.remainders, true}}, /*any_order=*/false);
   const StepNumbers numbers = numbers_of(options);
-  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
-  const BlockwiseKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, lists.exp_avg_slows[0].dtype,
-                               options.stochastic_rounding, rounding};
   std::vector<BlockwiseRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
@@ -51,7 +59,7 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
                       static_cast<float*>(lists.exp_avg_absmaxs[i].data),
                       static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
                       static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)};
-    if (rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
+    if (kernel.rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
     r.numel = lists.params[i].numel;
     r.stream = options.streams[i];
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
@@ -73,7 +81,6 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, numbers);
   const void* const on_device = scalars.data();
   for_each_launch(device, records, tiles_of_record, state_of, [&](const auto& table, uint32_t tiles) {
-    const Kernel loaded = device.gpu().kernel(kernel.name(capacity_name(table)), BLOCKWISE_THREADS, device.stream());
     const auto ctas = static_cast<uint32_t>(device.gpu().multiprocessors * loaded.ctas_per_multiprocessor);
     launch(loaded, device.stream(), std::min(tiles, ctas), BLOCKWISE_THREADS, table, on_device,
            static_cast<uint64_t>(options.seed), numbers.found_inf);

@@ -14,9 +14,11 @@ struct StepKernel {
   int state_bytes() const { return element_bytes(compute_dtype(param)); }
   int width() const { return step_width(param_bytes(), grad_bytes()); }
 
-  KernelName name(const char* capacity) const {
-    return {"step_kernel.cuh",
-            kernel_expression("step_kernel", type_name(param), type_name(grad), rounding_name(rounding), capacity)};
+  Kernel load(const CurrentDevice& device, size_t tensors) const {
+    const char* const capacity = capacity_name(tensors, "LONG_LIST<StepRecord>");
+    const std::string expression =
+        kernel_expression("step_kernel", type_name(param), type_name(grad), rounding_name(rounding), capacity);
+    return device.gpu().kernel({"step_kernel.cuh", expression}, STEP_THREADS, device.stream());
   }
 
   bool aligned_at(const void* data, int bytes, int64_t element) const {
@@ -43,6 +45,14 @@ int64_t tiles_of(const StepRecord& r) {
 
 void step(StepLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
+  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
+  const StepKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, rounding};
+  const Kernel loaded = kernel.load(device, lists.params.size());
+  if (options.dry_run) {
+    prologue_kernel(device, kernel.param, lists.steps.size());
+    return;
+  }
+
   CommonOrder order({{lists.params, true},
                      {lists.grads, false},
                      {lists.exp_avgs, true},
@@ -51,8 +61,6 @@ void step(StepLists& lists, const StepOptions& options) {
                      {lists.remainders, true}},
                     /*any_order=*/!options.stochastic_param_rounding);
   const StepNumbers numbers = numbers_of(options);
-  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
-  const StepKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, rounding};
   std::vector<StepRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
@@ -75,7 +83,6 @@ void step(StepLists& lists, const StepOptions& options) {
   const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, numbers);
   const void* const on_device = scalars.data();
   for_each_launch(device, records, tiles_of, state_of, [&](const auto& table, uint32_t tiles) {
-    const Kernel loaded = device.gpu().kernel(kernel.name(capacity_name(table)), STEP_THREADS, device.stream());
     launch(loaded, device.stream(), tiles, STEP_THREADS, table, on_device, static_cast<uint64_t>(options.seed),
            numbers.found_inf);
   });

@@ -257,11 +257,13 @@ struct Call {
   bool blockwise;
   std::vector<std::vector<Operand>> lists;
   double lr = 1e-3;
-  std::optional<Operand> lr_tensor, grad_scale, found_inf;
-  Hyperparameters h{};
+  std::optional<Operand> lr_tensor, hyperparameters, grad_scale, found_inf;
+  Numbers h{};
+  bool maximize = false;
   bool stochastic_rounding = false, stochastic_param_rounding = false;
   int64_t seed = 0;
-  std::vector<int64_t> streams;
+  std::vector<int64_t> streams, places;
+  bool dry_run = false;
 
   const std::vector<Kind>& kinds() const { return blockwise ? BLOCKWISE_KINDS : STEP_KINDS; }
 
@@ -274,22 +276,27 @@ struct Call {
     const auto scalar = [](const std::optional<Operand>& x) {
       return x ? std::optional<Tensor>(x->tensor()) : std::nullopt;
     };
-    const auto call = [&](auto rate) {
+    const std::optional<Tensor> scale = scalar(grad_scale), inf = scalar(found_inf);
+    const auto with_numbers = [&](auto rate) {
       using Lr = decltype(rate);
       if (blockwise)
-        blockwise_step<Lr>(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], rate, h.beta1, h.beta2, h.beta3,
-                           h.alpha, h.t_alpha, h.t_beta3, h.schedule_start, h.eps, h.weight_decay, h.maximize,
-                           stochastic_rounding, t[9], stochastic_param_rounding, seed, streams, scalar(grad_scale),
-                           scalar(found_inf));
+        BlockwiseStepOp<blockwise_step, Lr>::with_numbers(
+            t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], rate, h.beta1, h.beta2, h.beta3, h.alpha, h.t_alpha,
+            h.t_beta3, h.schedule_start, h.eps, h.weight_decay, maximize, stochastic_rounding, t[9],
+            stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
       else
-        step<Lr>(t[0], t[1], t[2], t[3], t[4], t[5], rate, h.beta1, h.beta2, h.beta3, h.alpha, h.t_alpha, h.t_beta3,
-                 h.schedule_start, h.eps, h.weight_decay, h.maximize, t[6], stochastic_param_rounding, seed, streams,
-                 scalar(grad_scale), scalar(found_inf));
+        StepOp<step, Lr>::with_numbers(t[0], t[1], t[2], t[3], t[4], t[5], rate, h.beta1, h.beta2, h.beta3, h.alpha,
+                                       h.t_alpha, h.t_beta3, h.schedule_start, h.eps, h.weight_decay, maximize, t[6],
+                                       stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
     };
-    if (lr_tensor)
-      call(lr_tensor->tensor());
+    if (!hyperparameters) return lr_tensor ? with_numbers(lr_tensor->tensor()) : with_numbers(lr);
+    if (blockwise)
+      BlockwiseStepOp<blockwise_step, double>::with_tensor(
+          t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], hyperparameters->tensor(), maximize,
+          stochastic_rounding, t[9], stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
     else
-      call(lr);
+      StepOp<step, double>::with_tensor(t[0], t[1], t[2], t[3], t[4], t[5], hyperparameters->tensor(), maximize, t[6],
+                                        stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
   }
 
   // The checks alone, of tensors of which one is said to be on another device.
@@ -304,12 +311,14 @@ struct Call {
     v[list][i].device = device;
     v[list][i].device_index = 1;
     v[list][i].data = nullptr;
+    const StepOptions options{maximize, stochastic_rounding, stochastic_param_rounding, seed, streams, places, {}, {},
+                              true};
+    const auto step = [](auto&, const StepOptions&) {};
     if (blockwise)
-      check_blockwise_step({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]}, lr, h,
-                           stochastic_param_rounding, streams.size(), std::nullopt, std::nullopt);
+      run_with_numbers(BlockwiseLists{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]}, lr, h, options,
+                       step);
     else
-      check_step({v[0], v[1], v[2], v[3], v[4], v[5], v[6]}, lr, h, stochastic_param_rounding, streams.size(),
-                 std::nullopt, std::nullopt);
+      run_with_numbers(StepLists{v[0], v[1], v[2], v[3], v[4], v[5], v[6]}, lr, h, options, step);
   }
 
   bool skips() const {
@@ -328,6 +337,27 @@ double draw_number(Choices& choices, double least, double most) {
 Operand scalar_operand(Choices& choices, ScalarType dtype, double value) {
   Operand operand = make(choices, choices.of<Sizes>({{}, {1}, {1, 1}}), dtype, nullptr);
   operand.for_each([&](char* at) { put(dtype, at, value); });
+  return operand;
+}
+
+Operand hyperparameter_operand(double lr, const Numbers& h, int64_t offset) {
+  Operand operand;
+  operand.sizes = {HYPERPARAMETERS};
+  operand.strides = {1};
+  operand.offset = offset;
+  operand.dtype = ScalarType::Double;
+  operand.allocate();
+  const double numbers[] = {lr,
+                            h.beta1,
+                            h.beta2,
+                            h.beta3,
+                            h.alpha,
+                            h.t_alpha.value_or(0),
+                            h.t_beta3.value_or(0),
+                            static_cast<double>(h.schedule_start),
+                            h.eps,
+                            h.weight_decay};
+  std::memcpy(operand.memory.get() + static_cast<size_t>(offset) * sizeof(double), numbers, sizeof numbers);
   return operand;
 }
 
@@ -398,7 +428,12 @@ Call draw_call(Choices& choices) {
   call.h.schedule_start = choices.of<int64_t>({0, 0, 1, INT64_MAX});
   call.h.eps = draw_number(choices, 0, 1);
   call.h.weight_decay = draw_number(choices, -1, 1);
-  call.h.maximize = choices.one_in(2);
+  call.maximize = choices.one_in(2);
+  if (choices.one_in(4)) {
+    call.lr_tensor.reset();
+    call.hyperparameters = hyperparameter_operand(call.lr, call.h, choices.below(9));
+  }
+  call.dry_run = choices.one_in(8);
   call.stochastic_rounding = choices.one_in(2);
   call.seed = choices.of<int64_t>({0, 1, INT64_MIN, INT64_MAX});
   return call;
@@ -412,7 +447,9 @@ void bend_options(Choices& choices, Call& call) {
     if (choices.one_in(2)) return make(choices, {choices.of<int64_t>({0, 2})}, ScalarType::Float, nullptr);
     return scalar_operand(choices, choices.of(dtypes), 1);
   };
-  switch (choices.below(11)) {
+  const int64_t option = choices.below(12);
+  if (option < 8) call.hyperparameters.reset();
+  switch (option) {
     case 0: call.h.beta1 = beta; break;
     case 1: call.h.beta2 = beta; break;
     case 2: call.h.beta3 = beta; break;
@@ -425,6 +462,17 @@ void bend_options(Choices& choices, Call& call) {
     case 9:  // both ways of rounding at once, or of parameters that aren't rounded; or numbers of random streams
       call.streams.resize(call.lists[0].size() + 1);
       call.stochastic_param_rounding = true;
+      break;
+    case 10:  // of another dtype or length, or with gaps
+      call.hyperparameters = make(choices, {choices.of<int64_t>({0, 1, 9, 11})}, ScalarType::Double, nullptr);
+      if (choices.one_in(2)) {
+        call.hyperparameters = make(choices, {HYPERPARAMETERS}, ScalarType::Double, nullptr);
+        call.hyperparameters->strides = {choices.of<int64_t>({0, 2})};
+        call.hyperparameters->allocate();
+        call.hyperparameters->fill(choices);
+      } else if (choices.one_in(2)) {
+        call.hyperparameters = make(choices, {HYPERPARAMETERS}, ScalarType::Int, nullptr);
+      }
       break;
     default: call.found_inf = bad_scalar({ScalarType::Double, ScalarType::Bool}); break;
   }
@@ -492,6 +540,103 @@ void require_refusal(const char* op, const F& f) {
   REQUIRE(text.find(op) == 0);
 }
 
+// The numbers of a parameter's elements, in row-major order, in a part of its own order in memory.
+Sizes places_in_memory(const Operand& param) {
+  Sizes places;
+  int64_t extent = 1;
+  for (size_t d = 0; d < param.sizes.size(); ++d) extent += (param.sizes[d] - 1) * param.strides[d];
+  const bool has_gaps = extent != param.numel();
+  const char* first = param.memory.get() + static_cast<size_t>(param.offset) * item_size(param.dtype);
+  param.for_each([&](const char* at) {
+    const auto number = (at - first) / static_cast<int64_t>(item_size(param.dtype));
+    places.push_back(has_gaps ? static_cast<int64_t>(places.size()) : number);
+  });
+  return places;
+}
+
+// A call with its state in arenas.
+class Placed {
+ public:
+  Placed(Choices& choices, const Call& call) : call_(call), plain_(call) {
+    const auto count = static_cast<size_t>(1 + choices.below(3));
+    std::vector<int64_t> blocks(count, 0), steps(count, 0);
+    for (const Operand& param : call.lists[0]) {
+      const auto k = static_cast<size_t>(choices.below(static_cast<int64_t>(count)));
+      blocks[k] += choices.below(2);
+      steps[k] += choices.below(2);
+      for (const int64_t number : {static_cast<int64_t>(k), BLOCK_SIZE * blocks[k], steps[k]++})
+        call_.places.push_back(number);
+      blocks[k] += block_count(param.numel());
+    }
+    for (size_t l = 2; l < call.lists.size(); ++l) {
+      if (call.lists[l].empty()) continue;
+      const Kind kind = call.kinds()[l];
+      call_.lists[l].clear();
+      for (size_t k = 0; k < count; ++k) {
+        const int64_t size = kind == Kind::STEP ? steps[k] : kind == Kind::ABSMAX ? blocks[k] : BLOCK_SIZE * blocks[k];
+        call_.lists[l].push_back(make(choices, {size}, call.lists[l][0].dtype, nullptr));
+      }
+    }
+    before_ = call_;
+    for_each([](char* in_arena, char* element, size_t size) { std::memcpy(in_arena, element, size); }, call_, plain_);
+  }
+
+  Call& call() { return call_; }
+
+  // That the elements are those of `stepped`, and nothing else in the arenas has changed.
+  void require_equal(Call stepped) {
+    for (size_t l : {0, 1})
+      for (size_t i = 0; i < stepped.lists[l].size(); ++i) REQUIRE(same_values(call_.lists[l][i], stepped.lists[l][i]));
+    Call expected = before_;
+    for_each([](char* in_arena, char* element, size_t size) { std::memcpy(in_arena, element, size); }, expected,
+             stepped);
+    for (size_t l = 2; l < call_.lists.size(); ++l)
+      for (size_t k = 0; k < call_.lists[l].size(); ++k) REQUIRE(same_values(call_.lists[l][k], expected.lists[l][k]));
+  }
+
+ private:
+  // Calls f(element in an arena, the same in a tensor of its own, its bytes) for all state.
+  template <class F>
+  void for_each(const F& f, Call& placed, Call& plain) const {
+    for (size_t i = 0; i < plain.lists[0].size(); ++i) {
+      const Sizes in_memory = places_in_memory(plain.lists[0][i]);
+      const int64_t* place = call_.places.data() + PLACE_NUMBERS * i;
+      for (size_t l = 2; l < plain.lists.size(); ++l) {
+        if (plain.lists[l].empty()) continue;
+        const Kind kind = plain.kinds()[l];
+        const Operand& arena = placed.lists[l][static_cast<size_t>(place[0])];
+        const size_t size = item_size(arena.dtype);
+        const int64_t first = kind == Kind::STEP ? place[2] : kind == Kind::ABSMAX ? place[1] / BLOCK_SIZE : place[1];
+        size_t number = 0;
+        plain.lists[l][i].for_each([&](char* element) {
+          const auto n = static_cast<int64_t>(number++);
+          const bool reordered = kind == Kind::STATE || kind == Kind::REMAINDER;
+          const int64_t at = arena.offset + first + (reordered ? in_memory[static_cast<size_t>(n)] : n);
+          f(arena.memory.get() + static_cast<size_t>(at) * size, element, size);
+        });
+      }
+    }
+  }
+
+  Call call_, plain_, before_;
+};
+
+// Makes a place one that must be refused, or an arena.
+void bend_places(Choices& choices, Call& call) {
+  const auto i = static_cast<size_t>(choices.below(static_cast<int64_t>(call.lists[0].size())));
+  int64_t* place = call.places.data() + PLACE_NUMBERS * i;
+  const auto list = static_cast<size_t>(2 + choices.below(call.blockwise ? 7 : 4));
+  Operand& arena = call.lists[list][static_cast<size_t>(choices.below(static_cast<int64_t>(call.lists[list].size())))];
+  switch (choices.below(6)) {
+    case 0: place[0] = choices.of<int64_t>({-1, 3, INT64_MIN, INT64_MAX}); break;
+    case 1: place[1] = choices.of<int64_t>({-1, -256, place[1] + 1, 1 << 20, INT64_MIN, INT64_MAX - 255}); break;
+    case 2: place[2] = choices.of<int64_t>({-1, 16, INT64_MIN, INT64_MAX}); break;
+    case 3: call.places.pop_back(); break;
+    case 4: call.lists[list].push_back(arena); break;
+    default: arena = make(choices, {1, arena.sizes[0]}, arena.dtype, nullptr); break;
+  }
+}
+
 void run_step(Choices& choices) {
   Call call = draw_call(choices);
   const char* op = call.blockwise ? "ademamix_blockwise_step_: " : "ademamix_step_: ";
@@ -511,11 +656,21 @@ void run_step(Choices& choices) {
     require_refusal(op, [&] { call.check_with_foreign(list, i, device); });
   }
   Call plain = call;
+  plain.hyperparameters.reset();
   for (auto& list : plain.lists)
     for (Operand& operand : list) operand = operand.contiguous();
   call.run();
-  if (call.skips()) return require_unchanged(call, before);
+  if (call.skips() || call.dry_run) return require_unchanged(call, before);
   plain.run();
+  if (!call.lists[0].empty() && choices.one_in(2)) {
+    Placed placed(choices, before);
+    placed.call().run();
+    placed.require_equal(call);
+    bend_places(choices, placed.call());
+    const Call bent = placed.call();
+    require_refusal(op, [&] { placed.call().run(); });
+    require_unchanged(placed.call(), bent);
+  }
   for (size_t l = 0; l < call.lists.size(); ++l) {
     for (size_t i = 0; i < call.lists[l].size(); ++i) {
       REQUIRE(same_gaps(call.lists[l][i], before.lists[l][i]));
