@@ -10,9 +10,10 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint con
 ENVIRONMENT := $(VENV)/environment.stamp
 BUILD := $(VENV)/build.stamp
 NATIVE_SOURCES := setup.py $(shell find ops -type f)
-CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_SOURCES))
+CXX_SOURCES := $(filter %.h %.cpp %.cuh,$(NATIVE_SOURCES))
 
 CUOBJDUMP := $(VENV)/bin/cuobjdump
+NVRTC := build/nvrtc/fetched.stamp
 
 OPTIMIZER ?= AdEMAMix
 STEPS ?=
@@ -26,7 +27,7 @@ demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
 	    $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
-test: $(BUILD) $(if $(shell command -v nvcc),$(CUOBJDUMP))  ## all tests
+test: $(BUILD) $(CUOBJDUMP) $(NVRTC)  ## all tests
 	$(PY) -m pytest $(ARGS)
 
 test-fast: $(BUILD)  ## all tests but the slow ones
@@ -67,7 +68,7 @@ drift: $(BUILD)  ## how far quantized state is from the truth after 20,000 steps
 memory: $(BUILD)  ## bytes of weights, gradients and state by optimizer; ARGS=--write puts them into docs/choosing.md
 	$(PY) -m benchmarks.memory $(ARGS)
 
-gpu-check:  ## on a machine with an NVIDIA GPU and nvcc, with its own Python: build, tests, benchmarks; FOLDER=
+gpu-check:  ## on a machine with an NVIDIA GPU, with its own Python: build, tests, benchmarks; FOLDER=
 	$(PYTHON) -m benchmarks.gpu_check $(FOLDER)
 
 gpu-training:  ## the same, after it: training steps eager, compiled and captured, beside other optimizers; FOLDER=
@@ -77,17 +78,17 @@ gpu-training:  ## the same, after it: training steps eager, compiled and capture
 OTHER_TORCH := build/torch-
 $(OTHER_TORCH)%/environment.stamp: constraints.txt
 	$(PYTHON) -m venv $(@D)
-	grep -v -E '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	grep -v -E '^(torch|triton|nvidia-.*)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt \
 	    torch==$* setuptools ninja pybind11 pytest expecttest hypothesis numpy
 	touch $@
 
 CUDA_CHECK := build/cuda-load-check
-cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU, but with nvcc: the CUDA library is built, loaded, and traced
+cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU: the CUDA library beside a torch with CUDA, and that one's NVRTC
 	rm -rf $(CUDA_CHECK) && mkdir -p $(CUDA_CHECK)
 	cp -r setup.py pyproject.toml README.md LICENSE ops torch_ademamix tests compile_tests $(CUDA_CHECK)
 	rm -f $(CUDA_CHECK)/torch_ademamix/*.so
-	cd $(CUDA_CHECK) && TORCH_ADEMAMIX_CUDA=1 $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
+	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
 	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py
 
 wheel: $(ENVIRONMENT)  ## dist/*.whl, for every Linux that its tag names
@@ -109,7 +110,7 @@ $(ENVIRONMENT): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) setuptools wheel ninja pybind11
-	TORCH_ADEMAMIX_NATIVE=0 TORCH_ADEMAMIX_CUDA=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	TORCH_ADEMAMIX_NATIVE=0 $(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 # In place and by ninja, which compiles what has changed.
@@ -127,3 +128,13 @@ $(CUOBJDUMP): $(ENVIRONMENT)
 	    [wheel.extract(name) for name in wheel.namelist() if name.endswith(("/bin/cuobjdump", "/bin/nvdisasm"))]'
 	install -m 755 build/triton/triton/backends/nvidia/bin/cuobjdump build/triton/triton/backends/nvidia/bin/nvdisasm $(VENV)/bin
 	rm -r build/triton
+
+# NVIDIA's compilers, of CUDA 12 and 13, without the rest of their packages.
+$(NVRTC): $(ENVIRONMENT)
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest $(@D)/wheels $(shell grep ^nvidia-cuda-nvrtc constraints.txt)
+	cd $(@D) && ../../$(PY) -c 'import glob, pathlib, zipfile; \
+	    [pathlib.Path(pathlib.Path(name).name).write_bytes(wheel.read(name)) \
+	     for wheel in map(zipfile.ZipFile, glob.glob("wheels/*.whl")) for name in wheel.namelist() if ".so." in name and ".alt." not in name]'
+	rm -r $(@D)/wheels
+	touch $@

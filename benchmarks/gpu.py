@@ -30,6 +30,7 @@ Shapes = list[tuple[int, ...]]
 
 DEVICE = "cuda"
 OVERWRITTEN_BYTES = 2**28  # more than any L2 cache
+HEAD_START_CYCLES = 10_000_000  # some 5 ms, in which the host enqueues a step
 COPIED_NUMEL = 2**28  # of float32, to see what a copy reaches
 WARM_UP = 5
 
@@ -249,6 +250,7 @@ def gpu_times(step: Step, steps: int) -> list[float]:
             step.before()
         overwritten.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START_CYCLES)  # else a short step is over before its last launch has come
         begin.record()
         step()
         end.record()

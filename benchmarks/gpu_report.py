@@ -1,7 +1,6 @@
 """The tables and the plot of `benchmarks.gpu`, and what all reports from a GPU say of the machine."""
 
 import json
-import re
 import subprocess
 import time
 import traceback
@@ -28,11 +27,10 @@ def machine() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 
-    release = re.search(r"release ([\d.]+)", output("nvcc", "--version"))
     return {
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "CUDA": f"{torch.version.cuda}, nvcc {release[1] if release else 'unknown'}",
+        "CUDA": torch.version.cuda,
         "processor": report.processor(),
         **report.versions("bitsandbytes", "torchao", "triton"),
         "commit": report.commit(),

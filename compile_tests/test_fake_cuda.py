@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from graphs import describe
+from kernels import compile_kernels, is_typical, kernels
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_ademamix
-from torch_ademamix import ops
+from torch_ademamix import cuda, ops
 
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 
 CLASSES = ("AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix", "PagedAdEMAMix8bit")
 OPS = (
@@ -24,7 +25,7 @@ OPS = (
     "ademamix_blockwise_step_.tensor_hyperparameters",
     "quantize_blockwise",
     "dequantize_blockwise",
-    "paged_empty_like",
+    "paged_empty",
     "page_out",
 )
 
@@ -40,6 +41,11 @@ def graph_of(name: str, device: str) -> str:
         torch.compile(optimizer.step, fullgraph=True, backend=backend)()
     (module,) = backend.graphs
     return describe(module.graph)
+
+
+def test_kernels_compile(tmp_path: Path) -> None:
+    """By the NVRTC of this torch; tests/test_cuda_build.py has all variants, by others."""
+    compile_kernels(filter(lambda kernel: is_typical(kernel[1]), kernels()), cuda.find_nvrtc(), 90, tmp_path)
 
 
 def test_cuda_kernels_are_registered() -> None:

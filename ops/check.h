@@ -365,20 +365,33 @@ class Checker {
 
 inline BlockFormat checked_format(const char* op, int64_t format) {
   if (format < 0 || format > 2)
-    refuse(op, ": format is ", format, ", but must be 0 (signed_dynamic), 1 (unsigned_dynamic) or 2 (linear_int16)");
+    refuse(op, ": format is ", format, ", but must be 0 (signed_sqrt_int8), 1 (fourth_root_uint8) or 2 (linear_int16)");
   return static_cast<BlockFormat>(format);
 }
 
 inline ScalarType code_dtype(BlockFormat format) {
-  return format == BlockFormat::LINEAR_INT16 ? ScalarType::Short : ScalarType::Byte;
+  switch (format) {
+    case BlockFormat::SIGNED_SQRT_INT8: return ScalarType::Char;
+    case BlockFormat::FOURTH_ROOT_UINT8: return ScalarType::Byte;
+    default: return ScalarType::Short;
+  }
+}
+
+// Of codes of one of these dtypes, each of which has one format.
+inline BlockFormat format_of(ScalarType code_dtype) {
+  switch (code_dtype) {
+    case ScalarType::Char: return BlockFormat::SIGNED_SQRT_INT8;
+    case ScalarType::Byte: return BlockFormat::FOURTH_ROOT_UINT8;
+    default: return BlockFormat::LINEAR_INT16;
+  }
 }
 
 inline BlockFormat check_quantize(const TensorView& x, int64_t format, bool stochastic) {
   const char* op = "quantize_blockwise";
   const BlockFormat checked = checked_format(op, format);
   if (x.dtype != ScalarType::Float) refuse(op, ": x has dtype ", dtype_name(x.dtype), ", but must be torch.float32");
-  if (stochastic && checked != BlockFormat::UNSIGNED_DYNAMIC)
-    refuse(op, ": seed is given, but only unsigned_dynamic is rounded stochastically");
+  if (stochastic && checked != BlockFormat::FOURTH_ROOT_UINT8)
+    refuse(op, ": seed is given, but only fourth_root_uint8 is rounded stochastically");
   return checked;
 }
 

@@ -22,6 +22,24 @@ ADEMAMIX_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c)
 ADEMAMIX_INLINE float sqrt(float a) { return ::sqrtf(a); }
 ADEMAMIX_INLINE double sqrt(double a) { return ::sqrt(a); }
 
+// Of a number in [0, 1]; a denormal one may count as 0.
+template <class V>
+ADEMAMIX_INLINE V unit_sqrt(V a) {
+  return sqrt(a);
+}
+
+ADEMAMIX_INLINE float abs(float a) { return ::fabsf(a); }
+
+// Of magnitude, which isn't negative, with the sign of `sign`.
+ADEMAMIX_INLINE float copysign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
+
+// Of two numbers; neither is NaN.
+ADEMAMIX_INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+ADEMAMIX_INLINE float at_most_one(float a) { return a < 1 ? a : 1; }
+
+ADEMAMIX_INLINE float if_positive(float condition, float a, float b) { return condition > 0 ? a : b; }
+
 ADEMAMIX_INLINE uint32_t float_bits(float a) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(a);

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -57,18 +57,16 @@ class Kernel:
         return [i for i, text in enumerate(self.instructions) if re.search(pattern, text)]
 
     def loop_length(self, *patterns: str) -> int:
-        """Instructions on the shortest way around the loop that passes the first match of each pattern.
+        """Instructions on the shortest way around the loop that passes the last match of each pattern.
 
         A branch that is seldom taken, to a ragged tail, say, or to the slow part of a reciprocal, isn't on it.
         """
-        stations = [self.positions(pattern)[0] for pattern in patterns]
+        stations = [self.positions(pattern)[-1] for pattern in patterns]
         return sum(self._distance(a, b) for a, b in zip(stations, [*stations[1:], stations[0]], strict=True))
 
 
-def kernels(library: Path, architecture: str, wanted: Callable[[str], bool]) -> Iterator[Kernel]:
-    command = [str(find_cuobjdump()), "--dump-sass", "--gpu-architecture", architecture, str(library)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    for listing in re.split(r"\n\s*Function : ", text)[1:]:
-        name = listing.split(maxsplit=1)[0]
-        if wanted(name):
-            yield Kernel(name, listing)
+def kernels(code: Path, name: str) -> Iterator[Kernel]:
+    """The kernels in compiled code, to be known by that name."""
+    text = subprocess.run([str(find_cuobjdump()), "--dump-sass", str(code)], check=True, capture_output=True, text=True)
+    for listing in re.split(r"\n\s*Function : ", text.stdout)[1:]:
+        yield Kernel(name, listing)

@@ -1,19 +1,21 @@
-"""The CUDA library, compiled for every architecture: what the compiler says of it, and what it made of the loops."""
+"""The CUDA kernels, compiled by NVRTC for every architecture, and what it made of their loops; without a GPU."""
 
 import os
 import re
-import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import expecttest
 import pytest
 import sass
+from kernels import NVRTC, compile_kernels, is_typical, kernels
 
-ROOT = Path(__file__).parent.parent
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+from torch_ademamix import ops
+
+ARCHITECTURES = (75, 80, 86, 90, 100, 120)
+WHOLE = {(13, 90), (12, 80)}  # every variant; of the others, unless ALL_VARIANTS=1, those that stand for all
+RECORDED = 13  # whose registers are written down
 
 # Issue slots that an H200 has per parameter, while its memory moves the 14.1 bytes of one: 33e12 lane instructions
 # and 4.3e12 bytes per second give 109.
@@ -22,90 +24,81 @@ INSTRUCTIONS_WITH_REMAINDER = 101  # which moves 4 bytes more: time for 30 instr
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH"),
+    pytest.mark.skipif(ops.native is None, reason="built without native kernels"),
+    pytest.mark.skipif(
+        not all(file.is_file() for file in NVRTC.values()), reason="there is no NVRTC (`make test` fetches it)"
+    ),
 ]
 needs_cuobjdump = pytest.mark.skipif(sass.find_cuobjdump() is None, reason="there is no cuobjdump (pip install triton)")
 
+Kernels = dict[str, Path]  # the code of each kernel, by its name
+
+
+def compile_all(folder: Path, nvrtc: int, capability: int) -> Kernels:
+    whole = (nvrtc, capability) in WHOLE or os.environ.get("ALL_VARIANTS") == "1"
+    wanted = [(header, name) for header, name in kernels() if whole or is_typical(name)]
+    files = compile_kernels(wanted, NVRTC[nvrtc], capability, folder / f"{nvrtc}-{capability}")
+    for file in files:
+        file.write_bytes(file.read_bytes().partition(b"\n")[2])  # the code alone
+    return {name: file for (_, name), file in zip(wanted, files, strict=True)}
+
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The library, and what nvcc and its assembler said."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Kernels]:
+    """By NVRTC and architecture."""
     folder = tmp_path_factory.mktemp("cuda")
-    environment = {**os.environ, "TORCH_ADEMAMIX_CUDA": "1", "TORCH_ADEMAMIX_NATIVE": "0"}
-    environment.pop("TORCH_CUDA_ARCH_LIST", None)
-    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={folder}", f"--build-temp={folder}/objects"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    return folder / "torch_ademamix/_cuda.so", result.stdout
+    cases = [(nvrtc, capability) for capability in ARCHITECTURES for nvrtc in NVRTC]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(cases, pool.map(lambda case: compile_all(folder, *case), cases), strict=True))
 
 
-def reports(log: str) -> Iterator[tuple[str, str, str]]:
-    """Per architecture and kernel: its demangled name, and ptxas' report."""
-    parts = re.split(r"Compiling entry function '(\w+)' for '(sm_\d+)'", log)[1:]
-    names = "\n".join(parts[::3])
-    demangled = subprocess.run(["c++filt"], input=names, check=True, capture_output=True, text=True).stdout
-    yield from zip(demangled.splitlines(), parts[1::3], parts[2::3], strict=True)
+def resources(code: Path) -> dict[str, int]:
+    """What a kernel takes: REG, STACK, SHARED, LOCAL."""
+    command = [str(sass.find_cuobjdump()), "--dump-resource-usage", str(code)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
 
 
-def test_compiles_without_warnings(build: tuple[Path, str]) -> None:
-    library, log = build
-    assert library.is_file()
-    assert [line for line in log.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)] == []
-    assert sorted({architecture for _, architecture, _ in reports(log)}) == sorted(ARCHITECTURES)
+@needs_cuobjdump
+def test_every_kernel_compiles_and_nothing_spills(compiled: dict[tuple[int, int], Kernels]) -> None:
+    for case, codes in compiled.items():
+        for name, code in codes.items():
+            used = resources(code)
+            assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{name} on {case}: {used}"
 
 
-def test_nothing_spills(build: tuple[Path, str]) -> None:
-    for name, architecture, report in reports(build[1]):
-        memory = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", report)
-        assert memory
-        assert all(amount == "0" for amount, _ in memory), f"{name} on {architecture}: {memory}"
-
-
-def test_registers(build: tuple[Path, str]) -> None:
+@needs_cuobjdump
+def test_registers(compiled: dict[tuple[int, int], Kernels]) -> None:
     """The most that a kernel of a kind takes; more than so many, and fewer threads fit on a multiprocessor."""
-    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
-    if "release 13.0" not in version:
-        pytest.skip("recorded with nvcc 13.0")
-    most: dict[str, dict[str, int]] = {}
-    for name, architecture, report in reports(build[1]):
-        kind = " ".join(re.search(r"(\w+)_kernel<(?:c10::)?(\w*)", name).groups()).strip()
-        if rounding := re.search(r"ParamRounding\)([12])", name):
-            kind += (" remainder", " stochastic")[int(rounding[1]) - 1]
-        used = int(re.search(r"Used (\d+) registers", report)[1])
-        row = most.setdefault(kind, dict.fromkeys(ARCHITECTURES, 0))
-        row[architecture] = max(row[architecture], used)
-    lines = [f"{'':34}" + "".join(f"{a:>8}" for a in ARCHITECTURES)]
+    most: dict[str, dict[int, int]] = {}
+    for architecture in ARCHITECTURES:
+        for name, code in compiled[RECORDED, architecture].items():
+            if not is_typical(name):
+                continue
+            kind, types = re.match(r"(\w+)_kernel<(.*)>", name).groups()
+            if kind.endswith("step"):
+                kind += " " + types.split(", ")[0]
+                kind += {"REMAINDER": " remainder", "STOCHASTIC": " stochastic"}.get(
+                    re.search(r"ParamRounding::(\w+)", types)[1], ""
+                )
+            elif kind == "prologue":
+                kind += " " + types.split(", ")[0]
+            row = most.setdefault(kind, dict.fromkeys(ARCHITECTURES, 0))
+            row[architecture] = max(row[architecture], resources(code)["REG"])
+    lines = [f"{'':34}" + "".join(f"{f'sm_{a}':>8}" for a in ARCHITECTURES)]
     lines += [f"{kind:34}" + "".join(f"{row[a]:8}" for a in ARCHITECTURES) for kind, row in sorted(most.items())]
-    expecttest.assert_expected_inline(
-        "\n".join(lines),
-        """\
-                                     sm_75   sm_80   sm_90  sm_100  sm_120
-blockwise_step BFloat16                 96      96      96      96      96
-blockwise_step BFloat16 remainder       96      96      96      96      96
-blockwise_step BFloat16 stochastic     110     116     116     120     124
-blockwise_step Half                     96      96      96      96      96
-blockwise_step double                  134     136     138     142     149
-blockwise_step float                    96      96      96      96      96
-dequantize                              26      26      26      26      27
-prologue double                         60      56      58      58      54
-prologue float                          60      57      59      56      52
-quantize                                42      32      38      34      40
-step BFloat16                           62      70      70      70      70
-step BFloat16 remainder                 78      78      78      78      78
-step BFloat16 stochastic                80      80      80      74      76
-step Half                               68      70      70      70      70
-step double                            104     101     102      96      98
-step float                              74      74      72      64      64""",
-    )
+    expecttest.assert_expected_inline("\n".join(lines), """""")
 
 
 @needs_cuobjdump
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_wide_accesses(build: tuple[Path, str], architecture: str) -> None:
+def test_wide_accesses(compiled: dict[tuple[int, int], Kernels], architecture: int) -> None:
     """16 bytes at a time: unquantized, five tensors are read and four written; of codes some are 8 bytes."""
-    for kernel in sass.kernels(build[0], architecture, lambda name: "step_kernel" in name):
+    for name, code in compiled[RECORDED, architecture].items():
+        if "step_kernel" not in name or not is_typical(name):
+            continue
+        (kernel,) = sass.kernels(code, name)
         loads = len(kernel.positions(r"LDG\.E\.128\.SYS|LDG\.E\.128 "))
         stores = len(kernel.positions(r"STG\.E\.128"))
         blockwise = "blockwise" in kernel.name
@@ -115,15 +108,15 @@ def test_wide_accesses(build: tuple[Path, str], architecture: str) -> None:
 
 
 @needs_cuobjdump
-def test_instructions_of_the_blockwise_step(build: tuple[Path, str]) -> None:
+def test_instructions_of_the_blockwise_step(compiled: dict[tuple[int, int], Kernels]) -> None:
     """Of bfloat16 parameters and gradients: fewer than the memory leaves time for."""
-    bf16 = "blockwise_step_kernelIN3c108BFloat16ES2_"
     counts = {
-        kernel.name: kernel.loop_length(r"LDG\.E\.128 ", r"STG\.E\.128", r"STG\.E\.64") / 8
-        for kernel in sass.kernels(build[0], "sm_90", lambda name: bf16 in name)
+        name: next(sass.kernels(code, name)).loop_length(r"LDG\.E\.128 ", r"STG\.E\.128", r"STG\.E\.64") / 8
+        for name, code in compiled[RECORDED, 90].items()
+        if name.startswith("blockwise_step_kernel<bfloat16, bfloat16")
     }
     print(*counts.items(), sep="\n")
     assert len(counts) == 12
     for name, count in counts.items():
-        has_remainder = "ParamRoundingE1" in name
+        has_remainder = "REMAINDER" in name
         assert count <= (INSTRUCTIONS_WITH_REMAINDER if has_remainder else INSTRUCTIONS_PER_PARAMETER)

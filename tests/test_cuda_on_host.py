@@ -1,36 +1,59 @@
-"""The CUDA kernels without a GPU: their sources, built by g++, under its address and undefined-behaviour sanitizers."""
+"""The CUDA ops without a GPU: built by g++, under its address and undefined-behaviour sanitizers.
+
+The kernels' sources are a part of a stand-in for libcuda and NVRTC, which the host code opens as it would the real
+ones.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-NATIVE = Path(__file__).parent / "native"
+ROOT = Path(__file__).parent.parent
+NATIVE = ROOT / "tests/native"
 TORCH = Path(torch.__file__).parent
 
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS = ["-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing"]  # vector accesses, which CUDA allows
 FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DUSE_CUDA"]
+FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{TORCH}/include", "-DADEMAMIX_FETCH_BYTES=1000"]
+
+
+def build(folder: Path) -> None:
+    """cuda_ops.so, and libcuda.so.1 with the kernels."""
+    sources = [
+        ("-std=c++17", NATIVE / "cuda_driver.cpp"),
+        *(("-std=c++20", "-include", NATIVE / "cuda_ops.h", path) for path in sorted(ROOT.glob("ops/cuda/*.cpp"))),
+    ]
+
+    def compiled(words: tuple) -> Path:
+        target = folder / f"{words[-1].stem}.o"
+        subprocess.run(["g++", *FLAGS, "-c", *words, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        driver, *ops = pool.map(compiled, sources)
+    link = ["g++", "-shared", "-fsanitize=address,undefined"]
+    subprocess.run([*link, driver, "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1"], check=True)
+    libraries = [f"-L{TORCH}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,-Bsymbolic"]
+    subprocess.run([*link, *ops, *libraries, "-o", folder / "cuda_ops.so"], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
 def test_on_host(tmp_path: Path) -> None:
-    library = tmp_path / "cuda_on_host.so"
-    torch_flags = [f"-I{TORCH}/include", f"-L{TORCH}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,-Bsymbolic"]
-    sources = ["-I", str(NATIVE), str(NATIVE / "cuda_on_host.cpp")]
-    subprocess.run(["g++", *FLAGS, *sources, *torch_flags, "-o", str(library)], check=True)
-
+    build(tmp_path)
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     environment = os.environ | {
-        "CUDA_ON_HOST": str(library),
+        "CUDA_ON_HOST": str(tmp_path),
+        "PYTHONPATH": str(NATIVE),
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -38,9 +61,9 @@ def test_on_host(tmp_path: Path) -> None:
     }
     pytest_command = [sys.executable, "-m", "pytest", "-q", "--durations=8", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*pytest_command, str(NATIVE / "cuda_on_host_cases.py")],
+        [*pytest_command, *map(str, sorted(NATIVE.glob("*_cases.py")))],
         env=environment,
-        cwd=NATIVE.parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -61,6 +61,7 @@ def _cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "CUDAGraph": Graph,
         "graph": lambda graph: nullcontext(),
         "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda: None,
         "max_memory_allocated": lambda: 2 * 10**9,

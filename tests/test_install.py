@@ -67,8 +67,20 @@ def use(python: Path, folder: Path) -> dict:
     return used
 
 
+def device_sources() -> set[Path]:
+    """What a kernel's source includes, directly or not."""
+    found: set[Path] = set()
+    waiting = list((tool.ROOT / "ops/cuda").glob("*.cuh"))
+    while waiting:
+        path = waiting.pop().resolve()
+        if path not in found:
+            found.add(path)
+            waiting += [path.parent / name for name in re.findall(r'#include "(.+)"', path.read_text())]
+    return found
+
+
 def clean_environment(**changes: str) -> dict[str, str]:
-    dropped = ("PYTHONPATH", "TORCH_ADEMAMIX_NATIVE", "TORCH_ADEMAMIX_CUDA")
+    dropped = ("PYTHONPATH", "TORCH_ADEMAMIX_NATIVE")
     return {k: v for k, v in os.environ.items() if k not in dropped} | changes
 
 
@@ -84,7 +96,10 @@ def test_wheel(checkout, tmp_path):
     libraries = {name for name in names if ".so" in name}
     assert {f"torch_ademamix/_cpu_{capability}.so" for capability in ops.native.cpu_capabilities.split()} < libraries
     assert [name for name in libraries if not name.startswith("torch_ademamix/")] == []  # nothing is bundled
+    assert "torch_ademamix/_cuda.so" in libraries
     assert "torch_ademamix/py.typed" in names
+    device = {name.removeprefix("torch_ademamix/device/") for name in names if "/device/" in name}
+    assert device == {str(path.relative_to(tool.ROOT / "ops")) for path in device_sources()}
     assert not [name for name in names if name.startswith(("ops/", "tests/", "benchmarks/", "tools/"))]
 
     python = tool.install(wheel, tmp_path / "environment", SHARED)
@@ -100,10 +115,9 @@ def test_without_native_kernels(checkout, tmp_path, reason):
     if reason == "no compiler":
         (tmp_path / "empty").mkdir()
         env = clean_environment(PATH=str(tmp_path / "empty"))
-        for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
-            env.pop(name, None)
+        env.pop("CXX", None)
     else:
-        env = clean_environment(TORCH_ADEMAMIX_NATIVE="0", TORCH_ADEMAMIX_CUDA="0")
+        env = clean_environment(TORCH_ADEMAMIX_NATIVE="0")
     wheel = tool.build(checkout, tmp_path / "wheel", env)
     assert wheel.name.endswith("-py3-none-any.whl")
     used = use(tool.install(wheel, tmp_path / "environment", SHARED), tmp_path)

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 import venv
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# What is there at run time: torch brings its libraries, and CUDA's.
-NOT_BUNDLED = ("libtorch*.so", "libc10*.so", "libcudart.so*")
+# What is there at run time.
+NOT_BUNDLED = ("libtorch*.so", "libc10*.so")
 
 # Whatever shows the native kernels at work, in minutes. Of all tests, only those of Inductor need a compiler.
 TESTS = tuple(
@@ -29,7 +28,6 @@ TESTS = tuple(
     )
 )
 COMPILE_TESTS = ("compile_tests",)
-CUDA_LIBRARY, CUDA_TEST = "torch_ademamix/_cuda.so", "compile_tests/test_fake_cuda.py"
 
 
 def build(sources: Path, folder: Path, env: Mapping[str, str] | None = None) -> Path:
@@ -65,7 +63,7 @@ def install(wheel: Path, folder: Path, packages: Path) -> Path:
 
 def environment(python: Path, path: str = "") -> dict[str, str]:
     """This process's variables, but nothing on PATH except that Python's folder and `path`: else, no compiler."""
-    dropped = ("PYTHONPATH", "CC", "CXX", "CUDA_HOME", "CUDA_PATH")
+    dropped = ("PYTHONPATH", "CC", "CXX")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "PATH": os.pathsep.join(filter(None, (str(python.parent), path)))}
 
@@ -89,10 +87,8 @@ def check(wheel: Path, python: Path, folder: Path) -> bool:
     installed = install(wheel, folder / "environment", packages)
     print(run(installed, "-m", "torch_ademamix", env=environment(installed), cwd=folder), flush=True)
     copy_tests(folder)
-    has_cuda = CUDA_LIBRARY in zipfile.ZipFile(wheel).namelist()
-    compile_tests = [*COMPILE_TESTS, *([] if has_cuda else [f"--ignore={CUDA_TEST}"])]
     passed = run_tests(installed, folder, TESTS)
-    return run_tests(installed, folder, compile_tests, os.environ["PATH"]) and passed
+    return run_tests(installed, folder, COMPILE_TESTS, os.environ["PATH"]) and passed
 
 
 def run(*command: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:

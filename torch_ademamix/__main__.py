@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 import torch_ademamix
-from torch_ademamix import ops
+from torch_ademamix import cuda, ops
 
 
 def report() -> Iterator[tuple[str, str]]:
@@ -17,7 +17,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     yield "native build", _build()
     yield "CPU", f"{_kernels('CPU')}, {torch.get_num_threads()} threads"
-    yield "CUDA", _kernels("CUDA") if torch.cuda.is_available() else "no device"
+    yield "CUDA", _cuda()
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         yield f"CUDA device {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
@@ -29,6 +29,13 @@ def _build() -> str:
         return "none"
     built = f"torch {ops.native.built_with_torch}, {ops.native.compiler}"
     return f"{built}, CPU kernels for {', '.join(ops.native.cpu_capabilities.split())}"
+
+
+def _cuda() -> str:
+    if ops.without_cuda is not None:
+        return f"reference kernels, because {ops.without_cuda}"
+    compiled = f"native kernels, compiled by {cuda.find_nvrtc()}, kept in {cuda.cache_folder()}"
+    return compiled if torch.cuda.is_available() else f"no device; {compiled}"
 
 
 def _kernels(dispatch_key: str) -> str:

@@ -40,11 +40,7 @@ class Storage(NamedTuple):
     group: int  # the group's number
     device: torch.device
     paged: bool
-    entries: tuple[tuple[str, torch.dtype, int], ...]  # but for the step: names, dtypes, and what zero is there
-
-    @property
-    def quantized(self) -> bool:
-        return any(name.endswith(SCALES) for name, *_ in self.entries)
+    entries: tuple[tuple[str, torch.dtype], ...]  # names and dtypes, but for the step
 
 
 class Arena:
@@ -88,8 +84,8 @@ def allocate(params: Sequence[Tensor], storage: Storage) -> list[Part]:
         firsts.append(end)
         end += block_count(p.numel()) * BLOCK_SIZE
     flats = {"step": torch.zeros(len(params), dtype=torch.float32, device=storage.device)}
-    for name, dtype, zero in storage.entries:
-        flats[name] = _full(end // BLOCK_SIZE if name.endswith(SCALES) else end, zero, dtype, storage)
+    for name, dtype in storage.entries:  # code 0 means 0 in every format
+        flats[name] = _zeros(end // BLOCK_SIZE if name.endswith(SCALES) else end, dtype, storage)
     for flat in flats.values():
         torch._dynamo.mark_static_address(flat)  # so that CUDA graphs of compiled steps may write to it
     arena = Arena(storage, flats)
@@ -106,11 +102,11 @@ def _view(name: str, flat: Tensor, names: Container[str], p: Tensor, first: int)
     return (code_part if name + SCALES in names else state_part)(flat, p, first)
 
 
-def _full(numel: int, value: int, dtype: torch.dtype, storage: Storage) -> Tensor:
+def _zeros(numel: int, dtype: torch.dtype, storage: Storage) -> Tensor:
     if storage.paged:
         like = torch.empty((), device=storage.device).expand(numel)
-        return ops.paged_empty_like(like, dtype).fill_(value)  # type: ignore[no-any-return]
-    return torch.full((numel,), value, dtype=dtype, device=storage.device)
+        return ops.paged_empty_like(like, dtype).zero_()
+    return torch.zeros(numel, dtype=dtype, device=storage.device)
 
 
 class Layout:

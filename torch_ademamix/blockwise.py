@@ -3,37 +3,36 @@
 A tensor is quantized in blocks of 256 elements in logical order, each with one float32 scale, its
 absmax; the last block may be shorter. The three formats:
 
-==================  =====  ========================================================  ==============
-format              dtype  value of a code, times absmax                             state
-==================  =====  ========================================================  ==============
-signed_dynamic      uint8  one of 256 in [-0.993, 1], denser near 0                  exp_avg
-unsigned_dynamic    uint8  one of 256 in [0, 1], denser near 0                       exp_avg_sq
-linear_int16        int16  code / 32767                                              exp_avg_slow
-==================  =====  ========================================================  ==============
+=====================  ======================================  ===================================
+format                 value of a code                         state
+=====================  ======================================  ===================================
+``signed_sqrt_int8``   sign(code) * (code / 127)² * absmax     exp_avg, exp_avg_slow in 8 bits
+``fourth_root_uint8``  ((code / 255)² * absmax)²               exp_avg_sq
+``linear_int16``       code / 32767 * absmax                   exp_avg_slow
+=====================  ======================================  ===================================
 
-The dynamic maps are bitsandbytes' (``bitsandbytes.functional.create_dynamic_map``).
+absmax is a block's largest magnitude; in ``fourth_root_uint8`` that of the elements' square roots.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Format = Literal["signed_dynamic", "unsigned_dynamic", "linear_int16"]
+Format = Literal["signed_sqrt_int8", "fourth_root_uint8", "linear_int16"]
 
 BLOCK_SIZE = 256
 
-SIGNED_ZERO_CODE = 127
-LINEAR_MAX = 32767
-
 # In the order of the ops' numbers for them (BlockFormat in ops/blockwise.h).
 CODE_DTYPES: dict[Format, torch.dtype] = {
-    "signed_dynamic": torch.uint8,
-    "unsigned_dynamic": torch.uint8,
+    "signed_sqrt_int8": torch.int8,
+    "fourth_root_uint8": torch.uint8,
     "linear_int16": torch.int16,
 }
+FORMATS = {dtype: format for format, dtype in CODE_DTYPES.items()}  # by the dtype of codes
+
+LARGEST_CODES: dict[Format, int] = {"signed_sqrt_int8": 127, "fourth_root_uint8": 255, "linear_int16": 32767}
 
 # Philox 4x32 (Salmon et al., SC 2011); 7 rounds are the fewest that pass BigCrush.
 PHILOX_ROUNDS = 7
@@ -51,58 +50,6 @@ _WORD = 0xFFFFFFFF
 def block_count(numel: int) -> int:
     """How many blocks, and so scales, a tensor of so many elements has."""
     return (numel + BLOCK_SIZE - 1) // BLOCK_SIZE
-
-
-@cache
-def _decades(signed: bool) -> tuple[tuple[float, ...], ...]:
-    """The positive map values below 1, by decade: centres of 2^e equal parts of [0.1, 1]."""
-    exponents = range(7) if signed else range(1, 8)
-    scale = 10.0 ** (7 if signed else 8)
-    return tuple(
-        tuple((2 ** (e + 1) + 18 * j + 9) * 10**e / (scale * 2 ** (e + 1)) for j in range(2**e)) for e in exponents
-    )
-
-
-def _nonnegative_map(signed: bool) -> Tensor:
-    values = [0.0, *(value for decade in _decades(signed) for value in decade), 1.0]
-    return torch.tensor(values, dtype=torch.float64).float()
-
-
-def dynamic_map(signed: bool, device: torch.device | str | None = None) -> Tensor:
-    """The 256 values of a dynamic map in ascending order, by code.
-
-    Args:
-        signed: whether to give the signed map (127 negative values, 0 at code 127, 128 positive)
-            or the unsigned one (0 at code 0).
-        device: where the result goes; the CPU if not given.
-
-    Returns:
-        float32 tensor of shape ``(256,)``.
-
-    Example:
-        >>> dynamic_map(signed=True)[[0, 127, 255]].tolist()
-        [-0.992968738079071, 0.0, 1.0]
-    """
-    values = _nonnegative_map(signed)
-    if signed:
-        values = torch.cat([-values[1:-1].flip(0), values])
-    return values.to(device)
-
-
-def _boundaries(signed: bool) -> Tensor:
-    """Midpoints of neighbours in the nonnegative map, exact in float64."""
-    values = _nonnegative_map(signed).double()
-    return (values[1:] + values[:-1]) / 2
-
-
-def _lines(signed: bool) -> tuple[Tensor, Tensor]:
-    """The corners of the map as a piecewise linear function: values (float32), ranks (int64)."""
-    values = _nonnegative_map(signed)
-    ranks = [0]
-    for decade in _decades(signed):
-        ranks += [ranks[-1] + 1, ranks[-1] + len(decade)]
-    corners = torch.tensor(sorted({*ranks, ranks[-1] + 1}))  # a decade of one value has one corner
-    return values[corners], corners
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
@@ -174,72 +121,15 @@ def random_bits(
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[:count]
 
 
-def encode(x: Tensor, format: Format, random: Tensor | None = None) -> Tensor:
-    """Codes of values in [-1, 1].
-
-    Without ``random`` the result is the nearest value of the format; of two equally near ones it
-    is the larger in magnitude, and in ``linear_int16`` the even code. With it the result is one of
-    the two values around x, and x on average (up to 3e-5 of their distance).
-
-    In ``unsigned_dynamic``, 0 and negative values become code 0, and a positive value never does,
-    since the optimizer divides by its root: what lies below the smallest positive value of the map
-    (3.25e-7) goes up to it, which is the format's only bias.
-
-    Args:
-        x: finite float32 values in [-1, 1], of any shape.
-        format: the name of the format.
-        random: int64, of x's shape, in [0, 65535]; only for ``unsigned_dynamic``.
-
-    Returns:
-        tensor of x's shape, of dtype ``CODE_DTYPES[format]``.
-
-    Raises:
-        ValueError: for an unknown format, or for ``random`` with another format.
-
-    Example:
-        >>> encode(torch.tensor([-1.0, 0.0, 0.3, 1.0]), "signed_dynamic").tolist()
-        [0, 127, 205, 255]
-    """
-    _check_format(format, random is not None)
-    if format == "linear_int16":
-        return (x.double() * LINEAR_MAX).round().to(torch.int16)
-    signed = format == "signed_dynamic"
-    if random is not None:
-        rank = _stochastic_rank(x, random)
-    else:
-        boundaries = _boundaries(signed).to(x.device)
-        rank = torch.bucketize(x.double().abs(), boundaries, right=True)
-    if signed:
-        code = torch.where(x < 0, SIGNED_ZERO_CODE - rank, SIGNED_ZERO_CODE + rank).clamp_min(0)
-    else:
-        code = torch.where(x > 0, rank.clamp_min(1), 0)
-    return code.to(torch.uint8)
-
-
-def _stochastic_rank(x: Tensor, random: Tensor) -> Tensor:
-    values, ranks = (corners.to(x.device) for corners in _lines(signed=False))
-    x = x.clamp(min=values[1])
-    line = torch.bucketize(x, values[1:-1], right=True)
-    distances, heights = values.double().diff(), ranks.diff() << POSITION_BITS
-    slope = (heights / distances).float()[line]
-    # Exact in float64 and then rounded once, as in the native kernels' fused multiply-add.
-    position = ((x - values[line]).double() * slope.double()).round().long()
-    position += ranks[line] << POSITION_BITS
-    return (2 * position + random) >> (POSITION_BITS + 1)
-
-
-def decode(codes: Tensor, format: Format) -> Tensor:
-    """The codes' values in [-1, 1], of the shape of ``codes`` and float32; inverse of `encode`."""
-    _check_format(format)
-    if format == "linear_int16":
-        return codes.float() * (1 / LINEAR_MAX)
-    return dynamic_map(format == "signed_dynamic", codes.device)[codes.int()]
-
-
-def _blocks(x: Tensor) -> Tensor:
+def blocks_of(x: Tensor) -> Tensor:
     """x in rows of BLOCK_SIZE, the last one filled up with zeros."""
     flat = x.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Rounded to the nearest float32, which torch's own root, where it is MKL's, isn't."""
+    return x.double().sqrt().float()
 
 
 def quantize(
@@ -252,14 +142,17 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantizes a tensor in blocks of 256 elements.
 
-    A block's scale is the largest magnitude among its finite elements; NaN and infinite elements
-    are stored as 0. Rounding is as told at `encode`. Below an absmax of 2^-128 the inverse of the
-    scale isn't a float any more, and the values lose their relative precision.
+    A block's scale is the largest magnitude among its finite elements, in ``fourth_root_uint8`` the
+    largest square root; NaN and infinite elements are stored as 0, and in that format so are
+    negative ones. Codes are rounded to the nearest: of x / absmax, or its signed square root, or of
+    √x / absmax the square root. With a seed, ``fourth_root_uint8`` is rounded to one of the two codes
+    around, on average to what lies between them. In that format a positive value never becomes code
+    0, since the optimizer divides by its root.
 
     Args:
         x: float32 tensor of any shape.
         format: the name of the format.
-        seed: if given, rounding is stochastic, which only ``unsigned_dynamic`` has. Equal seed,
+        seed: if given, rounding is stochastic, which only ``fourth_root_uint8`` has. Equal seed,
             step and stream give equal results; see `random_bits` for them.
         step: int, or 0-dim tensor.
         stream: int.
@@ -271,7 +164,7 @@ def quantize(
     Raises:
         TypeError: if x is not float32.
         ValueError: for an unknown format, or for a seed with another format than
-            ``unsigned_dynamic``.
+            ``fourth_root_uint8``.
 
     Example:
         >>> codes, absmax = quantize(torch.tensor([0.5, -2.0, 0.0]), "linear_int16")
@@ -283,25 +176,27 @@ def quantize(
     _check_format(format, seed is not None)
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32, not {x.dtype}")
-    blocks = _blocks(torch.where(x.isfinite(), x, 0))
+    x = torch.where(x.isfinite(), x, 0)
+    if format == "fourth_root_uint8":
+        x = _sqrt(x.clamp_min(0))
+    blocks = blocks_of(x)
     absmax = blocks.abs().amax(1)
-    codes = encode(
-        _normalized(blocks, absmax).view(-1)[: x.numel()],
-        format,
-        None if seed is None else random_bits(x.numel(), seed=seed, step=step, stream=stream, device=x.device),
-    )
-    if format == "unsigned_dynamic":  # positive values that vanish in the scaling
-        positive = blocks.view(-1)[: x.numel()] > 0
-        codes = torch.where(positive, codes.clamp_min(1), codes)
-    return codes.view(x.shape), absmax
-
-
-def _normalized(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """Blocks divided by absmax, by way of its inverse: finite, and such that nothing passes 1."""
-    inverse = absmax.reciprocal().clamp_max(torch.finfo(torch.float32).max)
-    too_large = absmax * inverse > 1  # the inverse of a large absmax is denormal, of few digits
-    inverse = torch.where(too_large, inverse.nextafter(torch.zeros_like(inverse)), inverse)
-    return blocks * inverse[:, None]
+    inverse = absmax.reciprocal().clamp_max(torch.finfo(torch.float32).max)[:, None]
+    # One float32 operation after another up to here; then what a fused multiply-add rounds, exact in float64.
+    if format == "linear_int16":
+        codes = ((blocks * inverse).double() * LARGEST_CODES[format]).round()
+    elif format == "signed_sqrt_int8":
+        codes = (_sqrt(blocks.abs() * inverse).double() * LARGEST_CODES[format]).round() * blocks.sign()
+    else:
+        roots = _sqrt((blocks * inverse).clamp_max(1)).double() * LARGEST_CODES[format]
+        if seed is None:
+            codes = roots.round()
+        else:
+            positions = (roots * 2**POSITION_BITS).round().long()
+            random = random_bits(blocks.numel(), seed=seed, step=step, stream=stream, device=x.device)
+            codes = (2 * positions + random.view_as(blocks)) >> (POSITION_BITS + 1)
+        codes = torch.where(blocks > 0, codes.clamp_min(1), 0)
+    return codes.to(CODE_DTYPES[format]).view(-1)[: x.numel()].view(x.shape), absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
@@ -319,16 +214,23 @@ def dequantize(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
     _check_format(format)
     if codes.dtype != CODE_DTYPES[format]:
         raise TypeError(f"codes of {format} must be {CODE_DTYPES[format]}, not {codes.dtype}")
-    blocks = _blocks(decode(codes, format))
+    blocks = blocks_of(codes.float())
     if absmax.shape != blocks.shape[:1]:
         raise ValueError(
             f"absmax must have shape {tuple(blocks.shape[:1])} for {codes.numel()} codes, not {tuple(absmax.shape)}"
         )
-    return (blocks * absmax[:, None]).view(-1)[: codes.numel()].view(codes.shape)
+    largest = LARGEST_CODES[format]
+    if format == "linear_int16":
+        values = blocks * (absmax * (1 / largest))[:, None]
+    else:
+        values = blocks * blocks.abs() * (absmax * (1 / largest**2))[:, None]
+        if format == "fourth_root_uint8":
+            values = values.square()
+    return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
 def _check_format(format: str, stochastic: bool = False) -> None:
     if format not in CODE_DTYPES:
         raise ValueError(f"format must be one of {', '.join(CODE_DTYPES)}, not {format!r}")
-    if stochastic and format != "unsigned_dynamic":
-        raise ValueError(f"only unsigned_dynamic is rounded stochastically, not {format}")
+    if stochastic and format != "fourth_root_uint8":
+        raise ValueError(f"only fourth_root_uint8 is rounded stochastically, not {format}")

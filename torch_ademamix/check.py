@@ -358,9 +358,9 @@ def check_blockwise_step(
     """Without `hyperparameters`, lr is the tensor of all of them."""
     check = Checker("ademamix_blockwise_step_", params, places)
     check.grads(grads)
-    check.codes("exp_avgs", exp_avgs, torch.uint8)
+    check.codes("exp_avgs", exp_avgs, torch.int8)
     check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
-    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.uint8)
+    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.int8)
     check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
     check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
     check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
@@ -375,7 +375,7 @@ def check_blockwise_step(
 def checked_format(op: str, format: int) -> Format:
     formats = tuple(CODE_DTYPES)
     if not 0 <= format < len(formats):
-        allowed = "0 (signed_dynamic), 1 (unsigned_dynamic) or 2 (linear_int16)"
+        allowed = "0 (signed_sqrt_int8), 1 (fourth_root_uint8) or 2 (linear_int16)"
         raise RuntimeError(f"{op}: format is {format}, but must be {allowed}")
     return formats[format]
 
@@ -385,8 +385,8 @@ def check_quantize(x: Tensor, format: int, stochastic: bool) -> Format:
     checked = checked_format(op, format)
     if x.dtype != torch.float32:
         raise RuntimeError(f"{op}: x has dtype {x.dtype}, but must be torch.float32")
-    if stochastic and checked != "unsigned_dynamic":
-        raise RuntimeError(f"{op}: seed is given, but only unsigned_dynamic is rounded stochastically")
+    if stochastic and checked != "fourth_root_uint8":
+        raise RuntimeError(f"{op}: seed is given, but only fourth_root_uint8 is rounded stochastically")
     return checked
 
 

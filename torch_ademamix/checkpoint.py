@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ademamix import dynamic_map
 from torch_ademamix.arenas import MOMENTS, NAMES
-from torch_ademamix.blockwise import BLOCK_SIZE, SIGNED_ZERO_CODE, block_count, dynamic_map
+from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.check import PARAMETER_DTYPES
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.reference import compute_dtype
@@ -40,9 +41,8 @@ _ADAMW_ONLY = {"amsgrad", "decoupled_weight_decay", "foreach", "fused", "captura
 def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
     """Makes a state dict for `AdEMAMix` of one of bitsandbytes' AdEMAMix classes (0.50.2), 32-bit, 8-bit or paged.
 
-    8-bit codes and scales are taken over as they are, the slow average's too: it is then in the format of
-    ``slow_ema_bits=8``, and an optimizer with ``slow_ema_bits=16`` converts it to 16 bits when it loads it. The
-    values are bitsandbytes' up to the rounding of its map (3e-7 relative).
+    8-bit codes become the float32 values that they stand for, and the optimizer that loads these stores them in its
+    own formats: docs/checkpoints.md says what that rounding costs.
 
     bitsandbytes' CUDA kernel writes the slow average's scales of a tensor whose size isn't a multiple of 256 one entry
     early. Such state is recognized and read as that kernel reads it: the first of these scales is one with the last of
@@ -62,11 +62,11 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
     >>> p.grad = torch.ones(4096)
     >>> optimizer.step()
     >>> state_dict = from_bitsandbytes(to_bitsandbytes(optimizer.state_dict()))
-    >>> state_dict["state"][0]["exp_avg"].dtype, state_dict["state"][0]["exp_avg_slow"].dtype
-    (torch.uint8, torch.uint8)
+    >>> state_dict["state"][0]["exp_avg"].dtype
+    torch.float32
     >>> optimizer.load_state_dict(state_dict)
-    >>> optimizer.state[p]["exp_avg_slow"].dtype
-    torch.int16
+    >>> optimizer.state[p]["exp_avg"].dtype, optimizer.state[p]["exp_avg_slow"].dtype
+    (torch.int8, torch.int16)
     """
 
     def group(saved: Mapping[str, Any], where: str) -> StateDict:
@@ -86,30 +86,26 @@ def _state_from_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any],
     dtype = torch.uint8 if quantized else torch.float32
     nu = checked(saved["state2"], f"{where}['state2']", None, dtype)
     m1, m2 = checked(saved["state1"], f"{where}['state1']", (2, *nu.shape), dtype)
-    state = {
-        "step": _step(saved["step"], f"{where}['step']"),
-        "exp_avg": m1.clone(),
-        "exp_avg_slow": m2.clone(),
-        "exp_avg_sq": nu.clone(),
+    step = _step(saved["step"], f"{where}['step']")
+    if not quantized:
+        return {"step": step, "exp_avg": m1.clone(), "exp_avg_slow": m2.clone(), "exp_avg_sq": nu.clone()}
+    for name, is_signed in (("qmap1", True), ("qmap2", False)):
+        qmap = checked(saved[name], f"{where}[{name!r}]", (256,), torch.float32)
+        if not torch.allclose(qmap, dynamic_map.dynamic_map(is_signed, qmap.device), rtol=1e-6, atol=0):
+            kind = "signed" if is_signed else "unsigned"
+            raise ValueError(f"{where}[{name!r}] must be the {kind} dynamic map, but has other values")
+    blocks = block_count(nu.numel())
+    nu_absmax = checked(saved["absmax2"], f"{where}['absmax2']", (blocks,), torch.float32)
+    absmax1 = checked(saved["absmax1"], f"{where}['absmax1']", (2, blocks), torch.float32)
+    m1_absmax, m2_absmax = absmax1
+    if _written_one_entry_early(m2, m2_absmax, nu_absmax):
+        m2_absmax = absmax1.flatten()[blocks - 1 : -1]
+    return {
+        "step": step,
+        "exp_avg": dynamic_map.dequantize(m1, m1_absmax, signed=True),
+        "exp_avg_slow": dynamic_map.dequantize(m2, m2_absmax, signed=True),
+        "exp_avg_sq": dynamic_map.dequantize(nu, nu_absmax, signed=False),
     }
-    if quantized:
-        for name, is_signed in (("qmap1", True), ("qmap2", False)):
-            qmap = checked(saved[name], f"{where}[{name!r}]", (256,), torch.float32)
-            if not torch.allclose(qmap, dynamic_map(is_signed, qmap.device), rtol=1e-6, atol=0):
-                kind = "signed" if is_signed else "unsigned"
-                raise ValueError(f"{where}[{name!r}] must be the {kind} dynamic map, but has other values")
-        blocks = block_count(nu.numel())
-        nu_absmax = checked(saved["absmax2"], f"{where}['absmax2']", (blocks,), torch.float32)
-        absmax1 = checked(saved["absmax1"], f"{where}['absmax1']", (2, blocks), torch.float32)
-        m1_absmax, m2_absmax = absmax1
-        if _written_one_entry_early(m2, m2_absmax, nu_absmax):
-            m2_absmax = absmax1.flatten()[blocks - 1 : -1]
-        state |= {
-            "exp_avg_absmax": m1_absmax.clone(),
-            "exp_avg_slow_absmax": m2_absmax.clone(),
-            "exp_avg_sq_absmax": nu_absmax.clone(),
-        }
-    return state
 
 
 def _written_one_entry_early(m2: Tensor, m2_absmax: Tensor, nu_absmax: Tensor) -> bool:
@@ -121,18 +117,18 @@ def _written_one_entry_early(m2: Tensor, m2_absmax: Tensor, nu_absmax: Tensor) -
     ragged = m2.numel() % BLOCK_SIZE
     if ragged == 0:
         return False
-    last_block_has_values = (nu_absmax[-1] > 0) & (m2.flatten()[-ragged:] != SIGNED_ZERO_CODE).any()
+    last_block_has_values = (nu_absmax[-1] > 0) & (m2.flatten()[-ragged:] != dynamic_map.SIGNED_ZERO_CODE).any()
     return bool(last_block_has_values & (m2_absmax[-1] == 0))
 
 
 def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
     """Makes a state dict for bitsandbytes' AdEMAMix classes (0.50.2) of AdEMAMix's.
 
-    State that is quantized here is so there: the codes and scales of exp_avg and exp_avg_sq are taken over, and a
-    16-bit exp_avg_slow is rounded to the signed dynamic map, with scales of its own, since bitsandbytes has no other
-    format; at β3 = 0.9999 it loses most of its updates from then on. Everything else becomes float32, which all its
-    classes continue, the 8-bit ones too. So does the state of a tensor whose size isn't a multiple of 256, since
-    bitsandbytes' CUDA kernel would take its scales of exp_avg_slow from the wrong places.
+    State that is quantized here is so there: its values are rounded to the nearest of bitsandbytes' dynamic maps, a
+    16-bit exp_avg_slow too, since bitsandbytes has no other format; at β3 = 0.9999 it loses most of its updates from
+    then on. Everything else becomes float32, which all its classes continue, the 8-bit ones too. So does the state of
+    a tensor whose size isn't a multiple of 256, since bitsandbytes' CUDA kernel would take its scales of exp_avg_slow
+    from the wrong places.
 
     Options without a counterpart there are left out: how state is stored, ``stochastic_rounding``, ``seed``,
     ``capturable``, ``maximize`` and ``schedule_start``. A learning rate becomes a float.
@@ -164,20 +160,23 @@ def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], w
     if others := saved.keys() - set(NAMES):
         raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
     quantized = "exp_avg_absmax" in saved and m1.numel() % BLOCK_SIZE == 0
-    bits = 8 if quantized else 32
-    storage = dict(optim_bits=bits, slow_ema_bits=8, min_8bit_size=0, is_paged=False, master_weights=None)
+    storage = dict(optim_bits=32, slow_ema_bits=8, min_8bit_size=0, is_paged=False, master_weights=None)
     state = loaded_state(m1, saved, storage, where)  # m1 stands for the parameter: it has its shape
 
-    moments = [state[name].to(torch.uint8 if quantized else torch.float32) for name in MOMENTS]
-    m1, m2, nu = moments
-    converted = {"state1": torch.stack((m1, m2)), "state2": nu.clone(memory_format=torch.contiguous_format)}
+    moments = [state[name].float() for name in MOMENTS]
+    converted = {}
     if quantized:
-        converted |= {
-            "qmap1": dynamic_map(True, m1.device),
-            "qmap2": dynamic_map(False, m1.device),
-            "absmax1": torch.stack((state["exp_avg_absmax"].flatten(), state["exp_avg_slow_absmax"].flatten())),
-            "absmax2": state["exp_avg_sq_absmax"].flatten().clone(),
+        signed = (True, True, False)
+        stored = [dynamic_map.quantize(m, is_signed) for m, is_signed in zip(moments, signed, strict=True)]
+        moments, (m1_absmax, m2_absmax, nu_absmax) = map(list, zip(*stored, strict=True))
+        converted = {
+            "qmap1": dynamic_map.dynamic_map(True, m1.device),
+            "qmap2": dynamic_map.dynamic_map(False, m1.device),
+            "absmax1": torch.stack((m1_absmax, m2_absmax)),
+            "absmax2": nu_absmax,
         }
+    m1, m2, nu = moments
+    converted |= {"state1": torch.stack((m1, m2)), "state2": nu.clone(memory_format=torch.contiguous_format)}
     return {"step": int(state["step"].item()), BITSANDBYTES_STATE: converted}
 
 

@@ -146,10 +146,10 @@ def ademamix_blockwise(
     finite loses its three moments, and its neighbours nothing.
 
     Args:
-        exp_avgs: codes of the signed dynamic map, uint8, of the parameters' shapes and contiguous; so are the
-            next two. Blocks of 256 elements are counted in row-major order.
-        exp_avg_slows: linear codes, int16; or codes of the signed dynamic map, uint8.
-        exp_avg_sqs: codes of the unsigned dynamic map, uint8.
+        exp_avgs: codes in ``signed_sqrt_int8``, of the parameters' shapes and contiguous; so are the next two.
+            Blocks of 256 elements are counted in row-major order.
+        exp_avg_slows: codes in ``linear_int16`` or ``signed_sqrt_int8``.
+        exp_avg_sqs: codes in ``fourth_root_uint8``.
         exp_avg_absmaxs, exp_avg_slow_absmaxs, exp_avg_sq_absmaxs: the blocks' scales, float32.
         stochastic_rounding: of exp_avg_sq, which rounding to nearest would bias upwards.
 
@@ -158,9 +158,9 @@ def ademamix_blockwise(
     >>> import torch
     >>> from torch_ademamix.blockwise import quantize
     >>> p, g = torch.ones(300), torch.full((300,), 0.5)
-    >>> m1, m1_absmax = quantize(torch.zeros(300), "signed_dynamic")
+    >>> m1, m1_absmax = quantize(torch.zeros(300), "signed_sqrt_int8")
     >>> m2, m2_absmax = quantize(torch.zeros(300), "linear_int16")
-    >>> nu, nu_absmax = quantize(torch.zeros(300), "unsigned_dynamic")
+    >>> nu, nu_absmax = quantize(torch.zeros(300), "fourth_root_uint8")
     >>> t = torch.zeros(())
     >>> ademamix_blockwise([p], [g], [m1], [m1_absmax], [m2], [m2_absmax], [nu], [nu_absmax], [t], lr=0.1,
     ...                    beta1=0.9, beta2=0.999, beta3=0.9999, alpha=5.0, eps=1e-8, weight_decay=0.0)

@@ -7,6 +7,7 @@ in-place rule.
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix import blockwise, places, reference
+from torch_ademamix import blockwise, cuda, places, reference
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.check import (
     check_blockwise_step,
@@ -71,21 +72,6 @@ def _load_native() -> ModuleType | None:
         return None
     torch.ops.load_library(Path(__file__).parent / f"_cpu_{cpu_capability(native)}.so")
     return native
-
-
-def _load_cuda() -> None:
-    """Loads the CUDA kernels where torch has what they link to; a GPU isn't asked for, which might start CUDA."""
-    library = Path(__file__).parent / "_cuda.so"
-    if not (library.is_file() and torch.backends.cuda.is_built()):
-        return
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        warnings.warn(
-            f"torch_ademamix's CUDA kernels could not be loaded ({error}); CUDA tensors are served by the reference "
-            "kernels, which are several times slower. Reinstall it beside this version of torch",
-            stacklevel=2,
-        )
 
 
 def cpu_capability(native: ModuleType) -> str:
@@ -145,6 +131,8 @@ def _reference_step(
         check(*args, **kwargs)
         if kwargs.pop("dry_run", False):
             return
+        if args[0] and args[0][0].device.type == "cuda":
+            _warn_of_reference_on_cuda()
         *lists, lr = args
         if "beta1" not in kwargs:  # lr is the tensor of all hyperparameters
             numbers = dict(zip(reference.HYPERPARAMETERS, lr.double().unbind(), strict=True))
@@ -154,6 +142,15 @@ def _reference_step(
         step(*views, lr, **{**dict.fromkeys(SCALER), **kwargs, "remainders": remainders})
 
     return kernel
+
+
+@cache
+def _warn_of_reference_on_cuda() -> None:
+    warnings.warn(
+        f"{without_cuda}: CUDA tensors are served by torch_ademamix's reference kernels, which are several times "
+        "slower (`python -m torch_ademamix` shows what serves which device)",
+        stacklevel=2,
+    )
 
 
 def _fake_quantize(
@@ -169,8 +166,8 @@ def _fake_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
-def _ordinary_empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(like, dtype=dtype)
+def _ordinary_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    return beside.new_empty(numel, dtype=dtype)
 
 
 def _reference_quantize(
@@ -213,11 +210,10 @@ _dequantize = _define(
     fake=_fake_dequantize,
     kernel=_reference_dequantize,
 )
-# In managed memory, where a device has it; elsewhere it is torch.empty_like.
-paged_empty_like = _define(
-    "paged_empty_like(Tensor like, ScalarType dtype) -> Tensor",
-    fake=_ordinary_empty_like,
-    kernel=_ordinary_empty_like,
+_paged_empty = _define(
+    "paged_empty(Tensor beside, int numel, ScalarType dtype) -> Tensor",
+    fake=_ordinary_empty,
+    kernel=_ordinary_empty,
 )
 page_out = _define(
     "page_out(Tensor tensor) -> ()",
@@ -225,7 +221,7 @@ page_out = _define(
     kernel=lambda tensor: None,
 )
 native = _load_native()
-_load_cuda()
+without_cuda = cuda.load()  # why CUDA tensors are served by the reference kernels; None if they aren't
 
 
 def ademamix_step_(*lists: Sequence[Any], **options: Any) -> None:
@@ -257,7 +253,9 @@ def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any
 
 
 def _beside(scalar: Tensor, device: torch.device | None) -> Tensor:
-    return scalar if device is None or scalar.device == device else scalar.to(device)
+    if device is None or scalar.device == device:
+        return scalar
+    return scalar.to(device, non_blocking=device.type == "cuda")  # a copy to the GPU needn't be waited for
 
 
 def quantize_blockwise(
@@ -270,3 +268,22 @@ def quantize_blockwise(
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
     """:func:`torch_ademamix.blockwise.dequantize` as an op, with native kernels."""
     return _dequantize(codes, absmax, FORMATS.index(format))  # type: ignore[no-any-return]
+
+
+def paged_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor of `numel` elements on the device of `beside`: in managed memory, where there is some.
+
+    Raises torch.OutOfMemoryError where neither the GPU nor the host has room for it.
+    """
+    try:
+        return _paged_empty(beside, numel, dtype)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "CUDA_ERROR_OUT_OF_MEMORY" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
+def paged_empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in the shape of `like`, and in its order, if that has no gaps."""
+    order = torch.empty_like(like, device="meta").stride()
+    return paged_empty(like, like.numel(), dtype).as_strided(like.shape, order)

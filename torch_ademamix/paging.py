@@ -6,12 +6,11 @@ kernels' accesses. The memory is freed with its tensor. On a machine without CUD
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torch_ademamix import ops
+from torch_ademamix import cuda, ops
 from torch_ademamix.sharding import local
 
 # bitsandbytes' bound. An allocation takes whole pages of up to 2 MB, and a prefetch some microseconds.
@@ -32,8 +31,7 @@ def statistics() -> Statistics:
     >>> statistics()
     Statistics(tensors=0, bytes=0, prefetched_bytes=0)
     """
-    library = str(Path(__file__).parent / "_cuda.so")
-    return Statistics(*(ops.native.managed_memory(library) if ops.native is not None else (0, 0, 0)))
+    return Statistics(*cuda.managed_memory())
 
 
 def is_paged(p: Tensor, group: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import bfloat16
-from torch_ademamix.blockwise import FIRST_PARAM_GROUP, Format, dequantize, quantize, random_bits
+from torch_ademamix.blockwise import FIRST_PARAM_GROUP, FORMATS, dequantize, quantize, random_bits
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
 
@@ -186,12 +186,10 @@ def ademamix_blockwise_step_(
         strict=True,
     )
     for i, (p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, stream) in enumerate(lists):
-        slow_format: Format = "linear_int16" if m2.dtype == torch.int16 else "signed_dynamic"
-        quantized: tuple[tuple[Tensor, Tensor, Format], ...] = (
-            (m1, m1_absmax, "signed_dynamic"),
-            (m2, m2_absmax, slow_format),
-            (nu, nu_absmax, "unsigned_dynamic"),
-        )
+        quantized = [
+            (codes, absmax, FORMATS[codes.dtype])
+            for codes, absmax in ((m1, m1_absmax), (m2, m2_absmax), (nu, nu_absmax))
+        ]
         moments = [
             dequantize(codes, absmax.view(-1), format).to(compute_dtype(p.dtype)) for codes, absmax, format in quantized
         ]
@@ -201,7 +199,7 @@ def ademamix_blockwise_step_(
         # An element of which one moment isn't finite loses all three, and no more than that.
         finite = torch.stack([m.float().isfinite() for m in moments]).all(0)
         for (codes, absmax, format), m in zip(quantized, moments, strict=True):
-            stochastic = stochastic_rounding and format == "unsigned_dynamic"
+            stochastic = stochastic_rounding and format == "fourth_root_uint8"
             new_codes, new_absmax = quantize(
                 torch.where(finite, m.float(), 0),
                 format,

@@ -1,13 +1,12 @@
 """What the optimizer keeps per parameter: names, shapes and dtypes, made, checked and converted here."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ademamix import paging, sharding
+from torch_ademamix import dynamic_map, paging, sharding
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     MOMENTS,
@@ -18,7 +17,7 @@ from torch_ademamix.arenas import (
     Storage,
     allocate,
 )
-from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.blockwise import CODE_DTYPES, FORMATS, Format, block_count
 from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
@@ -36,9 +35,16 @@ FOREIGN_STATE = {
 
 # What quantized state may be stored as: first the default, then what `slow_ema_bits=8` gives.
 ALLOWED_FORMATS: dict[str, tuple[Format, ...]] = {
-    "exp_avg": ("signed_dynamic",),
-    "exp_avg_slow": ("linear_int16", "signed_dynamic"),
-    "exp_avg_sq": ("unsigned_dynamic",),
+    "exp_avg": ("signed_sqrt_int8",),
+    "exp_avg_slow": ("linear_int16", "signed_sqrt_int8"),
+    "exp_avg_sq": ("fourth_root_uint8",),
+}
+
+# Version 0.1.0 had unsigned codes of dynamic maps in their place, of which exp_avg's dtype tells.
+DTYPES_0_1: dict[str, tuple[torch.dtype, ...]] = {
+    "exp_avg": (torch.uint8,),
+    "exp_avg_slow": (torch.int16, torch.uint8),
+    "exp_avg_sq": (torch.uint8,),
 }
 
 
@@ -58,20 +64,15 @@ def has_remainder(p: Tensor, group: Mapping[str, Any]) -> bool:
 
 def storage(p: Tensor, number: int, group: Mapping[str, Any]) -> Storage:
     """How the state of a parameter is stored, in a group of that number."""
-    entries: list[tuple[str, torch.dtype, int]] = []
+    entries: list[tuple[str, torch.dtype]] = []
     for name, format in formats(p, group).items():
         if format is None:
-            entries.append((name, compute_dtype(p.dtype), 0))
+            entries.append((name, compute_dtype(p.dtype)))
         else:
-            entries += [(name, CODE_DTYPES[format], _zero_code(format)), (f"{name}{SCALES}", torch.float32, 0)]
+            entries += [(name, CODE_DTYPES[format]), (f"{name}{SCALES}", torch.float32)]
     if has_remainder(p, group):
-        entries.append((MASTER_REMAINDER, torch.int16, 0))
+        entries.append((MASTER_REMAINDER, torch.int16))
     return Storage(number, p.device, paging.is_paged(p, group), tuple(entries))
-
-
-@cache
-def _zero_code(format: Format) -> int:
-    return int(quantize_blockwise(torch.zeros(1), format)[0].item())
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def take_state(state: OptimizerState, entries: Mapping[Any, Any], groups: Sequen
 
 def _fits(own: Mapping[str, Any], p: Tensor, kind: Storage) -> bool:
     """Whether state is of that kind, so that an arena can take its values."""
-    dtypes = {"step": torch.float32} | {name: dtype for name, dtype, _ in kind.entries}
+    dtypes = {"step": torch.float32, **dict(kind.entries)}
     return {name: value.dtype for name, value in own.items() if isinstance(value, Tensor)} == dtypes and all(
         own[name].shape == p.shape for name in MOMENTS
     )
@@ -166,7 +167,7 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
     hint = "load the checkpoint with the optim_bits, slow_ema_bits and min_8bit_size that it was saved with"
     if "exp_avg_slow_absmax" in saved:
         dtype, bits = saved["exp_avg_slow"].dtype, group.get("slow_ema_bits")
-        if (dtype, bits) in ((torch.uint8, 16), (torch.int16, 8)):
+        if bits in (8, 16) and bits != 8 * dtype.itemsize:
             text = f"{where}['exp_avg_slow'] has dtype {dtype}, but its group has slow_ema_bits={bits}"
             otherwise = "or, if the group's option was changed after the state was made, set it back in the state dict"
             raise ValueError(f"{text}: {hint}, {otherwise}")
@@ -188,6 +189,7 @@ def _converted(
     saved = {name: saved[name] for name in NAMES if name in saved} if not hints else dict(saved)
     saved_remainder = saved.pop(MASTER_REMAINDER, None)
     quantized = "exp_avg_absmax" in saved
+    is_0_1 = quantized and getattr(saved.get("exp_avg"), "dtype", None) == torch.uint8
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
         raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{''.join(hints[:1])}")
@@ -204,9 +206,8 @@ def _converted(
                 value = value.contiguous()
             state |= _stored(name, value, format)
             continue
-        allowed = {CODE_DTYPES[allowed]: allowed for allowed in ALLOWED_FORMATS[name]}
-        value = checked(saved[name], f"{where}[{name!r}]", p.shape, *allowed)
-        saved_format = allowed[value.dtype]
+        dtypes = DTYPES_0_1[name] if is_0_1 else [CODE_DTYPES[allowed] for allowed in ALLOWED_FORMATS[name]]
+        value = checked(saved[name], f"{where}[{name!r}]", p.shape, *dtypes)
         absmax_name = f"{name}_absmax"
         absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", None, torch.float32)
         if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them
@@ -214,11 +215,14 @@ def _converted(
         if not _finite_and_not_negative(absmax):
             raise ValueError(f"{where}[{absmax_name!r}] has scales that aren't finite or are below 0")
         value, absmax = value.contiguous(), absmax.contiguous().flatten()
-        if saved_format == format:
+        if is_0_1 and value.dtype == torch.uint8:
+            values = dynamic_map.dequantize(value, absmax, signed=name != "exp_avg_sq")
+        elif FORMATS[value.dtype] == format:
             state |= {name: value, f"{name}_absmax": _shaped(absmax, p)}
+            continue
         else:
-            values = dequantize_blockwise(value, absmax, saved_format).to(compute_dtype(p.dtype))
-            state |= _stored(name, values, format)
+            values = dequantize_blockwise(value, absmax, FORMATS[value.dtype])
+        state |= _stored(name, values.to(compute_dtype(p.dtype)), format)
     if saved_remainder is not None and not has_remainder(p, group):
         raise ValueError(
             f"{where} has {MASTER_REMAINDER!r}, a part of the float32 weights, which would be lost; load it with "

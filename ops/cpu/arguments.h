@@ -29,7 +29,9 @@ inline Hyperparameters read_hyperparameters(const StepOptions& options) {
              : read_hyperparameters(static_cast<const float*>(data), options.maximize);
 }
 
-inline bool skipped(const StepOptions& options) { return options.found_inf && read_scalar(*options.found_inf) != 0; }
+inline bool skipped(const StepOptions& options) {
+  return options.dry_run || (options.found_inf && read_scalar(*options.found_inf) != 0);
+}
 
 // Where the tensors of one parameter fill their memory without gaps and in one order, as a transposed weight and its
 // state do, that order serves as well as the row-major one: marks them contiguous.

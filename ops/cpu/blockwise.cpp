@@ -10,11 +10,8 @@ namespace {
 
 static_assert(BLOCK_SIZE == UNIT, "no two threads may share a quantization block");
 
-Quantized quantized(const TensorView& codes, const TensorView& absmax, bool is_signed) {
-  return {codes.data, static_cast<float*>(absmax.data),
-          codes.dtype == ScalarType::Short ? BlockFormat::LINEAR_INT16
-          : is_signed                      ? BlockFormat::SIGNED_DYNAMIC
-                                           : BlockFormat::UNSIGNED_DYNAMIC};
+Quantized quantized(const TensorView& codes, const TensorView& absmax) {
+  return {codes.data, static_cast<float*>(absmax.data), format_of(codes.dtype)};
 }
 
 template <class T>
@@ -30,9 +27,9 @@ void run(const BlockwiseLists& lists, const StepOptions& options) {
     const bool has_remainder = rounding == ParamRounding::REMAINDER;
     tensors.push_back({{lists.params[i], rounding, has_remainder ? lists.remainders[i] : TensorView{}, random},
                        lists.grads[i],
-                       quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i], true),
-                       quantized(lists.exp_avg_slows[i], lists.exp_avg_slow_absmaxs[i], true),
-                       quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i], false),
+                       quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i]),
+                       quantized(lists.exp_avg_slows[i], lists.exp_avg_slow_absmaxs[i]),
+                       quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i]),
                        scalars[i],
                        random,
                        options.stochastic_rounding});

@@ -40,6 +40,32 @@ ADEMAMIX_INLINE Simd<T> sqrt(Simd<T> a) {
 }
 
 template <class T>
+ADEMAMIX_INLINE Simd<T> abs(Simd<T> a) {
+  return a.v.abs();
+}
+
+template <class T>
+ADEMAMIX_INLINE Simd<T> copysign(Simd<T> magnitude, Simd<T> sign) {
+  return magnitude.v | (sign.v & typename Simd<T>::Vector(-0.0));
+}
+
+template <class T>
+ADEMAMIX_INLINE Simd<T> larger(Simd<T> a, Simd<T> b) {
+  return at::vec::clamp_min(a.v, b.v);  // maximum() would look for NaN
+}
+
+template <class T>
+ADEMAMIX_INLINE Simd<T> at_most_one(Simd<T> a) {
+  return at::vec::clamp_max(a.v, typename Simd<T>::Vector(1));
+}
+
+template <class T>
+ADEMAMIX_INLINE Simd<T> if_positive(Simd<T> condition, Simd<T> a, Simd<T> b) {
+  using Vector = typename Simd<T>::Vector;
+  return Vector::blendv(b.v, a.v, condition.v > Vector(0));
+}
+
+template <class T>
 ADEMAMIX_INLINE Simd<T> fma(Simd<T> a, Simd<T> b, Simd<T> c) {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
   return at::vec::fmadd(a.v, b.v, c.v);

@@ -1,8 +1,8 @@
 // A run of parameters in the type T of the arithmetic, as they are before and after rounding (../bfloat16.h).
 #pragma once
 
-#include "blockwise_simd.h"
 #include "param.h"
+#include "random_block.h"
 #include "staging.h"
 
 namespace ademamix {

@@ -1,17 +1,14 @@
 // From an op's arguments to what the CUDA kernels take.
 #pragma once
 
-#include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "../bfloat16.h"
 #include "../step_arguments.h"
-#include "prologue.cuh"
+#include "launches.h"
 
 namespace ademamix {
 
@@ -42,34 +39,49 @@ inline StepNumbers numbers_of(const StepOptions& options) {
   return numbers;
 }
 
-template <ParamRounding VALUE>
-using RoundingConstant = std::integral_constant<ParamRounding, VALUE>;
-
-// Where a step's random bits come from, beside the steps and the elements.
-struct RandomSource {
-  uint64_t seed;
-  const std::vector<int64_t>& streams;
-};
-
-// Calls f with a constant of how parameters of dtype P are rounded.
-template <class P, class F>
-void with_rounding(const Views& remainders, bool stochastic, F&& f) {
-  if constexpr (std::is_same_v<P, c10::BFloat16>) {
-    if (stochastic) return f(RoundingConstant<ParamRounding::STOCHASTIC>{});
-    if (!remainders.empty()) return f(RoundingConstant<ParamRounding::REMAINDER>{});
+// As device code names them.
+inline const char* type_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return "double";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "half";
+    default: return "float";
   }
-  f(RoundingConstant<ParamRounding::NEAREST>{});
 }
 
-// Calls f with a value of the C++ type of a floating dtype.
-template <class F>
-void with_floating(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{});
-    case ScalarType::Half: return f(c10::Half{});
-    default: return f(float{});
+inline const char* rounding_name(ParamRounding rounding) {
+  switch (rounding) {
+    case ParamRounding::STOCHASTIC: return "ParamRounding::STOCHASTIC";
+    case ParamRounding::REMAINDER: return "ParamRounding::REMAINDER";
+    default: return "ParamRounding::NEAREST";
   }
+}
+
+// Of the argument tables, whose names are LONG_LIST... for long lists.
+inline const char* capacity_name(size_t tensors, const char* long_list) {
+  return tensors <= SHORT_LIST ? "SHORT_LIST" : long_list;
+}
+
+template <class First, class... Others>
+std::string kernel_expression(const char* kernel, First first, Others... others) {
+  std::string text = std::string(kernel) + '<' + first;
+  ((text += ", ", text += others), ...);
+  return text + '>';
+}
+
+inline int element_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// Whether accesses of so many elements may start there.
+inline bool aligned(const void* data, int element_bytes, int elements) {
+  return reinterpret_cast<uintptr_t>(data) % access_alignment(element_bytes, elements) == 0;
+}
+
+inline ParamRounding param_rounding(const Views& remainders, bool stochastic) {
+  return stochastic           ? ParamRounding::STOCHASTIC
+         : remainders.empty() ? ParamRounding::NEAREST
+                              : ParamRounding::REMAINDER;
 }
 
 inline torch::stable::Device device_of(const TensorView& view) {
@@ -95,10 +107,47 @@ inline Tensor empty_tensor(const TensorView& like, const std::vector<int64_t>& s
   return Tensor(handle);
 }
 
-// Memory for this call's kernels: torch's allocator reuses it in the order of the stream, also within a captured graph.
-inline Tensor scratch_memory(const TensorView& like, size_t bytes) {
-  return empty_tensor(like, {static_cast<int64_t>(bytes)}, {1}, ScalarType::Byte);
+inline Kernel prologue_kernel(const CurrentDevice& device, ScalarType param_dtype, size_t tensors) {
+  return device.gpu().kernel(
+      {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype(param_dtype)),
+                                         capacity_name(tensors, "LONG_STEP_LIST"))},
+      PROLOGUE_THREADS, device.stream());
 }
+
+// The scalars of each tensor, in device memory that torch's allocator reuses in the order of the stream, also within
+// a captured graph.
+class StepScalarsOnDevice {
+ public:
+  // Launches what advances the steps and computes the scalars.
+  StepScalarsOnDevice(const CurrentDevice& device, const TensorView& param, const Views& steps,
+                      const StepNumbers& numbers)
+      : bytes_(param.dtype == ScalarType::Double ? sizeof(TensorScalars<double>) : sizeof(TensorScalars<float>)),
+        memory_(empty_tensor(param, {static_cast<int64_t>(steps.size() * bytes_)}, {1}, ScalarType::Byte)) {
+    const Kernel kernel = prologue_kernel(device, param.dtype, steps.size());
+    if (steps.size() <= SHORT_LIST)
+      launch_prologues<SHORT_LIST>(kernel, device.stream(), steps, numbers);
+    else
+      launch_prologues<LONG_STEP_LIST>(kernel, device.stream(), steps, numbers);
+  }
+
+  void* data() const { return memory_.mutable_data_ptr(); }
+
+ private:
+  template <int CAPACITY>
+  void launch_prologues(const Kernel& kernel, CUstream stream, const Views& steps, const StepNumbers& numbers) const {
+    for (size_t first = 0; first < steps.size(); first += CAPACITY) {
+      StepPointers<CAPACITY> pointers;
+      pointers.count = static_cast<int32_t>(std::min<size_t>(steps.size() - first, CAPACITY));
+      for (int32_t i = 0; i < pointers.count; ++i) pointers.steps[i] = static_cast<float*>(steps[first + i].data);
+      const auto ctas = static_cast<unsigned int>((pointers.count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
+      void* const scalars = static_cast<char*>(data()) + first * bytes_;
+      launch(kernel, stream, ctas, PROLOGUE_THREADS, pointers, numbers, scalars);
+    }
+  }
+
+  size_t bytes_;  // of a tensor's
+  Tensor memory_;
+};
 
 // The kernels take the tensors of a parameter as so many elements, one after another, in one order: the row-major one,
 // or any that the parameter has. Where a tensor lies otherwise, a copy takes its place.

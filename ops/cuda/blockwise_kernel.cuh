@@ -2,71 +2,25 @@
 // lane; it takes the block's scales by shuffles, and nothing in its loop waits for another warp.
 #pragma once
 
-#include "../ademamix.h"
-#include "../blockwise.h"
+#include <cfloat>
+#include <type_traits>
+
 #include "approximate.cuh"
 #include "lanes.cuh"
-#include "multi_tensor.cuh"
 #include "param_lanes.cuh"
 #include "prologue.cuh"
 
 namespace ademamix {
 
-constexpr int WARP = 32;
-constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
-static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
-
-// A fixed number of CTAs goes through all blocks, so that the tables are copied to shared memory once per CTA.
-constexpr int BLOCKWISE_THREADS = 128;
-constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
-
-// One parameter with its gradient and quantized state; param and grad are contiguous.
-struct BlockwiseRecord {
-  void* param;
-  const void* grad;
-  uint8_t* exp_avg;
-  void* exp_avg_slow;
-  uint8_t* exp_avg_sq;
-  float* exp_avg_absmax;
-  float* exp_avg_slow_absmax;
-  float* exp_avg_sq_absmax;
-  int16_t* remainder;  // if ParamRounding::REMAINDER
-  int64_t numel;
-  uint32_t blocks;
-  uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
-  int64_t stream;        // of random bits
-};
-
-// ---------------------------------------------------------------------------------------------------------- the tables
-
-template <bool STOCHASTIC>
-struct StepTables {
-  MapTable signed_map, unsigned_map;
-  NearestTable<true> signed_nearest;
-  std::conditional_t<STOCHASTIC, PositionTable, NearestTable<false>> unsigned_encoder;
-};
-
-static __device__ const StepTables<false> NEAREST_STEP_TABLES = {
-    make_map_table(true), make_map_table(false), make_nearest_table<true>(), make_nearest_table<false>()};
-static __device__ const StepTables<true> STOCHASTIC_STEP_TABLES = {make_map_table(true), make_map_table(false),
-                                                                   make_nearest_table<true>(), make_position_table()};
-
-template <class Tables>
-__device__ __forceinline__ void copy_tables(Tables& shared, const Tables& global) {
-  static_assert(sizeof(Tables) % sizeof(uint2) == 0 && alignof(Tables) >= alignof(uint2));
-  constexpr int COUNT = static_cast<int>(sizeof(Tables) / sizeof(uint2));
-  for (int i = static_cast<int>(threadIdx.x); i < COUNT; i += BLOCKWISE_THREADS)
-    reinterpret_cast<uint2*>(&shared)[i] = reinterpret_cast<const uint2*>(&global)[i];
-  __syncthreads();
-}
-
 // ------------------------------------------------------------------------------------------------------- a lane's part
 
 using LaneFloats = float[LANE_ELEMENTS];
-using LaneCodes = uint32_t[LANE_ELEMENTS];
+
+template <class Format>
+using LaneCodes = Lanes<typename Format::Code, LANE_ELEMENTS>;
 
 // The larger of two magnitudes; NaN counts as the largest.
-__device__ __forceinline__ float larger(float magnitude, float value) {
+__device__ __forceinline__ float larger_magnitude(float magnitude, float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(magnitude), "f"(::fabsf(value)));
@@ -80,7 +34,7 @@ __device__ __forceinline__ float larger(float magnitude, float value) {
 __device__ __forceinline__ float largest(const LaneFloats& values) {
   float result = ::fabsf(values[0]);
 #pragma unroll
-  for (int i = 1; i < LANE_ELEMENTS; ++i) result = larger(result, values[i]);
+  for (int i = 1; i < LANE_ELEMENTS; ++i) result = larger_magnitude(result, values[i]);
   return result;
 }
 
@@ -91,57 +45,48 @@ __device__ __forceinline__ float warp_largest(float magnitude) {
 #else
 #pragma unroll
   for (int distance = WARP / 2; distance > 0; distance /= 2)
-    magnitude = larger(magnitude, __shfl_xor_sync(0xffffffff, magnitude, distance));
+    magnitude = larger_magnitude(magnitude, __shfl_xor_sync(0xffffffff, magnitude, distance));
   return magnitude;
 #endif
 }
 
 __device__ __forceinline__ bool is_finite(float magnitude) { return magnitude <= FLT_MAX; }
 
-__device__ __forceinline__ void decode(const Lanes<int16_t, LANE_ELEMENTS>& codes, const MapTable&, float absmax,
-                                       LaneFloats& values) {
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = decode_linear(codes.template get<int16_t>(i)) * absmax;
-}
-
-__device__ __forceinline__ void decode(const Lanes<uint8_t, LANE_ELEMENTS>& codes, const MapTable& map, float absmax,
-                                       LaneFloats& values) {
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = map.value[codes.template get<uint8_t>(i)] * absmax;
-}
-
-__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const NearestTable<true>& table,
-                                       Lanes<uint8_t, LANE_ELEMENTS>& result) {
-  LaneCodes codes;
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_signed(values[i], inverse, table);
-  result.set_all(codes);
-}
-
-__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const NearestTable<true>&,
-                                       Lanes<int16_t, LANE_ELEMENTS>& result) {
-  LaneCodes codes;
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_linear(values[i], inverse);
-  result.set_all(codes);
-}
-
-__device__ __forceinline__ void encode_sq(const LaneFloats& values, float inverse, const NearestTable<false>& table,
-                                          const RandomKey&, uint64_t, Lanes<uint8_t, LANE_ELEMENTS>& result) {
-  LaneCodes codes;
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_unsigned(values[i], inverse, table);
-  result.set_all(codes);
-}
-
-__device__ __forceinline__ void encode_sq(const LaneFloats& values, float inverse, const PositionTable& table,
-                                          const RandomKey& key, uint64_t group, Lanes<uint8_t, LANE_ELEMENTS>& result) {
-  const RandomWords words = random_words(key, group);
-  LaneCodes codes;
+template <class Format>
+__device__ __forceinline__ void decode(const LaneCodes<Format>& codes, float absmax, LaneFloats& values) {
+  const float unit = absmax * Format::UNIT;
 #pragma unroll
   for (int i = 0; i < LANE_ELEMENTS; ++i)
-    codes[i] = encode_unsigned_stochastic(values[i], inverse, random_half(words, i), table);
-  result.template set_all<STOCHASTIC_CODE_SHIFT>(codes);
+    values[i] = Format::decode(static_cast<float>(codes.template get<typename Format::Code>(i)), unit);
+}
+
+__device__ __forceinline__ float to_float(float a) { return a; }
+__device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
+__device__ __forceinline__ float to_float(Approximate a) { return a.value; }
+
+// Of finite values, for FourthRoot of their roots. V is the type of the arithmetic.
+template <class Format, bool STOCHASTIC, class V>
+__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const RandomKey& key, uint64_t group,
+                                       LaneCodes<Format>& result) {
+  uint32_t codes[LANE_ELEMENTS];
+  if constexpr (STOCHASTIC) {
+    const RandomWords words = random_words(key, group);
+#pragma unroll
+    for (int i = 0; i < LANE_ELEMENTS; ++i) {
+      const V position = Format::template encode<Format::POSITION_ZERO>(V(values[i]), V(inverse));
+      codes[i] = Format::round(to_float(position), random_half(words, i));
+    }
+    result.template set_all<Format::STOCHASTIC_SHIFT>(codes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < LANE_ELEMENTS; ++i) {
+      if constexpr (std::is_same_v<Format, FourthRoot>)
+        codes[i] = float_bits(to_float(Format::template encode<ROUNDING_MAGIC>(V(values[i]), V(inverse))));
+      else
+        codes[i] = float_bits(to_float(Format::encode(V(values[i]), V(inverse))));
+    }
+    result.set_all(codes);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------ the step
@@ -159,98 +104,157 @@ constexpr int BLOCKWISE_CTAS_PER_SM = std::is_same_v<P, double>               ? 
                                       : ROUNDING == ParamRounding::STOCHASTIC ? 4
                                                                               : 5;
 
-__device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
-__device__ __forceinline__ float to_float(Approximate a) { return a.value; }
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
-template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
+// A lane's part of a block as it lies in memory.
+template <class P, class G, class Slow, ParamRounding ROUNDING>
+class BlockLanes {
+ public:
+  ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
+  Lanes<G, LANE_ELEMENTS> g;
+  LaneCodes<SignedSqrt> m1;
+  LaneCodes<Slow> m2;
+  LaneCodes<FourthRoot> nu;
+  float absmax;  // of the first three lanes, each has one state's
+
+  __device__ __forceinline__ void load(const BlockwiseRecord& r, uint32_t block, int lane) {
+    const Place at(r, block, lane);
+    if (at.wide) {
+      p.load(at.param, at.remainder);
+      if (r.wide_grad)
+        g.load(at.grad);
+      else
+        g.load(at.grad, LANE_ELEMENTS, G(0));
+      m1.load(at.m1);
+      m2.load(at.m2);
+      nu.load(at.nu);
+    } else {  // zeros after the end change no scale
+      p.load(at.param, at.remainder, at.count);
+      g.load(at.grad, at.count, G(0));
+      m1.load(at.m1, at.count, 0);
+      m2.load(at.m2, at.count, 0);
+      nu.load(at.nu, at.count, 0);
+    }
+    absmax = at.absmax ? *at.absmax : 0;
+  }
+
+  __device__ __forceinline__ void store(const BlockwiseRecord& r, uint32_t block, int lane) const {
+    const Place at(r, block, lane);
+    if (at.wide) {
+      p.store(at.param, at.remainder);
+      m1.store(at.m1);
+      m2.store(at.m2);
+      nu.store(at.nu);
+    } else {
+      p.store(at.param, at.remainder, at.count);
+      m1.store(at.m1, at.count);
+      m2.store(at.m2, at.count);
+      nu.store(at.nu, at.count);
+    }
+    if (at.absmax) *at.absmax = absmax;
+  }
+
+ private:
+  struct Place {
+    P* param;
+    const G* grad;
+    int16_t* remainder;
+    int8_t* m1;
+    typename Slow::Code* m2;
+    uint8_t* nu;
+    float* absmax;
+    bool wide;
+    int count;  // elements, if not wide; below 0 past the tensor's end
+
+    // `block` may be past the tensor's end.
+    __device__ __forceinline__ Place(const BlockwiseRecord& r, uint32_t block, int lane) {
+      const int64_t first = static_cast<int64_t>(block) * BLOCK_SIZE + lane * LANE_ELEMENTS;
+      const int64_t rest = r.numel - first;
+      param = static_cast<P*>(r.param) + first;
+      grad = static_cast<const G*>(r.grad) + first;
+      remainder = remainder_at<ROUNDING>(r.remainder, first);
+      m1 = r.exp_avg + first;
+      m2 = static_cast<typename Slow::Code*>(r.exp_avg_slow) + first;
+      nu = r.exp_avg_sq + first;
+      float* const absmaxs = lane == 0 ? r.exp_avg_absmax : lane == 1 ? r.exp_avg_slow_absmax : r.exp_avg_sq_absmax;
+      absmax = lane < 3 && block < r.blocks ? absmaxs + block : nullptr;
+      wide = block < r.wide_blocks;
+      count = rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;
+    }
+  };
+};
+
+template <class P, class G, class Slow, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, ROUNDING>)
-    blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord> table,
+    blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord, CAPACITY> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
                           const float* found_inf) {
   using T = typename BlockwiseTypes<P>::T;
   using V = typename BlockwiseTypes<P>::V;
-  if (skipped(found_inf)) return;
-  __shared__ StepTables<STOCHASTIC> tables;
-  if constexpr (STOCHASTIC)
-    copy_tables(tables, STOCHASTIC_STEP_TABLES);
-  else
-    copy_tables(tables, NEAREST_STEP_TABLES);
-
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const uint32_t warp = threadIdx.x / WARP;
-  uint32_t end_tile = 0, first_tile = 0;  // of the current tensor
-  int32_t tensor = 0;
+
+  // A warp's block, and the tensor that it belongs to.
+  struct Cursor {
+    int32_t tensor;
+    uint32_t first_tile, end_tile;  // of the tensor
+    uint32_t block;                 // of the tensor, or past its end
+
+    __device__ __forceinline__ void move_to(const TensorTable<BlockwiseRecord, CAPACITY>& table, uint32_t tile,
+                                            uint32_t warp) {
+      if (tile >= end_tile) {
+        const auto place = table.find(tile);
+        tensor = place.tensor;
+        first_tile = tile - place.tile;
+        end_tile = table.end_tile[tensor];
+      }
+      block = (tile - first_tile) * TILE_BLOCKS + warp;
+    }
+  };
+
+  // The first block's loads are under way before anything is waited for, and the next one's while one is computed.
+  Cursor here{};
+  BlockLanes<P, G, Slow, ROUNDING> lanes;
+  here.move_to(table, blockIdx.x, warp);
+  lanes.load(table.records[here.tensor], here.block, lane);
+  if (skipped(found_inf)) return;
+  int32_t tensor = -1;  // whose scalars these are
   StepScalars<V> s;
   RandomKey key{};
-  float* absmax = nullptr;  // of the first three lanes, each has one state's scales
-
   for (uint32_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
-    if (tile >= end_tile) {
-      const auto place = table.find(tile);
-      tensor = place.tensor;
-      first_tile = tile - place.tile;
-      end_tile = table.end_tile[tensor];
-      const TensorScalars<T> loaded = scalars[table.first + tensor].load();
+    Cursor next = here;
+    BlockLanes<P, G, Slow, ROUNDING> next_lanes;
+    if (tile + gridDim.x < table.tiles()) {
+      next.move_to(table, tile + gridDim.x, warp);
+      next_lanes.load(table.records[next.tensor], next.block, lane);
+    }
+    const BlockwiseRecord& r = table.records[here.tensor];
+    if (here.tensor != tensor) {
+      tensor = here.tensor;
+      const TensorScalars<T> loaded = load(scalars + table.first + tensor);
       s = StepScalars<V>(loaded.scalars);
-      const BlockwiseRecord& r = table.records[tensor];
       key = random_key(seed, loaded.step, r.stream);
-      absmax = lane == 0 ? r.exp_avg_absmax : lane == 1 ? r.exp_avg_slow_absmax : r.exp_avg_sq_absmax;
     }
-    const BlockwiseRecord& r = table.records[tensor];
-    const uint32_t block = (tile - first_tile) * TILE_BLOCKS + warp;  // of the tensor, or past its end
-    const int64_t first = static_cast<int64_t>(block) * BLOCK_SIZE + lane * LANE_ELEMENTS;
-    const bool wide = block < r.wide_blocks;
-    const int64_t rest = r.numel - first;
-    const int count = rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;  // below 0 past the end
-    const bool has_scale = lane < 3 && block < r.blocks;
-    P* const param = static_cast<P*>(r.param) + first;
-    const G* const grad = static_cast<const G*>(r.grad) + first;
-    int16_t* const remainder = remainder_at<ROUNDING>(r.remainder, first);
-    uint8_t* const m1_codes = r.exp_avg + first;
-    M2* const m2_codes = static_cast<M2*>(r.exp_avg_slow) + first;
-    uint8_t* const nu_codes = r.exp_avg_sq + first;
 
-    ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
-    Lanes<G, LANE_ELEMENTS> g;
-    Lanes<uint8_t, LANE_ELEMENTS> m1_lanes, nu_lanes;
-    Lanes<M2, LANE_ELEMENTS> m2_lanes;
-    if (wide) {
-      p.load(param, remainder);
-      g.load(grad);
-      m1_lanes.load(m1_codes);
-      m2_lanes.load(m2_codes);
-      nu_lanes.load(nu_codes);
-    } else {  // zeros after the end change no scale
-      p.load(param, remainder, count);
-      g.load(grad, count, G(0));
-      m1_lanes.load(m1_codes, count, SIGNED_ZERO_CODE);
-      m2_lanes.load(m2_codes, count, std::is_same_v<M2, uint8_t> ? SIGNED_ZERO_CODE : 0);
-      nu_lanes.load(nu_codes, count, 0);
-    }
-    const float old_absmax = has_scale ? absmax[block] : 0;
-
-    LaneFloats m1, m2, nu;
-    decode(m1_lanes, tables.signed_map, __shfl_sync(0xffffffff, old_absmax, 0), m1);
-    decode(m2_lanes, tables.signed_map, __shfl_sync(0xffffffff, old_absmax, 1), m2);
-    decode(nu_lanes, tables.unsigned_map, __shfl_sync(0xffffffff, old_absmax, 2), nu);
+    LaneFloats m1, m2, nu, root;
+    decode<SignedSqrt>(lanes.m1, __shfl_sync(0xffffffff, lanes.absmax, 0), m1);
+    decode<Slow>(lanes.m2, __shfl_sync(0xffffffff, lanes.absmax, 1), m2);
+    decode<FourthRoot>(lanes.nu, __shfl_sync(0xffffffff, lanes.absmax, 2), nu);
     T new_param[LANE_ELEMENTS];
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
-      Element<V> e{V(p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
-      update(e, V(g.template get<T>(i)), s);
+      Element<V> e{V(lanes.p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
+      const V sqrt_nu = update(e, V(lanes.g.template get<T>(i)), s);
       new_param[i] = to_param(e.param);
       m1[i] = to_float(e.exp_avg);
       m2[i] = to_float(e.exp_avg_slow);
       nu[i] = to_float(e.exp_avg_sq);
+      // Codes are made of the root of the float32 value.
+      root[i] = std::is_same_v<V, double> ? sqrt(nu[i]) : to_float(sqrt_nu);
     }
-    const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
-    p.set_all(new_param, key, group);
-    if (wide)
-      p.store(param, remainder);
-    else
-      p.store(param, remainder, count);
+    const uint64_t group = static_cast<uint64_t>(here.block) * WARP + static_cast<uint32_t>(lane);
+    lanes.p.set_all(new_param, key, group);
 
     float m1_absmax = warp_largest(largest(m1)), m2_absmax = warp_largest(largest(m2)),
           nu_absmax = warp_largest(largest(nu));
@@ -259,27 +263,21 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
 #pragma unroll
       for (int i = 0; i < LANE_ELEMENTS; ++i) {
         const bool keep = is_finite(::fabsf(m1[i])) && is_finite(::fabsf(m2[i])) && is_finite(::fabsf(nu[i]));
-        if (!keep) m1[i] = m2[i] = nu[i] = 0;
+        if (!keep) m1[i] = m2[i] = nu[i] = root[i] = 0;
       }
       m1_absmax = warp_largest(largest(m1));
       m2_absmax = warp_largest(largest(m2));
       nu_absmax = warp_largest(largest(nu));
     }
-    const float new_absmax = lane == 0 ? m1_absmax : lane == 1 ? m2_absmax : nu_absmax;
-    if (has_scale) absmax[block] = new_absmax;
+    const float new_absmax = lane == 0 ? m1_absmax : lane == 1 ? m2_absmax : sqrt(nu_absmax);
+    lanes.absmax = new_absmax;
     const float inverse = inverse_absmax(new_absmax);
-    encode(m1, __shfl_sync(0xffffffff, inverse, 0), tables.signed_nearest, m1_lanes);
-    encode(m2, __shfl_sync(0xffffffff, inverse, 1), tables.signed_nearest, m2_lanes);
-    encode_sq(nu, __shfl_sync(0xffffffff, inverse, 2), tables.unsigned_encoder, key, group, nu_lanes);
-    if (wide) {
-      m1_lanes.store(m1_codes);
-      m2_lanes.store(m2_codes);
-      nu_lanes.store(nu_codes);
-    } else {
-      m1_lanes.store(m1_codes, count);
-      m2_lanes.store(m2_codes, count);
-      nu_lanes.store(nu_codes, count);
-    }
+    encode<SignedSqrt, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 0), key, group, lanes.m1);
+    encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 1), key, group, lanes.m2);
+    encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 2), key, group, lanes.nu);
+    lanes.store(r, here.block, lane);
+    lanes = next_lanes;
+    here = next;
   }
 }
 
@@ -287,15 +285,9 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
 
 // To float32 and back, a block per warp.
 
-template <BlockFormat FORMAT>
-using CodeOf = std::conditional_t<FORMAT == BlockFormat::LINEAR_INT16, int16_t, uint8_t>;
-
-static __device__ const MapTable SIGNED_MAP_ON_DEVICE = make_map_table(true);
-static __device__ const MapTable UNSIGNED_MAP_ON_DEVICE = make_map_table(false);
-
-template <BlockFormat FORMAT, bool STOCHASTIC>
+template <class Format, bool STOCHASTIC>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS)
-    quantize_kernel(const float* values, CodeOf<FORMAT>* codes, float* absmax, int64_t numel, RandomKey key) {
+    quantize_kernel(const float* values, typename Format::Code* codes, float* absmax, int64_t numel, RandomKey key) {
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const int64_t block = static_cast<int64_t>(blockIdx.x) * TILE_BLOCKS + threadIdx.x / WARP;
   const int64_t first = block * BLOCK_SIZE + lane * LANE_ELEMENTS;
@@ -304,33 +296,27 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS)
 
   LaneFloats x;
 #pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) x[i] = finite_or_zero(i < count ? values[first + i] : 0.0f);
+  for (int i = 0; i < LANE_ELEMENTS; ++i) {
+    x[i] = finite_or_zero(i < count ? values[first + i] : 0.0f);
+    if constexpr (std::is_same_v<Format, FourthRoot>) x[i] = sqrt(larger(x[i], 0.0f));
+  }
   const float scale = warp_largest(largest(x));
   if (lane == 0) absmax[block] = scale;
-  const float inverse = inverse_absmax(scale);
-
-  Lanes<CodeOf<FORMAT>, LANE_ELEMENTS> lanes;
-  if constexpr (FORMAT != BlockFormat::UNSIGNED_DYNAMIC)
-    encode(x, inverse, NEAREST_STEP_TABLES.signed_nearest, lanes);
-  else if constexpr (STOCHASTIC)
-    encode_sq(x, inverse, STOCHASTIC_STEP_TABLES.unsigned_encoder, key, static_cast<uint64_t>(first / RANDOM_GROUP),
-              lanes);
-  else
-    encode_sq(x, inverse, NEAREST_STEP_TABLES.unsigned_encoder, key, 0, lanes);
+  LaneCodes<Format> lanes;
+  encode<Format, STOCHASTIC, float>(x, inverse_absmax(scale), key, static_cast<uint64_t>(first / RANDOM_GROUP), lanes);
   lanes.store(codes + first, count);
 }
 
-template <BlockFormat FORMAT>
+template <class Format>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS)
-    dequantize_kernel(const CodeOf<FORMAT>* codes, const float* absmax, float* values, int64_t numel) {
+    dequantize_kernel(const typename Format::Code* codes, const float* absmax, float* values, int64_t numel) {
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * BLOCKWISE_THREADS + threadIdx.x) * LANE_ELEMENTS;
   if (first >= numel) return;
   const int count = numel - first < LANE_ELEMENTS ? static_cast<int>(numel - first) : LANE_ELEMENTS;
-  Lanes<CodeOf<FORMAT>, LANE_ELEMENTS> lanes;
+  LaneCodes<Format> lanes;
   lanes.load(codes + first, count, 0);
   LaneFloats x;
-  decode(lanes, FORMAT == BlockFormat::UNSIGNED_DYNAMIC ? UNSIGNED_MAP_ON_DEVICE : SIGNED_MAP_ON_DEVICE,
-         absmax[first / BLOCK_SIZE], x);
+  decode<Format>(lanes, absmax[first / BLOCK_SIZE], x);
 #pragma unroll
   for (int i = 0; i < LANE_ELEMENTS; ++i)
     if (i < count) values[first + i] = x[i];

@@ -2,15 +2,12 @@
 // memory until they are used, so that all of a thread's loads are under way before the first conversion.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstring>
 #include <type_traits>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "../value.h"
+#include "float16.cuh"
+#include "kernel_arguments.h"
 
 namespace ademamix {
 
@@ -22,7 +19,7 @@ class Lanes {
   static constexpr int BITS = 8 * static_cast<int>(sizeof(S));
 
  public:
-  static constexpr int ALIGNMENT = BYTES < 16 ? BYTES : 16;
+  static constexpr int ALIGNMENT = access_alignment(sizeof(S), N);
 
   // p is a multiple of ALIGNMENT.
   __device__ __forceinline__ void load(const S* p) {
@@ -77,7 +74,7 @@ class Lanes {
 
   template <class T>
   __device__ __forceinline__ T get(int i) const {
-    if constexpr (std::is_same_v<S, c10::BFloat16> && std::is_same_v<T, float>)  // for nvcc two shifts, else
+    if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<T, float>)  // else two shifts
       return float_from_bits(i % 2 ? words_[i / 2] & 0xffff0000 : words_[i / 2] << 16);
     S element;
     const auto bits = static_cast<Bits>(words_[i / PER_WORD] >> (i % PER_WORD * BITS));
@@ -110,11 +107,11 @@ class Lanes {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) words_[i] = __byte_perm(values[2 * i], values[2 * i + 1], 0x5410);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    } else if constexpr (std::is_same_v<S, c10::BFloat16>) {
+    } else if constexpr (std::is_same_v<S, bfloat16>) {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i)
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words_[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
-    } else if constexpr (std::is_same_v<S, c10::Half>) {
+    } else if constexpr (std::is_same_v<S, half>) {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i)
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words_[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));

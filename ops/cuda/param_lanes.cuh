@@ -14,7 +14,7 @@ __device__ __forceinline__ int16_t* remainder_at(int16_t* remainders, int64_t i)
 
 template <class P, ParamRounding ROUNDING, int N>
 class ParamLanes {
-  static_assert(ROUNDING == ParamRounding::NEAREST || std::is_same_v<P, c10::BFloat16>);
+  static_assert(ROUNDING == ParamRounding::NEAREST || std::is_same_v<P, bfloat16>);
 
  public:
   __device__ __forceinline__ void load(const P* param, const int16_t* remainder) {

@@ -1,11 +1,7 @@
-"""The CUDA ops, run on the host, against the CPU ops: what test_cuda_on_host.py runs under the sanitizers.
-
-``CUDA_ON_HOST`` is the library that it built.
-"""
+"""The CUDA ops, run on the host, against the CPU ops: what test_cuda_on_host.py runs under the sanitizers."""
 
 import copy
-import ctypes
-import os
+import threading
 from dataclasses import fields
 from typing import Any
 
@@ -21,6 +17,7 @@ from config import (
     make_lists,
     step_call,
 )
+from host import driver, managed_memory, take_log
 from places import in_arenas
 from quantized import SEED, BlockwiseLists, make_blockwise, neighbours, with_absmax_one
 from torch import Tensor
@@ -34,23 +31,6 @@ SAME_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 TILE = 2048  # elements that one CTA does at a time
 
-OPS = (
-    "ademamix_step_",
-    "ademamix_blockwise_step_",
-    "quantize_blockwise",
-    "dequantize_blockwise",
-    "paged_empty_like",
-    "page_out",
-)
-library = torch.library.Library("cuda_on_host", "DEF")
-for name in OPS:
-    packet = getattr(torch.ops.torch_ademamix, name)
-    for overload in packet.overloads():
-        library.define(str(getattr(packet, overload)._schema).removeprefix("torch_ademamix::"))
-torch.ops.load_library(os.environ["CUDA_ON_HOST"])
-host = ctypes.CDLL(os.environ["CUDA_ON_HOST"])
-host.take_log.restype = ctypes.c_char_p
-
 Lists = StepLists | BlockwiseLists
 
 
@@ -59,19 +39,6 @@ def assert_within_ulp(actual: Tensor, expected: Tensor) -> None:
     high = torch.nextafter(expected, torch.full_like(expected, torch.inf))
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     assert bool((same | ((actual >= low) & (actual <= high))).all())
-
-
-def take_log() -> list[str]:
-    """What the streams were told to do since the last call."""
-    log: bytes = host.take_log()
-    return log.decode().split()
-
-
-def managed_memory() -> list[int]:
-    """Tensors, bytes, and prefetched bytes."""
-    values = (ctypes.c_int64 * 3)()
-    host.ademamix_managed_memory(values)
-    return list(values)
 
 
 def call(namespace: Any, kind: str, lists: Any, **options: Any) -> None:
@@ -192,15 +159,15 @@ def test_several_steps(kind: str) -> None:
 @KINDS
 @pytest.mark.parametrize("past_the_limit", [0, 1])
 def test_lists_past_one_launch(kind: str, past_the_limit: int) -> None:
-    limit = host.tensors_of_a_launch() if kind == "32" else host.blockwise_tensors_of_a_launch()
+    limit = driver.tensors_of_a_launch() if kind == "32" else driver.blockwise_tensors_of_a_launch()
     lists = make(kind, contiguous(*(1 + i % 3 for i in range(limit + past_the_limit))))
     assert check_step(lists) == 2 + past_the_limit
 
 
 def test_steps_past_one_launch() -> None:
-    count = host.steps_of_a_launch() + 1
+    count = driver.steps_of_a_launch() + 1
     lists = make_lists(contiguous(*(5 if i % 300 == 1 else 0 for i in range(count))))
-    assert check_step(lists) == 2 + -(-count // host.tensors_of_a_launch())
+    assert check_step(lists) == 2 + -(-count // driver.tensors_of_a_launch())
 
 
 @KINDS
@@ -338,7 +305,7 @@ def test_refuses_before_writing(kind: str, position: int) -> None:
 
 
 def paged(tensor: Tensor) -> Tensor:
-    return torch.ops.cuda_on_host.paged_empty_like(tensor, tensor.dtype).copy_(tensor)
+    return torch.ops.cuda_on_host.paged_empty(tensor, tensor.numel(), tensor.dtype).copy_(tensor)
 
 
 @KINDS
@@ -352,31 +319,64 @@ def test_paged_state(kind: str, placed: bool) -> None:
         if not field.name.endswith("absmaxs"):
             tensors[:] = [t if i == 2 else paged(t) for i, t in enumerate(tensors)]
     assert managed_memory()[0] == (3 if placed else 9)
+    chunks = 4 if placed else 3
+    bytes_of_a_chunk = 300 * (12 if kind == "32" else 4)
 
-    def assert_stepped(lists: Any) -> None:
+    def step(lists: Any, launches: list[str]) -> None:
         call(torch.ops.torch_ademamix, kind, plain)
+        take_log()
+        prefetched = managed_memory()[2]
+        call(torch.ops.cuda_on_host, kind, lists, **options)
+        assert take_log() == ["launch", *launches]  # after the prologue
+        assert managed_memory()[2] - prefetched == (chunks * bytes_of_a_chunk if "prefetch" in launches else 0)
         if placed:
             lists.assert_holds(plain, [])
         else:
             assert_identical(list(lists), list(plain))
 
-    take_log()
-    prefetched = managed_memory()[2]
-    call(torch.ops.cuda_on_host, kind, lists, **options)
-    chunks = 4 if placed else 3
-    bytes_of_a_chunk = 300 * (12 if kind == "32" else 4)
-    assert managed_memory()[2] - prefetched == chunks * bytes_of_a_chunk
     fetch = ["main-records", "side-waits", *["prefetch"] * 3]  # after what is being computed
     join = ["side-records", "main-waits"]
-    kernel = ["launch"]
-    prologue = kernel
-    assert take_log() == [*prologue, *fetch, *[*join, *fetch, *kernel] * (chunks - 1), *join, *kernel]
-    assert_stepped(lists)
+    in_chunks = [*fetch, *[*join, *fetch, "launch"] * (chunks - 1), *join, "launch"]
 
-    host.set_capturing(True)
-    call(torch.ops.cuda_on_host, kind, lists, **options)
-    host.set_capturing(False)
-    assert take_log() == ["launch", "launch"]
-    assert_stepped(lists)
+    step(lists, ["launch"])  # the GPU has room: all is there
+    driver.set_free_bytes(0)
+    step(lists, in_chunks)
+    driver.set_capturing(True)
+    step(lists, ["launch"])
+    driver.set_capturing(False)
+    driver.set_free_bytes(1 << 40)
+    torch.ops.cuda_on_host.page_out(lists.exp_avgs[0][7:])
+    assert take_log() == ["page-out"]
+    step(lists, in_chunks)
+    step(lists, ["launch"])
     del lists, tensors
+    assert managed_memory()[:2] == [0, 0]
+
+
+def test_managed_memory_that_cannot_be_had() -> None:
+    t = torch.zeros(9)
+    driver.fail_next(b"cuMemAllocManaged", 2)
+    with pytest.raises(RuntimeError, match=r"managed memory: CUDA error: out of memory \(CUDA_ERROR_OUT_OF_MEMORY\)"):
+        torch.ops.cuda_on_host.paged_empty(t, 5, torch.int16)
+    assert managed_memory()[:2] == [0, 0]
+    driver.fail_next(b"cuMemAdvise", 1)  # which is a hint
+    paged = torch.ops.cuda_on_host.paged_empty(t, 5, torch.int16)
+    assert (paged.dtype, paged.shape, managed_memory()[:2]) == (torch.int16, (5,), [1, 10])
+    driver.fail_next(b"cuMemPrefetchAsync", 1)
+    with pytest.raises(RuntimeError, match="page out: CUDA error"):
+        torch.ops.cuda_on_host.page_out(paged)
+    del paged
+    assert managed_memory()[:2] == [0, 0]
+    assert driver.pushed_contexts() == 0
+    with pytest.raises(RuntimeError, match="doesn't lie in managed memory"):
+        torch.ops.cuda_on_host.page_out(t)
+
+
+def test_managed_memory_is_freed_in_any_thread() -> None:
+    """The stand-in frees nothing without a context, and address sanitizer sees what is used afterwards."""
+    tensors = [torch.ops.cuda_on_host.paged_empty(torch.zeros(1), n, torch.float32) for n in (0, 1, 300, 5000)]
+    assert managed_memory()[:2] == [3, 4 * 5301]  # nothing is ordinary memory
+    thread = threading.Thread(target=tensors.clear)
+    thread.start()
+    thread.join()
     assert managed_memory()[:2] == [0, 0]

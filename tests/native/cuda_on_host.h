@@ -1,4 +1,5 @@
-// CUDA for g++: the few names that ops/cuda uses, so that its unchanged sources run on the host, under its sanitizers.
+// CUDA for g++: the few names that the device code of ops/cuda uses, so that it runs unchanged on the host, under the
+// sanitizers.
 //
 // A launch runs its CTAs one after another. Each thread of a CTA has a context of its own, and runs until it has to
 // wait for others: at a barrier or in a shuffle. Not seen are races between threads, and instructions that only
@@ -14,10 +15,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <string>
 #include <vector>
 
-#define CUDART_VERSION 13000
 #define __host__
 #define __device__
 #define __global__
@@ -49,6 +48,8 @@ template <class T>
 inline T __ldg(const T* p) {
   return *p;
 }
+
+inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }  // 0 if NaN
 
 // Of the eight bytes of x and y those that the four lowest digits of the selector name.
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
@@ -185,90 +186,12 @@ T __shfl_xor_sync(unsigned int mask, T value, int lanes) {
   return cuda_on_host::exchange(mask, value, threadIdx.x % 32 ^ static_cast<unsigned int>(lanes));
 }
 
-// ------------------------------------------------------------------------------------------------------- the host side
-
-using cudaStream_t = struct CUstream_st*;
-
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration = 9 };
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrConcurrentManagedAccess };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 1;
-  return cudaSuccess;
-}
-
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes = 0;
-  cudaStream_t stream = nullptr;
-};
-
 namespace cuda_on_host {
-inline std::string log;  // what streams were told to do since a test last looked
-inline bool capturing = false;
+
+inline void launch(unsigned int ctas, unsigned int threads, std::function<void()> kernel) {
+  gridDim = ctas, blockDim = threads;
+  cta.kernel = std::move(kernel);
+  for (blockIdx.x = 0; blockIdx.x < ctas; ++blockIdx.x) run_cta(threads);
+}
+
 }  // namespace cuda_on_host
-
-// ------------------------------------------------------------------------------------- managed memory, streams, events
-
-enum cudaMemAttach { cudaMemAttachGlobal };
-enum cudaMemoryAdvise { cudaMemAdviseSetPreferredLocation };
-enum cudaMemLocationType { cudaMemLocationTypeDevice, cudaMemLocationTypeHost };
-struct cudaMemLocation {
-  cudaMemLocationType type;
-  int id;
-};
-inline cudaError_t cudaMallocManaged(void** data, size_t bytes, cudaMemAttach) {
-  *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  return cudaSuccess;
-}
-inline cudaError_t cudaFree(void* data) {
-  std::free(data);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, cudaMemLocation) { return cudaSuccess; }
-inline cudaError_t cudaMemPrefetchAsync(const void*, size_t, cudaMemLocation, unsigned int, cudaStream_t) {
-  cuda_on_host::log += "prefetch ";
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-enum { cudaStreamNonBlocking, cudaEventDisableTiming };
-using cudaEvent_t = struct CUevent_st*;
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int) {
-  *stream = reinterpret_cast<cudaStream_t>(1);
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, int) {
-  *event = nullptr;
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) {
-  cuda_on_host::log += stream ? "side-records " : "main-records ";
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t, int) {
-  cuda_on_host::log += stream ? "side-waits " : "main-waits ";
-  return cudaSuccess;
-}
-
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cuda_on_host::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               const Arguments&... arguments) {
-  static_assert((sizeof(Parameters) + ... + 0) <= 32764, "more than a kernel's arguments may take");
-  cuda_on_host::log += "launch ";
-  gridDim = config->gridDim, blockDim = config->blockDim;
-  if (gridDim.x == 0 || blockDim.x == 0 || blockDim.x > 1024) return cudaErrorInvalidConfiguration;
-  cuda_on_host::cta.kernel = [&] { kernel(arguments...); };
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) cuda_on_host::run_cta(blockDim.x);
-  return cudaSuccess;
-}

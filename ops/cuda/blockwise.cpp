@@ -1,0 +1,137 @@
+// ademamix_blockwise_step_, quantize_blockwise and dequantize_blockwise on CUDA devices.
+#include <tuple>
+
+#include "arguments.h"
+
+namespace ademamix {
+namespace {
+
+constexpr const char* HEADER = "blockwise_kernel.cuh";
+
+uint32_t tiles_of(int64_t blocks) { return static_cast<uint32_t>((blocks + TILE_BLOCKS - 1) / TILE_BLOCKS); }
+
+const char* bool_name(bool value) { return value ? "true" : "false"; }
+
+struct BlockwiseKernel {
+  ScalarType param, grad, slow_code;
+  bool stochastic_rounding;
+  ParamRounding rounding;
+
+  int slow_bytes() const { return slow_code == ScalarType::Short ? 2 : 1; }
+
+  Kernel load(const CurrentDevice& device, size_t tensors) const {
+    const char* const capacity = capacity_name(tensors, "LONG_LIST<BlockwiseRecord>");
+    const std::string expression = kernel_expression("blockwise_step_kernel", type_name(param), type_name(grad),
+                                                     slow_bytes() == 2 ? "Linear" : "SignedSqrt",
+                                                     bool_name(stochastic_rounding), rounding_name(rounding), capacity);
+    return device.gpu().kernel({HEADER, expression}, BLOCKWISE_THREADS, device.stream());
+  }
+
+  // Whether all that the kernel reads and writes is aligned, but the gradient.
+  bool is_wide(const BlockwiseRecord& r) const {
+    return aligned(r.param, element_bytes(param), LANE_ELEMENTS) && aligned(r.exp_avg, 1, LANE_ELEMENTS) &&
+           aligned(r.exp_avg_slow, slow_bytes(), LANE_ELEMENTS) && aligned(r.exp_avg_sq, 1, LANE_ELEMENTS) &&
+           aligned(r.remainder, sizeof(int16_t), LANE_ELEMENTS);
+  }
+};
+
+void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
+  const CurrentDevice device(lists.params[0].device_index);
+  const BlockwiseKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, lists.exp_avg_slows[0].dtype,
+                               options.stochastic_rounding,
+                               param_rounding(lists.remainders, options.stochastic_param_rounding)};
+  const Kernel loaded = kernel.load(device, lists.params.size());
+  if (options.dry_run) {
+    prologue_kernel(device, kernel.param, lists.steps.size());
+    return;
+  }
+
+  CommonOrder order({{lists.params, true}, {lists.grads, false}, {lists.remainders, true}}, /*any_order=*/false);
+  const StepNumbers numbers = numbers_of(options);
+  std::vector<BlockwiseRecord> records;
+  records.reserve(lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    BlockwiseRecord r{lists.params[i].data,
+                      lists.grads[i].data,
+                      static_cast<int8_t*>(lists.exp_avgs[i].data),
+                      lists.exp_avg_slows[i].data,
+                      static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
+                      static_cast<float*>(lists.exp_avg_absmaxs[i].data),
+                      static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
+                      static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)};
+    if (kernel.rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
+    r.numel = lists.params[i].numel;
+    r.stream = options.streams[i];
+    r.blocks = static_cast<uint32_t>(block_count(r.numel));
+    r.wide_blocks = kernel.is_wide(r) ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
+    r.wide_grad = aligned(r.grad, element_bytes(kernel.grad), LANE_ELEMENTS);
+    records.push_back(r);
+  }
+  const auto state_of = [&](const BlockwiseRecord& r) {
+    const auto numel = static_cast<size_t>(r.numel), absmax_bytes = r.blocks * sizeof(float);
+    return std::array<Range, 7>{{{r.exp_avg, numel},
+                                 {r.exp_avg_slow, numel * kernel.slow_bytes()},
+                                 {r.exp_avg_sq, numel},
+                                 {r.exp_avg_absmax, absmax_bytes},
+                                 {r.exp_avg_slow_absmax, absmax_bytes},
+                                 {r.exp_avg_sq_absmax, absmax_bytes},
+                                 {r.remainder, numel * sizeof(int16_t)}}};
+  };
+  const auto tiles_of_record = [](const BlockwiseRecord& r) { return tiles_of(r.blocks); };
+  const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, numbers);
+  const void* const on_device = scalars.data();
+  for_each_launch(device, records, tiles_of_record, state_of, [&](const auto& table, uint32_t tiles) {
+    const auto ctas = static_cast<uint32_t>(device.gpu().multiprocessors * loaded.ctas_per_multiprocessor);
+    launch(loaded, device.stream(), std::min(tiles, ctas), BLOCKWISE_THREADS, table, on_device,
+           static_cast<uint64_t>(options.seed), numbers.found_inf);
+  });
+  order.write_back();
+}
+
+const char* format_name(BlockFormat format) {
+  switch (format) {
+    case BlockFormat::SIGNED_SQRT_INT8: return "SignedSqrt";
+    case BlockFormat::FOURTH_ROOT_UINT8: return "FourthRoot";
+    default: return "Linear";
+  }
+}
+
+std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::optional<int64_t> seed, int64_t step,
+                                              int64_t stream) {
+  const BlockFormat block_format = check_quantize(view_of(x), format, seed.has_value());
+  const CurrentDevice device(x.get_device_index());
+  const Tensor values = torch::stable::contiguous(x);
+  const int64_t numel = values.numel(), blocks = block_count(numel);
+  Tensor codes = torch::stable::new_empty(values, values.sizes(), code_dtype(block_format));
+  Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
+  if (numel == 0) return {codes, absmax};
+  const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
+  const KernelName name{HEADER,
+                        kernel_expression("quantize_kernel", format_name(block_format), bool_name(seed.has_value()))};
+  launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(blocks),
+         BLOCKWISE_THREADS, values.const_data_ptr(), codes.mutable_data_ptr(), absmax.mutable_data_ptr(), numel, key);
+  return {codes, absmax};
+}
+
+Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
+  const BlockFormat block_format = check_dequantize(view_of(codes), view_of(absmax), format);
+  const CurrentDevice device(codes.get_device_index());
+  const Tensor source_codes = torch::stable::contiguous(codes), source_absmax = torch::stable::contiguous(absmax);
+  Tensor values = torch::stable::new_empty(source_codes, source_codes.sizes(), ScalarType::Float);
+  const int64_t numel = values.numel();
+  if (numel == 0) return values;
+  const KernelName name{HEADER, kernel_expression("dequantize_kernel", format_name(block_format))};
+  launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(block_count(numel)),
+         BLOCKWISE_THREADS, source_codes.const_data_ptr(), source_absmax.const_data_ptr(), values.mutable_data_ptr(),
+         numel);
+  return values;
+}
+
+}  // namespace
+}  // namespace ademamix
+
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
+  ademamix::register_blockwise_step<ademamix::blockwise_step>(m);
+  m.impl("quantize_blockwise", TORCH_BOX(&ademamix::quantize_blockwise));
+  m.impl("dequantize_blockwise", TORCH_BOX(&ademamix::dequantize_blockwise));
+}

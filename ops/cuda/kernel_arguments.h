@@ -1,0 +1,159 @@
+// What the host hands to the kernels, for both sides. Lists of tensors go as arguments by value: hundreds of tensors
+// are updated by one launch, and nothing is copied to the device beforehand, which a captured CUDA graph would replay
+// from host memory that is gone by then.
+#pragma once
+
+#include <cstdint>
+
+#include "../ademamix.h"
+#include "../bfloat16.h"
+#include "../blockwise.h"
+
+namespace ademamix {
+
+// What a kernel's arguments may take, from driver 530 on (CUDA programming guide, "Function Parameters").
+constexpr int ARGUMENT_BYTES = 32764;
+constexpr int OTHER_ARGUMENT_BYTES = 256;  // kept for a kernel's other arguments
+constexpr int TABLE_BYTES = ARGUMENT_BYTES - OTHER_ARGUMENT_BYTES;
+
+constexpr int SHORT_LIST = 16;  // tensors, of a table that spares each launch its 32 KB
+
+// The tensors of one launch. Record is what the kernel needs of a tensor: its pointers and its size. Each tensor has a
+// number of tiles, pieces of work for one CTA or warp; tiles are counted through all tensors.
+template <class Record, int CAPACITY>
+struct TensorTable {
+  Record records[CAPACITY];
+  uint32_t end_tile[CAPACITY];  // the tiles of the tensors up to and with this one
+  int32_t count;
+  int32_t first;  // of the tensors, its number in the call's lists
+
+  struct Place {
+    int32_t tensor;
+    uint32_t tile;  // of this tensor
+  };
+
+  ADEMAMIX_INLINE uint32_t tiles() const { return end_tile[count - 1]; }
+
+  // The tensor that a tile lies in.
+  ADEMAMIX_INLINE Place find(uint32_t tile) const {
+    int low = 0, high = count - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (tile < end_tile[middle])
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return {low, low > 0 ? tile - end_tile[low - 1] : tile};
+  }
+};
+
+template <class Record>
+constexpr int LONG_LIST = (TABLE_BYTES - 8) / static_cast<int>(sizeof(Record) + sizeof(uint32_t));
+
+// ----------------------------------------------------------------------------------------------------------- prologue
+
+// A number of the host, or one in device memory that is read when the kernel runs.
+struct Scalar {
+  double value;
+  const float* float32;
+  const double* float64;
+
+  ADEMAMIX_INLINE double get() const { return float64 ? *float64 : float32 ? *float32 : value; }
+};
+
+// What a step's scalars are computed from, beside the steps.
+struct StepNumbers {
+  Hyperparameters h;
+  Scalar in_memory;  // where it has a pointer, all but h.maximize is read there (read_hyperparameters)
+  Scalar lr, grad_scale;
+  const float* found_inf;
+
+  ADEMAMIX_INLINE Hyperparameters hyperparameters() const {
+    return in_memory.float64   ? read_hyperparameters(in_memory.float64, h.maximize)
+           : in_memory.float32 ? read_hyperparameters(in_memory.float32, h.maximize)
+                               : h;
+  }
+};
+
+template <int CAPACITY>
+struct StepPointers {
+  float* steps[CAPACITY];
+  int32_t count;
+};
+
+constexpr int LONG_STEP_LIST = (TABLE_BYTES - 8) / static_cast<int>(sizeof(float*));
+
+// A tensor's scalars in device memory, read in 16-byte loads.
+template <class T>
+struct alignas(16) TensorScalars {
+  StepScalars<T> scalars;
+  uint32_t step;  // after its increment
+};
+
+constexpr int PROLOGUE_THREADS = 32;  // few per CTA: the float64 units of some GPUs are slow, and many SMs share them
+
+// ------------------------------------------------------------------------------------------------------ vector access
+
+// What the address of `elements` elements must be a multiple of, for accesses of up to 16 bytes.
+constexpr int access_alignment(int element_bytes, int elements) {
+  return element_bytes * elements < 16 ? element_bytes * elements : 16;
+}
+
+// ------------------------------------------------------------------------------------------------------- 32-bit step
+
+constexpr int STEP_THREADS = 256;
+constexpr int STEP_TILE = 2048;  // elements of one CTA
+
+// Elements that a thread takes at a time: 16 bytes of the narrower of parameter and gradient, except where float64
+// parameters would take too many registers.
+constexpr int step_width(int param_bytes, int grad_bytes) {
+  const int narrower = param_bytes < grad_bytes ? param_bytes : grad_bytes;
+  return param_bytes == 8 ? (narrower == 8 ? 2 : 4) : 16 / narrower;
+}
+
+// One parameter with its gradient and state, contiguous and of the kernel's dtypes.
+struct StepRecord {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_slow;
+  void* exp_avg_sq;
+  int16_t* remainder;  // if ParamRounding::REMAINDER
+  int64_t numel;
+  int64_t stream;     // of random bits, if ParamRounding::STOCHASTIC
+  int32_t head;       // elements before the first aligned ones; NO_ALIGNMENT where the pointers never are at once
+  int32_t wide_grad;  // whether the gradient is aligned there too
+};
+
+constexpr int NO_ALIGNMENT = -1;
+
+// ----------------------------------------------------------------------------------------------------- blockwise step
+
+constexpr int WARP = 32;
+constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
+static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
+
+// A fixed number of CTAs goes through all blocks, so that a tensor's scalars are loaded once per CTA.
+constexpr int BLOCKWISE_THREADS = 128;
+constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
+
+// One parameter with its gradient and quantized state; param and grad are contiguous.
+struct BlockwiseRecord {
+  void* param;
+  const void* grad;
+  int8_t* exp_avg;
+  void* exp_avg_slow;
+  uint8_t* exp_avg_sq;
+  float* exp_avg_absmax;
+  float* exp_avg_slow_absmax;
+  float* exp_avg_sq_absmax;
+  int16_t* remainder;  // if ParamRounding::REMAINDER
+  int64_t numel;
+  int64_t stream;  // of random bits
+  uint32_t blocks;
+  uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
+  int32_t wide_grad;     // whether the gradient is aligned there too
+};
+
+}  // namespace ademamix

@@ -1,0 +1,148 @@
+// From a list of tensors to launches, and to the moves of paged state ahead of them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernel_arguments.h"
+#include "managed_memory.h"
+
+namespace ademamix {
+
+struct Range {
+  const void* data;
+  size_t bytes;
+};
+
+// Calls run(table, tiles) for tables of a capacity that together hold the records [begin, end); a table without tiles
+// is left out.
+template <int CAPACITY, class Record, class Tiles, class Run>
+void for_each_table(const std::vector<Record>& records, size_t begin, size_t end, const Tiles& tiles_of,
+                    const Run& run) {
+  for (size_t first = begin; first < end; first += CAPACITY) {
+    TensorTable<Record, CAPACITY> table;
+    table.first = static_cast<int32_t>(first);
+    table.count = static_cast<int32_t>(std::min<size_t>(end - first, CAPACITY));
+    uint32_t tiles = 0;
+    for (int32_t i = 0; i < table.count; ++i) {
+      table.records[i] = records[first + i];
+      table.end_tile[i] = tiles += static_cast<uint32_t>(tiles_of(records[first + i]));
+    }
+    if (tiles > 0) run(table, tiles);
+  }
+}
+
+#if !defined(ADEMAMIX_FETCH_BYTES)  // tests take few
+#define ADEMAMIX_FETCH_BYTES size_t{256} << 20
+#endif
+constexpr size_t FETCH_BYTES = ADEMAMIX_FETCH_BYTES;  // at a time; two of them are wanted on the GPU at once
+
+// The second stream of a device, on which memory is moved, and the events between it and the computing stream. Steps
+// of one device follow one another, also those of several host threads: an event is waited for as it is recorded.
+class Prefetcher {
+ public:
+  // The managed memory that some tensors need: of each block the part from the first to the last of them.
+  class Pieces {
+   public:
+    // The bytes of it that are managed memory.
+    size_t add(const Range& range) {
+      const auto block = ManagedMemory::instance().block_with(range.data);
+      if (block.begin == 0) return 0;
+      const auto begin = reinterpret_cast<CUdeviceptr>(range.data), end = begin + range.bytes;
+      Piece& piece = pieces_.try_emplace(block.begin, Piece{block, begin, end}).first->second;
+      piece.begin = std::min(piece.begin, begin);
+      piece.end = std::max(piece.end, end);
+      return range.bytes;
+    }
+
+   private:
+    friend Prefetcher;
+    struct Piece {
+      ManagedMemory::Block block;
+      CUdeviceptr begin, end;
+    };
+    std::map<CUdeviceptr, Piece> pieces_;
+  };
+
+  static Prefetcher& of(const Gpu& gpu) {
+    static std::mutex mutex;
+    static auto& all = *new std::map<int32_t, std::unique_ptr<Prefetcher>>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto& prefetcher = all[gpu.index];
+    if (!prefetcher) prefetcher.reset(new Prefetcher);
+    return *prefetcher;
+  }
+
+  std::mutex& in_use() { return in_use_; }
+
+  // Begins to fetch, once the computing stream is where it is now.
+  void fetch(const Pieces& pieces, CUstream computing) {
+    order(computed_, computing, stream_);
+    for (const auto& [begin, piece] : pieces.pieces_)
+      ManagedMemory::instance().fetch(piece.block, piece.begin, piece.end - piece.begin, stream_);
+  }
+
+  // Lets the computing stream wait for what has been fetched.
+  void join(CUstream computing) { order(fetched_, stream_, computing); }
+
+ private:
+  Prefetcher() {
+    check_cuda(driver().cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "stream");
+    check_cuda(driver().cuEventCreate(&computed_, CU_EVENT_DISABLE_TIMING), "event");
+    check_cuda(driver().cuEventCreate(&fetched_, CU_EVENT_DISABLE_TIMING), "event");
+  }
+
+  // What comes in `later` waits for what is in `earlier` now.
+  static void order(CUevent event, CUstream earlier, CUstream later) {
+    check_cuda(driver().cuEventRecord(event, earlier), "event");
+    check_cuda(driver().cuStreamWaitEvent(later, event, 0), "event");
+  }
+
+  CUstream stream_;
+  CUevent computed_, fetched_;
+  std::mutex in_use_;
+};
+
+// Calls run(table, tiles) for all records. Where their state (state_of(record) has its ranges) is in managed memory of
+// which some may have been moved to the host, in chunks: while one is computed, the next is fetched. In a captured
+// graph it isn't: there the kernels' accesses do it, page by page.
+template <class Record, class Tiles, class State, class Run>
+void for_each_launch(const CurrentDevice& device, const std::vector<Record>& records, const Tiles& tiles_of,
+                     const State& state_of, const Run& run) {
+  const auto run_all = [&](size_t begin, size_t end) {
+    if (records.size() <= SHORT_LIST)
+      for_each_table<SHORT_LIST>(records, begin, end, tiles_of, run);
+    else
+      for_each_table<LONG_LIST<Record>>(records, begin, end, tiles_of, run);
+  };
+  if (!ManagedMemory::instance().may_be_moved(device.gpu()) || is_capturing(device.stream()))
+    return run_all(0, records.size());
+
+  struct Chunk {
+    size_t begin, end;
+    Prefetcher::Pieces pieces;
+  };
+  std::vector<Chunk> chunks;
+  size_t bytes = FETCH_BYTES;
+  for (size_t i = 0; i < records.size(); ++i) {
+    if (bytes >= FETCH_BYTES) chunks.push_back({i, i, {}}), bytes = 0;
+    chunks.back().end = i + 1;
+    for (const Range& range : state_of(records[i])) bytes += chunks.back().pieces.add(range);
+  }
+
+  Prefetcher& prefetcher = Prefetcher::of(device.gpu());
+  const std::lock_guard<std::mutex> lock(prefetcher.in_use());
+  prefetcher.fetch(chunks[0].pieces, device.stream());
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    prefetcher.join(device.stream());
+    // The next chunk takes the place of the one before this, which has been computed by then.
+    if (i + 1 < chunks.size()) prefetcher.fetch(chunks[i + 1].pieces, device.stream());
+    run_all(chunks[i].begin, chunks[i].end);
+  }
+}
+
+}  // namespace ademamix

@@ -1,0 +1,50 @@
+// paged_empty and page_out on CUDA devices, and what Python asks about managed memory.
+#include "../check.h"
+#include "managed_memory.h"
+
+namespace ademamix {
+namespace {
+
+// `numel` elements beside a tensor: in managed memory where its device has that, else in ordinary memory.
+Tensor paged_empty(Tensor beside, int64_t numel, ScalarType dtype) {
+  Gpu& gpu = Gpu::at(view_of(beside).device_index);
+  if (!gpu.has_managed_memory || numel == 0) return torch::stable::new_empty(beside, {numel}, dtype);
+  const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const size_t bytes = static_cast<size_t>(numel) * aoti_torch_dtype_element_size(number);
+  return torch::stable::from_blob(ManagedMemory::instance().allocate(bytes, gpu), {numel}, {1}, beside.device(), dtype,
+                                  [](void* data) { ManagedMemory::instance().release(data); });
+}
+
+// The whole allocation that a tensor lies in.
+void page_out(Tensor tensor) {
+  const TensorView view = view_of(tensor);
+  const auto block = ManagedMemory::instance().block_with(view.data);
+  if (block.begin == 0) refuse("page_out: tensor doesn't lie in managed memory");
+  const CurrentDevice device(view.device_index);
+  ManagedMemory::instance().page_out(block, device.stream());
+}
+
+}  // namespace
+}  // namespace ademamix
+
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
+  m.impl("paged_empty", TORCH_BOX(&ademamix::paged_empty));
+  m.impl("page_out", TORCH_BOX(&ademamix::page_out));
+}
+
+// Tensors, bytes and prefetched bytes.
+extern "C" __attribute__((visibility("default"))) void ademamix_managed_memory(int64_t (&values)[3]) {
+  const auto statistics = ademamix::ManagedMemory::instance().statistics();
+  values[0] = statistics.tensors;
+  values[1] = statistics.bytes;
+  values[2] = statistics.prefetched_bytes;
+}
+
+// Whether a GPU, by torch's index, has managed memory; -1 where that can't be told.
+extern "C" __attribute__((visibility("default"))) int ademamix_has_managed_memory(int32_t device_index) {
+  try {
+    return ademamix::Gpu::at(device_index).has_managed_memory;
+  } catch (const std::exception&) {
+    return -1;
+  }
+}

@@ -1,0 +1,63 @@
+"""The CUDA kernels' variants, by the names under which NVRTC compiles them, and NVRTCs to do it with."""
+
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+
+from torch_ademamix import cuda
+
+ROOT = Path(__file__).parent.parent
+
+# What `make test` takes out of PyPI's packages, by the major version.
+NVRTC = {version: ROOT / f"build/nvrtc/libnvrtc.so.{version}" for version in (12, 13)}
+
+DTYPES = ("float", "bfloat16", "half", "double")
+ROUNDINGS = {"bfloat16": ("NEAREST", "REMAINDER", "STOCHASTIC")}
+FORMATS = ("SignedSqrt", "FourthRoot", "Linear")
+
+
+def step_types() -> Iterator[tuple[str, str, str]]:
+    """Of parameters and gradients, and how the parameters are rounded."""
+    for param, grad in product(DTYPES, DTYPES):
+        for rounding in ROUNDINGS.get(param, ("NEAREST",)):
+            yield param, grad, f"ParamRounding::{rounding}"
+
+
+def kernels() -> Iterator[tuple[str, str]]:
+    """Headers and names. All but the prologue are for long lists: short ones differ in a number."""
+    for dtype, tensors in product(("float", "double"), ("SHORT_LIST", "LONG_STEP_LIST")):
+        yield "prologue.cuh", f"prologue_kernel<{dtype}, {tensors}>"
+    for types in step_types():
+        yield "step_kernel.cuh", f"step_kernel<{', '.join(types)}, LONG_LIST<StepRecord>>"
+    for (param, grad, rounding), slow, stochastic in product(step_types(), ("Linear", "SignedSqrt"), ("true", "false")):
+        types = ", ".join((param, grad, slow, stochastic, rounding))
+        yield "blockwise_kernel.cuh", f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
+    for format in FORMATS:
+        yield "blockwise_kernel.cuh", f"quantize_kernel<{format}, false>"
+        yield "blockwise_kernel.cuh", f"dequantize_kernel<{format}>"
+    yield "blockwise_kernel.cuh", "quantize_kernel<FourthRoot, true>"
+
+
+def is_typical(name: str) -> bool:
+    """Whether a kernel is one of those that stand for all: gradients of the parameters' dtype, the default formats."""
+    types = name.partition("<")[2].split(", ")
+    if name.startswith(("step_kernel", "blockwise_step_kernel")) and types[0] != types[1]:
+        return False
+    return not name.startswith("blockwise_step_kernel") or types[2:4] == ["Linear", "true"]
+
+
+def compile_kernels(wanted: Iterable[tuple[str, str]], nvrtc: str | Path, capability: int, folder: Path) -> list[Path]:
+    """Files of their code, behind a first line (ops/cuda/compiler.cpp)."""
+    script = ROOT / "tests/native/compile_kernels.py"
+    library = Path(cuda.__file__).with_name("_cuda.so")
+    done = subprocess.run(
+        [sys.executable, script, library, cuda.sources(), nvrtc, folder, str(capability)],
+        input="\n".join(f"{header} {name}" for header, name in wanted),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    return [next(numbered.iterdir()) for numbered in sorted(folder.iterdir(), key=lambda path: int(path.name))]
