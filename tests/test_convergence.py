@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import convergence, rosenbrock
-from benchmarks.convergence import ADAMW, PERTURBED, SHORT, Config, Plan, Runs, comparison, search, warmup_cosine
+from benchmarks.convergence import __main__ as convergence
+from benchmarks.convergence import rosenbrock
+from benchmarks.convergence.plan import ADAMW, PERTURBED, SHORT, Config, Plan
+from benchmarks.convergence.search import Runs, comparison, rounded, search
+from benchmarks.convergence.training import warmup_cosine
 
 pytest.importorskip("matplotlib")
 
@@ -41,7 +44,7 @@ def test_search_goes_past_its_edges(runs):
     }
     for name, factor in (("AdamW", 2**0.5), ("β3 = 0.999", 2**0.5), ("β3 = 0.9999", 2)):
         config = found[name]
-        neighbours = [replace(config, lr=convergence.rounded(lr)) for lr in (config.lr / factor, config.lr * factor)]
+        neighbours = [replace(config, lr=rounded(lr)) for lr in (config.lr / factor, config.lr * factor)]
         assert all(neighbour.filename in runs.records for neighbour in neighbours)
         assert all(runs.loss(neighbour) > runs.loss(config) for neighbour in neighbours)
     assert {file.name for file in runs.folder.iterdir()} == set(runs.records)

@@ -19,7 +19,7 @@ import torch
 
 import torch_ademamix
 from benchmarks import memory
-from benchmarks.document import read_table
+from benchmarks.shared.writing import read_table
 
 pytest.importorskip("myst_parser", reason="comes with the extra `docs`")
 markdown_it = pytest.importorskip("markdown_it")
