@@ -14,6 +14,9 @@ CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_SOURCES))
 
 CUOBJDUMP := $(VENV)/bin/cuobjdump
 
+# A process for each core, each with one thread; ARGS="-n0 -s" shows what tests print.
+PYTEST := $(PY) -m pytest --numprocesses=logical --maxprocesses=8
+
 OPTIMIZER ?= AdEMAMix
 STEPS ?=
 SIZE ?=
@@ -27,17 +30,17 @@ demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS
 	    $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 test: $(BUILD) $(if $(shell command -v nvcc),$(CUOBJDUMP))  ## all tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(BUILD)  ## all tests but the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # A round takes some minutes, so the last one ends somewhat later than it is told.
 fuzz: $(BUILD)  ## the tests with drawn arguments, others in each round: SECONDS=
 	@end=$$(($$(date +%s) + $(SECONDS))); \
 	while seed=$$(date +%s); [ $$seed -lt $$end ]; do \
 	    echo "FUZZ_SEED=$$seed"; \
-	    FUZZ_SEED=$$seed $(PY) -m pytest -m fuzz -q --hypothesis-seed=$$seed $(ARGS) || exit 1; \
+	    FUZZ_SEED=$$seed $(PYTEST) -m fuzz -q --hypothesis-seed=$$seed $(ARGS) || exit 1; \
 	done
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
@@ -85,7 +88,7 @@ $(OTHER_TORCH)%/environment.stamp: constraints.txt
 CUDA_CHECK := build/cuda-load-check
 cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU, but with nvcc: the CUDA library is built, loaded, and traced
 	rm -rf $(CUDA_CHECK) && mkdir -p $(CUDA_CHECK)
-	cp -r setup.py pyproject.toml README.md LICENSE ops torch_ademamix tests compile_tests $(CUDA_CHECK)
+	cp -r setup.py pyproject.toml README.md LICENSE conftest.py ops torch_ademamix tests compile_tests $(CUDA_CHECK)
 	rm -f $(CUDA_CHECK)/torch_ademamix/*.so
 	cd $(CUDA_CHECK) && TORCH_ADEMAMIX_CUDA=1 $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
 	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py

@@ -5,12 +5,9 @@ import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import ReinplaceCounters
 
-torch.set_num_threads(1)  # as in tests/conftest.py
-
 
 @pytest.fixture(autouse=True)
 def _compile_afresh():
-    torch.manual_seed(0)
     torch._dynamo.reset()
     ReinplaceCounters.clear()
     # Caches would hide the generated code.
