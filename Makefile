@@ -32,8 +32,8 @@ demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS
 test: $(BUILD) $(if $(shell command -v nvcc),$(CUOBJDUMP))  ## all tests
 	$(PYTEST) $(ARGS)
 
-test-fast: $(BUILD)  ## all tests but the slow ones
-	$(PYTEST) -m "not slow" $(ARGS)
+test-fast: $(BUILD)  ## numerics, formats, state, errors, documentation: what a change breaks first, in two minutes
+	$(PYTEST) -m "not (slow or fuzz or inductor or distributed or integrations)" $(ARGS)
 
 # A round takes some minutes, so the last one ends somewhat later than it is told.
 fuzz: $(BUILD)  ## the tests with drawn arguments, others in each round: SECONDS=

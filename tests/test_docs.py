@@ -103,6 +103,7 @@ def test_names(page):
             assert token.content in tests
 
 
+@pytest.mark.slow
 def test_build(tmp_path):
     """Without a warning: links in the pages and the README, references in docstrings, pages that no menu has."""
     build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, tmp_path / "html"]
