@@ -3,11 +3,16 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
+import torch
 
-from benchmarks import convergence, rosenbrock
-from benchmarks.convergence import ADAMW, PERTURBED, SHORT, Config, Plan, Runs, comparison, search, warmup_cosine
+from benchmarks.convergence import __main__ as convergence
+from benchmarks.convergence import rosenbrock, training
+from benchmarks.convergence.plan import ADAMW, PERTURBED, SHORT, Config, Plan
+from benchmarks.convergence.search import Runs, comparison, rounded, search
+from benchmarks.convergence.training import warmup_cosine
 
 pytest.importorskip("matplotlib")
 
@@ -41,7 +46,7 @@ def test_search_goes_past_its_edges(runs):
     }
     for name, factor in (("AdamW", 2**0.5), ("β3 = 0.999", 2**0.5), ("β3 = 0.9999", 2)):
         config = found[name]
-        neighbours = [replace(config, lr=convergence.rounded(lr)) for lr in (config.lr / factor, config.lr * factor)]
+        neighbours = [replace(config, lr=rounded(lr)) for lr in (config.lr / factor, config.lr * factor)]
         assert all(neighbour.filename in runs.records for neighbour in neighbours)
         assert all(runs.loss(neighbour) > runs.loss(config) for neighbour in neighbours)
     assert {file.name for file in runs.folder.iterdir()} == set(runs.records)
@@ -79,6 +84,8 @@ def test_learning_rate_factor():
 @pytest.mark.slow
 def test_short_form(tmp_path, capsys, monkeypatch):
     """Trains, writes everything, and doesn't train again; another text is refused."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # Inductor would take a minute
+    monkeypatch.setattr(training, "standard_library", cache(training.standard_library))
     convergence.main(["--short", "--out", str(tmp_path)])
     first = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
     records = [json.loads((tmp_path / "runs" / name).read_text()) for name in first]
@@ -95,6 +102,7 @@ def test_short_form(tmp_path, capsys, monkeypatch):
     for name in ("loss.svg", "search.svg", "rosenbrock.svg"):
         assert "</svg>" in (tmp_path / name).read_text()
 
+    monkeypatch.setattr(convergence, "write", lambda *_: None)
     removed = next(name for name in first if name.startswith("8-bit_lr"))
     record = json.loads((tmp_path / "runs" / removed).read_text())
     (tmp_path / "runs" / removed).unlink()
