@@ -22,9 +22,9 @@ from torch_ademamix import dynamic_map
 from torch_ademamix.arenas import MOMENTS, NAMES
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.check import PARAMETER_DTYPES
+from torch_ademamix.loading import BITSANDBYTES_STATE, checked, loaded_state
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import BITSANDBYTES_STATE, checked, loaded_state
 
 StateDict = dict[str, Any]
 

@@ -1,8 +1,8 @@
-"""The AdEMAMix optimizer (arXiv 2409.03137) and the variants that fix how its state is stored."""
+"""The AdEMAMix optimizer (arXiv 2409.03137)."""
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from torch_ademamix import bfloat16, ops, sharding
-from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, Layout, OptimizerState, ParamState
+from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState
 from torch_ademamix.check import PARAMETER_DTYPES, floating_problem
 from torch_ademamix.clipping import clip_scale, total_norm
+from torch_ademamix.loading import brought_out, checked_state_dict, take_state
 from torch_ademamix.options import (
     Checked,
     HyperparameterTensors,
@@ -25,7 +26,7 @@ from torch_ademamix.options import (
     make_lr_tensor,
 )
 from torch_ademamix.plan import Batch, Plan, has_state
-from torch_ademamix.state import STORAGE_OPTIONS, check_precision, loaded_state, make_state, storage, take_state
+from torch_ademamix.state import make_state, storage
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 
@@ -349,38 +350,11 @@ class AdEMAMix(Optimizer):
                 range; the optimizer is as it was then.
         """
 
-        # torch casts state to the parameter's dtype. Called after any hook of the user's, this one hides the
-        # checked state from that; __setstate__ brings it out again.
-        def check_and_hide(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups = [
-                {**saved, **{name: group[name] for name in STORAGE_OPTIONS}}
-                for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
-            ]
-            return {"state": self._checked_state(state_dict), "param_groups": groups}
-
-        handle = self.register_load_state_dict_pre_hook(check_and_hide)
+        handle = self.register_load_state_dict_pre_hook(_check_state_dict)  # called after any hook of the user's
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-
-    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Any, Any]:
-        groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return state_dict["state"]  # type: ignore[no-any-return]  # for torch to refuse
-        for saved, group in zip(groups, self.param_groups, strict=True):
-            check_options({**group, **saved})
-        ids = (i for g in groups for i in g["params"])
-        owners = ((p, g, saved) for g, saved in zip(self.param_groups, groups, strict=True) for p in g["params"])
-        states = dict(state_dict["state"])
-        for i, (p, group, saved) in zip(ids, owners, strict=True):
-            if i in states:
-                where = f"state_dict['state'][{i!r}]"
-                loaded = loaded_state(p, states[i], group, where)
-                check_precision(states[i], saved, where)
-                others = {name: value for name, value in states[i].items() if name not in NAMES}
-                states[i] = {**others, **{name: _Hidden(value) for name, value in loaded.items()}}
-        return states
 
     def __getstate__(self) -> dict[str, Any]:  # for copy and pickle
         return {**super().__getstate__(), "state": self.state.plain(), "max_grad_norm": self.max_grad_norm}
@@ -402,7 +376,7 @@ class AdEMAMix(Optimizer):
             if group["capturable"]:
                 make_lr_tensor(group)
         self._layout.forget()
-        entries = {key: _brought_out(value) for key, value in self.__dict__["state"].items()}
+        entries = brought_out(self.__dict__["state"])
         self.state = OptimizerState(self._layout, {}) if before is None else before
         take_state(self.state, entries, self.param_groups)
 
@@ -417,6 +391,10 @@ def _prepare_while_tracing(number: int) -> None:
     _optimizers[number]._prepare()
 
 
+def _check_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return checked_state_dict(state_dict, optimizer.param_groups)
+
+
 def _is_trained(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None
 
@@ -428,57 +406,3 @@ def _check_grads(group: dict[str, Any], number: int, grads: Sequence[Tensor]) ->
     for i, p in enumerate(group["params"]):
         if p.grad is not None and (problem := floating_problem(name, i, p.grad)):
             raise RuntimeError(problem)
-
-
-class _Hidden:
-    """A loaded tensor on its way past torch's cast, which looks into dicts, sequences and tensors only."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _brought_out(entry: Any) -> Any:
-    if not isinstance(entry, Mapping):
-        return entry
-    return {name: value.value if isinstance(value, _Hidden) else value for name, value in entry.items()}
-
-
-def _fixing(**fixed: Any) -> Callable[[type[AdEMAMix]], type[AdEMAMix]]:
-    """A class decorator: the arguments are AdEMAMix's but for these, which have fixed values."""
-    arguments = inspect.signature(AdEMAMix.__init__).parameters.values()
-    signature = inspect.Signature([a for a in arguments if a.name not in fixed])
-
-    def decorate(cls: type[AdEMAMix]) -> type[AdEMAMix]:
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            AdEMAMix.__init__(**signature.bind(*args, **kwargs).arguments, **fixed)
-
-        __init__.__signature__ = signature  # type: ignore[attr-defined]
-        cls.__init__ = __init__  # type: ignore[method-assign]
-        return cls
-
-    return decorate
-
-
-@_fixing(optim_bits=32)
-class AdEMAMix32bit(AdEMAMix):
-    """:class:`AdEMAMix` with float32 state."""
-
-
-@_fixing(optim_bits=8)
-class AdEMAMix8bit(AdEMAMix):
-    """:class:`AdEMAMix` with quantized state."""
-
-
-@_fixing(is_paged=True)
-class PagedAdEMAMix(AdEMAMix):
-    """:class:`AdEMAMix` with paged state."""
-
-
-@_fixing(optim_bits=32, is_paged=True)
-class PagedAdEMAMix32bit(AdEMAMix32bit):
-    """:class:`AdEMAMix` with paged float32 state."""
-
-
-@_fixing(optim_bits=8, is_paged=True)
-class PagedAdEMAMix8bit(AdEMAMix8bit):
-    """:class:`AdEMAMix` with paged quantized state."""
