@@ -94,6 +94,8 @@ class AdEMAMix(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
 
+    state: OptimizerState
+
     # Those of the arguments that are the optimizer's, not a group's.
     _OWN_OPTIONS = ("max_grad_norm",)
 
@@ -281,6 +283,7 @@ class AdEMAMix(Optimizer):
         if self._layout.plan is None:
             self._prepare()
         batch, i = self._layout.plan.places[id(p)]
+        assert p.grad is not None
         self._run([(batch, [i], [p.grad])])
 
     def _run(self, work: Sequence[tuple[Batch, Sequence[int], Sequence[Tensor]]]) -> None:
@@ -412,7 +415,7 @@ _numbers = itertools.count()
 _optimizers: "WeakValueDictionary[int, AdEMAMix]" = WeakValueDictionary()
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare_while_tracing(number: int) -> None:
     _optimizers[number]._prepare()
 
