@@ -39,7 +39,7 @@ struct SignedSqrt {
 
   template <class V>
   ADEMAMIX_INLINE static V encode(V value, V inverse) {
-    return fma(copysign(sqrt(abs(value) * inverse), value), V(MAX), V(ROUNDING_MAGIC));
+    return fma(copysign(unit_sqrt(abs(value) * inverse), value), V(MAX), V(ROUNDING_MAGIC));
   }
 };
 
@@ -73,7 +73,7 @@ struct FourthRoot {
   // value never becomes code 0, for the next step may divide by its root: what is below code 1 goes up to it.
   template <int ZERO, class V>
   ADEMAMIX_INLINE static V encode(V sqrt_value, V inverse) {
-    const V code = fma(sqrt(at_most_one(sqrt_value * inverse)), V(MAX), V(ZERO));
+    const V code = fma(unit_sqrt(at_most_one(sqrt_value * inverse)), V(MAX), V(ZERO));
     return larger(code, if_positive(sqrt_value, V(ZERO + 1), V(ZERO)));
   }
 
@@ -89,7 +89,7 @@ struct FourthRoot {
 
 // Calls f with a value of a format's struct.
 template <class F>
-ADEMAMIX_INLINE auto with_format(BlockFormat format, F&& f) {
+auto with_format(BlockFormat format, F&& f) {
   switch (format) {
     case BlockFormat::SIGNED_SQRT_INT8: return f(SignedSqrt{});
     case BlockFormat::FOURTH_ROOT_UINT8: return f(FourthRoot{});

@@ -22,6 +22,12 @@ ADEMAMIX_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c)
 ADEMAMIX_INLINE float sqrt(float a) { return ::sqrtf(a); }
 ADEMAMIX_INLINE double sqrt(double a) { return ::sqrt(a); }
 
+// Of a number in [0, 1]; a denormal one may count as 0.
+template <class V>
+ADEMAMIX_INLINE V unit_sqrt(V a) {
+  return sqrt(a);
+}
+
 ADEMAMIX_INLINE float abs(float a) { return ::fabsf(a); }
 
 // Of magnitude, which isn't negative, with the sign of `sign`.

@@ -32,6 +32,33 @@ __device__ __forceinline__ Approximate sqrt(Approximate a) {
 #endif
 }
 
+__device__ __forceinline__ Approximate unit_sqrt(Approximate a) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(a.value));
+  return Approximate(root);
+#else
+  return sqrt(a);
+#endif
+}
+
+__device__ __forceinline__ Approximate abs(Approximate a) { return Approximate(abs(a.value)); }
+
+__device__ __forceinline__ Approximate copysign(Approximate magnitude, Approximate sign) {
+  return Approximate(copysign(magnitude.value, sign.value));
+}
+
+__device__ __forceinline__ Approximate larger(Approximate a, Approximate b) {
+  return Approximate(::fmaxf(a.value, b.value));
+}
+
+// Free, as a modifier of the instruction before; 0 if NaN.
+__device__ __forceinline__ Approximate at_most_one(Approximate a) { return Approximate(__saturatef(a.value)); }
+
+__device__ __forceinline__ Approximate if_positive(Approximate condition, Approximate a, Approximate b) {
+  return condition.value > 0 ? a : b;
+}
+
 // The divisor of the update is never denormal, except where eps is: a root of a float isn't, unless it is 0.
 __device__ __forceinline__ Approximate operator/(Approximate a, Approximate b) {
 #if defined(__CUDA_ARCH__)

@@ -15,14 +15,14 @@ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % Lanes<S, LANE_ELEMENTS>::ALIGNMENT == 0;
 }
 
-template <class P, class G, class M2, ParamRounding ROUNDING>
+template <class P, class G, class Slow, ParamRounding ROUNDING>
 std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std::vector<int64_t>& streams) {
   std::vector<BlockwiseRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
     BlockwiseRecord r{lists.params[i].data,
                       lists.grads[i].data,
-                      static_cast<uint8_t*>(lists.exp_avgs[i].data),
+                      static_cast<int8_t*>(lists.exp_avgs[i].data),
                       lists.exp_avg_slows[i].data,
                       static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
                       static_cast<float*>(lists.exp_avg_absmaxs[i].data),
@@ -30,8 +30,9 @@ std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std
                       static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)};
     if constexpr (ROUNDING == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
     r.numel = lists.params[i].numel;
-    const bool wide = aligned<P>(r.param) && aligned<G>(r.grad) && aligned<uint8_t>(r.exp_avg) &&
-                      aligned<M2>(r.exp_avg_slow) && aligned<uint8_t>(r.exp_avg_sq) && aligned<int16_t>(r.remainder);
+    const bool wide = aligned<P>(r.param) && aligned<G>(r.grad) && aligned<int8_t>(r.exp_avg) &&
+                      aligned<typename Slow::Code>(r.exp_avg_slow) && aligned<uint8_t>(r.exp_avg_sq) &&
+                      aligned<int16_t>(r.remainder);
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
     r.wide_blocks = wide ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
     r.stream = streams[i];
@@ -42,7 +43,7 @@ std::vector<BlockwiseRecord> make_records(const BlockwiseLists& lists, const std
 
 uint32_t tiles_of(const BlockwiseRecord& r) { return (r.blocks + TILE_BLOCKS - 1) / TILE_BLOCKS; }
 
-template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
+template <class P, class G, class Slow, bool STOCHASTIC, ParamRounding ROUNDING>
 void launch_steps(const CurrentDevice& device, const std::vector<BlockwiseRecord>& records,
                   const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed, const float* found_inf) {
   const auto ctas = static_cast<uint32_t>(multiprocessors(device.index()) * BLOCKWISE_CTAS_PER_SM<P, ROUNDING>);
@@ -50,7 +51,7 @@ void launch_steps(const CurrentDevice& device, const std::vector<BlockwiseRecord
     return std::array<const void*, 4>{r.exp_avg, r.exp_avg_slow, r.exp_avg_sq, r.remainder};
   };
   for_each_launch(device, records, tiles_of, state_of, [&](const TensorTable<BlockwiseRecord>& table, uint32_t tiles) {
-    launch(device.stream(), blockwise_step_kernel<P, G, M2, STOCHASTIC, ROUNDING>, std::min(tiles, ctas),
+    launch(device.stream(), blockwise_step_kernel<P, G, Slow, STOCHASTIC, ROUNDING>, std::min(tiles, ctas),
            BLOCKWISE_THREADS, table, scalars, seed, found_inf);
   });
 }
@@ -68,18 +69,18 @@ void run_blockwise_step(const CurrentDevice& device, const BlockwiseLists& lists
       with_floating(lists.grads[0].dtype, [&](auto g) {
         using G = decltype(g);
         with_rounding<P>(lists.remainders, stochastic_param_rounding, [&](auto rounding) {
-          const auto with_slow_codes = [&](auto code) {
-            using M2 = decltype(code);
-            const auto records = make_records<P, G, M2, rounding()>(lists, random.streams);
+          const auto with_slow_format = [&](auto format) {
+            using Slow = decltype(format);
+            const auto records = make_records<P, G, Slow, rounding()>(lists, random.streams);
             if (stochastic_rounding)
-              launch_steps<P, G, M2, true, rounding()>(device, records, scalars, random.seed, found_inf);
+              launch_steps<P, G, Slow, true, rounding()>(device, records, scalars, random.seed, found_inf);
             else
-              launch_steps<P, G, M2, false, rounding()>(device, records, scalars, random.seed, found_inf);
+              launch_steps<P, G, Slow, false, rounding()>(device, records, scalars, random.seed, found_inf);
           };
           if (lists.exp_avg_slows[0].dtype == ScalarType::Short)
-            with_slow_codes(int16_t{});
+            with_slow_format(Linear{});
           else
-            with_slow_codes(uint8_t{});
+            with_slow_format(SignedSqrt{});
         });
       });
     }
@@ -112,12 +113,12 @@ void blockwise_step(TensorList params, TensorList grads, TensorList exp_avgs, Te
   order.write_back();
 }
 
-template <BlockFormat FORMAT, bool STOCHASTIC = false>
+template <class Format, bool STOCHASTIC = false>
 void launch_quantize(const CurrentDevice& device, const Tensor& values, const Tensor& codes, const Tensor& absmax,
                      const RandomKey& key) {
   const auto tiles = static_cast<uint32_t>((absmax.numel() + TILE_BLOCKS - 1) / TILE_BLOCKS);
-  launch(device.stream(), quantize_kernel<FORMAT, STOCHASTIC>, tiles, BLOCKWISE_THREADS,
-         static_cast<const float*>(values.const_data_ptr()), static_cast<CodeOf<FORMAT>*>(codes.data_ptr()),
+  launch(device.stream(), quantize_kernel<Format, STOCHASTIC>, tiles, BLOCKWISE_THREADS,
+         static_cast<const float*>(values.const_data_ptr()), static_cast<typename Format::Code*>(codes.data_ptr()),
          static_cast<float*>(absmax.data_ptr()), values.numel(), key);
 }
 
@@ -130,29 +131,13 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   Tensor absmax = torch::stable::new_empty(values, {block_count(values.numel())}, ScalarType::Float);
   const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
   if (values.numel() == 0) return {codes, absmax};
-  switch (block_format) {
-    case BlockFormat::SIGNED_DYNAMIC:
-      launch_quantize<BlockFormat::SIGNED_DYNAMIC>(device, values, codes, absmax, key);
-      break;
-    case BlockFormat::UNSIGNED_DYNAMIC:
-      if (seed)
-        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC, true>(device, values, codes, absmax, key);
-      else
-        launch_quantize<BlockFormat::UNSIGNED_DYNAMIC>(device, values, codes, absmax, key);
-      break;
-    case BlockFormat::LINEAR_INT16:
-      launch_quantize<BlockFormat::LINEAR_INT16>(device, values, codes, absmax, key);
-      break;
-  }
+  with_format(block_format, [&](auto format) {
+    using Format = decltype(format);
+    if constexpr (std::is_same_v<Format, FourthRoot>)
+      if (seed) return launch_quantize<Format, true>(device, values, codes, absmax, key);
+    launch_quantize<Format>(device, values, codes, absmax, key);
+  });
   return {codes, absmax};
-}
-
-template <BlockFormat FORMAT>
-void launch_dequantize(const CurrentDevice& device, const Tensor& codes, const Tensor& absmax, const Tensor& values) {
-  const auto tiles = static_cast<uint32_t>((absmax.numel() + TILE_BLOCKS - 1) / TILE_BLOCKS);
-  launch(device.stream(), dequantize_kernel<FORMAT>, tiles, BLOCKWISE_THREADS,
-         static_cast<const CodeOf<FORMAT>*>(codes.const_data_ptr()), static_cast<const float*>(absmax.const_data_ptr()),
-         static_cast<float*>(values.data_ptr()), values.numel());
 }
 
 Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
@@ -161,17 +146,14 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
   const Tensor source_codes = torch::stable::contiguous(codes), source_absmax = torch::stable::contiguous(absmax);
   Tensor values = torch::stable::new_empty(source_codes, source_codes.sizes(), ScalarType::Float);
   if (values.numel() == 0) return values;
-  switch (block_format) {
-    case BlockFormat::SIGNED_DYNAMIC:
-      launch_dequantize<BlockFormat::SIGNED_DYNAMIC>(device, source_codes, source_absmax, values);
-      break;
-    case BlockFormat::UNSIGNED_DYNAMIC:
-      launch_dequantize<BlockFormat::UNSIGNED_DYNAMIC>(device, source_codes, source_absmax, values);
-      break;
-    case BlockFormat::LINEAR_INT16:
-      launch_dequantize<BlockFormat::LINEAR_INT16>(device, source_codes, source_absmax, values);
-      break;
-  }
+  const auto tiles = static_cast<uint32_t>((source_absmax.numel() + TILE_BLOCKS - 1) / TILE_BLOCKS);
+  with_format(block_format, [&](auto format) {
+    using Format = decltype(format);
+    launch(device.stream(), dequantize_kernel<Format>, tiles, BLOCKWISE_THREADS,
+           static_cast<const typename Format::Code*>(source_codes.const_data_ptr()),
+           static_cast<const float*>(source_absmax.const_data_ptr()), static_cast<float*>(values.data_ptr()),
+           values.numel());
+  });
   return values;
 }
 

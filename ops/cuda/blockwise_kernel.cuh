@@ -16,7 +16,7 @@ constexpr int WARP = 32;
 constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
 static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
 
-// A fixed number of CTAs goes through all blocks, so that the tables are copied to shared memory once per CTA.
+// A fixed number of CTAs goes through all blocks, so that a tensor's scalars are loaded once per CTA.
 constexpr int BLOCKWISE_THREADS = 128;
 constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
 
@@ -24,7 +24,7 @@ constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, on
 struct BlockwiseRecord {
   void* param;
   const void* grad;
-  uint8_t* exp_avg;
+  int8_t* exp_avg;
   void* exp_avg_slow;
   uint8_t* exp_avg_sq;
   float* exp_avg_absmax;
@@ -37,36 +37,15 @@ struct BlockwiseRecord {
   int64_t stream;        // of random bits
 };
 
-// ---------------------------------------------------------------------------------------------------------- the tables
-
-template <bool STOCHASTIC>
-struct StepTables {
-  MapTable signed_map, unsigned_map;
-  NearestTable<true> signed_nearest;
-  std::conditional_t<STOCHASTIC, PositionTable, NearestTable<false>> unsigned_encoder;
-};
-
-static __device__ const StepTables<false> NEAREST_STEP_TABLES = {
-    make_map_table(true), make_map_table(false), make_nearest_table<true>(), make_nearest_table<false>()};
-static __device__ const StepTables<true> STOCHASTIC_STEP_TABLES = {make_map_table(true), make_map_table(false),
-                                                                   make_nearest_table<true>(), make_position_table()};
-
-template <class Tables>
-__device__ __forceinline__ void copy_tables(Tables& shared, const Tables& global) {
-  static_assert(sizeof(Tables) % sizeof(uint2) == 0 && alignof(Tables) >= alignof(uint2));
-  constexpr int COUNT = static_cast<int>(sizeof(Tables) / sizeof(uint2));
-  for (int i = static_cast<int>(threadIdx.x); i < COUNT; i += BLOCKWISE_THREADS)
-    reinterpret_cast<uint2*>(&shared)[i] = reinterpret_cast<const uint2*>(&global)[i];
-  __syncthreads();
-}
-
 // ------------------------------------------------------------------------------------------------------- a lane's part
 
 using LaneFloats = float[LANE_ELEMENTS];
-using LaneCodes = uint32_t[LANE_ELEMENTS];
+
+template <class Format>
+using LaneCodes = Lanes<typename Format::Code, LANE_ELEMENTS>;
 
 // The larger of two magnitudes; NaN counts as the largest.
-__device__ __forceinline__ float larger(float magnitude, float value) {
+__device__ __forceinline__ float larger_magnitude(float magnitude, float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(magnitude), "f"(::fabsf(value)));
@@ -80,7 +59,7 @@ __device__ __forceinline__ float larger(float magnitude, float value) {
 __device__ __forceinline__ float largest(const LaneFloats& values) {
   float result = ::fabsf(values[0]);
 #pragma unroll
-  for (int i = 1; i < LANE_ELEMENTS; ++i) result = larger(result, values[i]);
+  for (int i = 1; i < LANE_ELEMENTS; ++i) result = larger_magnitude(result, values[i]);
   return result;
 }
 
@@ -91,57 +70,48 @@ __device__ __forceinline__ float warp_largest(float magnitude) {
 #else
 #pragma unroll
   for (int distance = WARP / 2; distance > 0; distance /= 2)
-    magnitude = larger(magnitude, __shfl_xor_sync(0xffffffff, magnitude, distance));
+    magnitude = larger_magnitude(magnitude, __shfl_xor_sync(0xffffffff, magnitude, distance));
   return magnitude;
 #endif
 }
 
 __device__ __forceinline__ bool is_finite(float magnitude) { return magnitude <= FLT_MAX; }
 
-__device__ __forceinline__ void decode(const Lanes<int16_t, LANE_ELEMENTS>& codes, const MapTable&, float absmax,
-                                       LaneFloats& values) {
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = decode_linear(codes.template get<int16_t>(i)) * absmax;
-}
-
-__device__ __forceinline__ void decode(const Lanes<uint8_t, LANE_ELEMENTS>& codes, const MapTable& map, float absmax,
-                                       LaneFloats& values) {
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = map.value[codes.template get<uint8_t>(i)] * absmax;
-}
-
-__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const NearestTable<true>& table,
-                                       Lanes<uint8_t, LANE_ELEMENTS>& result) {
-  LaneCodes codes;
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_signed(values[i], inverse, table);
-  result.set_all(codes);
-}
-
-__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const NearestTable<true>&,
-                                       Lanes<int16_t, LANE_ELEMENTS>& result) {
-  LaneCodes codes;
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_linear(values[i], inverse);
-  result.set_all(codes);
-}
-
-__device__ __forceinline__ void encode_sq(const LaneFloats& values, float inverse, const NearestTable<false>& table,
-                                          const RandomKey&, uint64_t, Lanes<uint8_t, LANE_ELEMENTS>& result) {
-  LaneCodes codes;
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode_unsigned(values[i], inverse, table);
-  result.set_all(codes);
-}
-
-__device__ __forceinline__ void encode_sq(const LaneFloats& values, float inverse, const PositionTable& table,
-                                          const RandomKey& key, uint64_t group, Lanes<uint8_t, LANE_ELEMENTS>& result) {
-  const RandomWords words = random_words(key, group);
-  LaneCodes codes;
+template <class Format>
+__device__ __forceinline__ void decode(const LaneCodes<Format>& codes, float absmax, LaneFloats& values) {
+  const float unit = absmax * Format::UNIT;
 #pragma unroll
   for (int i = 0; i < LANE_ELEMENTS; ++i)
-    codes[i] = encode_unsigned_stochastic(values[i], inverse, random_half(words, i), table);
-  result.template set_all<STOCHASTIC_CODE_SHIFT>(codes);
+    values[i] = Format::decode(static_cast<float>(codes.template get<typename Format::Code>(i)), unit);
+}
+
+__device__ __forceinline__ float to_float(float a) { return a; }
+__device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
+__device__ __forceinline__ float to_float(Approximate a) { return a.value; }
+
+// Of finite values, for FourthRoot of their roots. V is the type of the arithmetic.
+template <class Format, bool STOCHASTIC, class V>
+__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const RandomKey& key, uint64_t group,
+                                       LaneCodes<Format>& result) {
+  uint32_t codes[LANE_ELEMENTS];
+  if constexpr (STOCHASTIC) {
+    const RandomWords words = random_words(key, group);
+#pragma unroll
+    for (int i = 0; i < LANE_ELEMENTS; ++i) {
+      const V position = Format::template encode<Format::POSITION_ZERO>(V(values[i]), V(inverse));
+      codes[i] = Format::round(to_float(position), random_half(words, i));
+    }
+    result.template set_all<Format::STOCHASTIC_SHIFT>(codes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < LANE_ELEMENTS; ++i) {
+      if constexpr (std::is_same_v<Format, FourthRoot>)
+        codes[i] = float_bits(to_float(Format::template encode<ROUNDING_MAGIC>(V(values[i]), V(inverse))));
+      else
+        codes[i] = float_bits(to_float(Format::encode(V(values[i]), V(inverse))));
+    }
+    result.set_all(codes);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------ the step
@@ -159,12 +129,10 @@ constexpr int BLOCKWISE_CTAS_PER_SM = std::is_same_v<P, double>               ? 
                                       : ROUNDING == ParamRounding::STOCHASTIC ? 4
                                                                               : 5;
 
-__device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
-__device__ __forceinline__ float to_float(Approximate a) { return a.value; }
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
-template <class P, class G, class M2, bool STOCHASTIC, ParamRounding ROUNDING>
+template <class P, class G, class Slow, bool STOCHASTIC, ParamRounding ROUNDING>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, ROUNDING>)
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
@@ -172,12 +140,6 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
   using T = typename BlockwiseTypes<P>::T;
   using V = typename BlockwiseTypes<P>::V;
   if (skipped(found_inf)) return;
-  __shared__ StepTables<STOCHASTIC> tables;
-  if constexpr (STOCHASTIC)
-    copy_tables(tables, STOCHASTIC_STEP_TABLES);
-  else
-    copy_tables(tables, NEAREST_STEP_TABLES);
-
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const uint32_t warp = threadIdx.x / WARP;
   uint32_t end_tile = 0, first_tile = 0;  // of the current tensor
@@ -208,14 +170,15 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
     P* const param = static_cast<P*>(r.param) + first;
     const G* const grad = static_cast<const G*>(r.grad) + first;
     int16_t* const remainder = remainder_at<ROUNDING>(r.remainder, first);
-    uint8_t* const m1_codes = r.exp_avg + first;
-    M2* const m2_codes = static_cast<M2*>(r.exp_avg_slow) + first;
+    int8_t* const m1_codes = r.exp_avg + first;
+    auto* const m2_codes = static_cast<typename Slow::Code*>(r.exp_avg_slow) + first;
     uint8_t* const nu_codes = r.exp_avg_sq + first;
 
     ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
     Lanes<G, LANE_ELEMENTS> g;
-    Lanes<uint8_t, LANE_ELEMENTS> m1_lanes, nu_lanes;
-    Lanes<M2, LANE_ELEMENTS> m2_lanes;
+    LaneCodes<SignedSqrt> m1_lanes;
+    LaneCodes<Slow> m2_lanes;
+    LaneCodes<FourthRoot> nu_lanes;
     if (wide) {
       p.load(param, remainder);
       g.load(grad);
@@ -225,25 +188,27 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
     } else {  // zeros after the end change no scale
       p.load(param, remainder, count);
       g.load(grad, count, G(0));
-      m1_lanes.load(m1_codes, count, SIGNED_ZERO_CODE);
-      m2_lanes.load(m2_codes, count, std::is_same_v<M2, uint8_t> ? SIGNED_ZERO_CODE : 0);
+      m1_lanes.load(m1_codes, count, 0);
+      m2_lanes.load(m2_codes, count, 0);
       nu_lanes.load(nu_codes, count, 0);
     }
     const float old_absmax = has_scale ? absmax[block] : 0;
 
-    LaneFloats m1, m2, nu;
-    decode(m1_lanes, tables.signed_map, __shfl_sync(0xffffffff, old_absmax, 0), m1);
-    decode(m2_lanes, tables.signed_map, __shfl_sync(0xffffffff, old_absmax, 1), m2);
-    decode(nu_lanes, tables.unsigned_map, __shfl_sync(0xffffffff, old_absmax, 2), nu);
+    LaneFloats m1, m2, nu, root;
+    decode<SignedSqrt>(m1_lanes, __shfl_sync(0xffffffff, old_absmax, 0), m1);
+    decode<Slow>(m2_lanes, __shfl_sync(0xffffffff, old_absmax, 1), m2);
+    decode<FourthRoot>(nu_lanes, __shfl_sync(0xffffffff, old_absmax, 2), nu);
     T new_param[LANE_ELEMENTS];
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
       Element<V> e{V(p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
-      update(e, V(g.template get<T>(i)), s);
+      const V sqrt_nu = update(e, V(g.template get<T>(i)), s);
       new_param[i] = to_param(e.param);
       m1[i] = to_float(e.exp_avg);
       m2[i] = to_float(e.exp_avg_slow);
       nu[i] = to_float(e.exp_avg_sq);
+      // Codes are made of the root of the float32 value.
+      root[i] = std::is_same_v<V, double> ? sqrt(nu[i]) : to_float(sqrt_nu);
     }
     const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
     p.set_all(new_param, key, group);
@@ -259,18 +224,18 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
 #pragma unroll
       for (int i = 0; i < LANE_ELEMENTS; ++i) {
         const bool keep = is_finite(::fabsf(m1[i])) && is_finite(::fabsf(m2[i])) && is_finite(::fabsf(nu[i]));
-        if (!keep) m1[i] = m2[i] = nu[i] = 0;
+        if (!keep) m1[i] = m2[i] = nu[i] = root[i] = 0;
       }
       m1_absmax = warp_largest(largest(m1));
       m2_absmax = warp_largest(largest(m2));
       nu_absmax = warp_largest(largest(nu));
     }
-    const float new_absmax = lane == 0 ? m1_absmax : lane == 1 ? m2_absmax : nu_absmax;
+    const float new_absmax = lane == 0 ? m1_absmax : lane == 1 ? m2_absmax : sqrt(nu_absmax);
     if (has_scale) absmax[block] = new_absmax;
     const float inverse = inverse_absmax(new_absmax);
-    encode(m1, __shfl_sync(0xffffffff, inverse, 0), tables.signed_nearest, m1_lanes);
-    encode(m2, __shfl_sync(0xffffffff, inverse, 1), tables.signed_nearest, m2_lanes);
-    encode_sq(nu, __shfl_sync(0xffffffff, inverse, 2), tables.unsigned_encoder, key, group, nu_lanes);
+    encode<SignedSqrt, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 0), key, group, m1_lanes);
+    encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 1), key, group, m2_lanes);
+    encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 2), key, group, nu_lanes);
     if (wide) {
       m1_lanes.store(m1_codes);
       m2_lanes.store(m2_codes);
@@ -287,15 +252,9 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, RO
 
 // To float32 and back, a block per warp.
 
-template <BlockFormat FORMAT>
-using CodeOf = std::conditional_t<FORMAT == BlockFormat::LINEAR_INT16, int16_t, uint8_t>;
-
-static __device__ const MapTable SIGNED_MAP_ON_DEVICE = make_map_table(true);
-static __device__ const MapTable UNSIGNED_MAP_ON_DEVICE = make_map_table(false);
-
-template <BlockFormat FORMAT, bool STOCHASTIC>
+template <class Format, bool STOCHASTIC>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS)
-    quantize_kernel(const float* values, CodeOf<FORMAT>* codes, float* absmax, int64_t numel, RandomKey key) {
+    quantize_kernel(const float* values, typename Format::Code* codes, float* absmax, int64_t numel, RandomKey key) {
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const int64_t block = static_cast<int64_t>(blockIdx.x) * TILE_BLOCKS + threadIdx.x / WARP;
   const int64_t first = block * BLOCK_SIZE + lane * LANE_ELEMENTS;
@@ -304,33 +263,27 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS)
 
   LaneFloats x;
 #pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) x[i] = finite_or_zero(i < count ? values[first + i] : 0.0f);
+  for (int i = 0; i < LANE_ELEMENTS; ++i) {
+    x[i] = finite_or_zero(i < count ? values[first + i] : 0.0f);
+    if constexpr (std::is_same_v<Format, FourthRoot>) x[i] = sqrt(larger(x[i], 0.0f));
+  }
   const float scale = warp_largest(largest(x));
   if (lane == 0) absmax[block] = scale;
-  const float inverse = inverse_absmax(scale);
-
-  Lanes<CodeOf<FORMAT>, LANE_ELEMENTS> lanes;
-  if constexpr (FORMAT != BlockFormat::UNSIGNED_DYNAMIC)
-    encode(x, inverse, NEAREST_STEP_TABLES.signed_nearest, lanes);
-  else if constexpr (STOCHASTIC)
-    encode_sq(x, inverse, STOCHASTIC_STEP_TABLES.unsigned_encoder, key, static_cast<uint64_t>(first / RANDOM_GROUP),
-              lanes);
-  else
-    encode_sq(x, inverse, NEAREST_STEP_TABLES.unsigned_encoder, key, 0, lanes);
+  LaneCodes<Format> lanes;
+  encode<Format, STOCHASTIC, float>(x, inverse_absmax(scale), key, static_cast<uint64_t>(first / RANDOM_GROUP), lanes);
   lanes.store(codes + first, count);
 }
 
-template <BlockFormat FORMAT>
+template <class Format>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS)
-    dequantize_kernel(const CodeOf<FORMAT>* codes, const float* absmax, float* values, int64_t numel) {
+    dequantize_kernel(const typename Format::Code* codes, const float* absmax, float* values, int64_t numel) {
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * BLOCKWISE_THREADS + threadIdx.x) * LANE_ELEMENTS;
   if (first >= numel) return;
   const int count = numel - first < LANE_ELEMENTS ? static_cast<int>(numel - first) : LANE_ELEMENTS;
-  Lanes<CodeOf<FORMAT>, LANE_ELEMENTS> lanes;
+  LaneCodes<Format> lanes;
   lanes.load(codes + first, count, 0);
   LaneFloats x;
-  decode(lanes, FORMAT == BlockFormat::UNSIGNED_DYNAMIC ? UNSIGNED_MAP_ON_DEVICE : SIGNED_MAP_ON_DEVICE,
-         absmax[first / BLOCK_SIZE], x);
+  decode<Format>(lanes, absmax[first / BLOCK_SIZE], x);
 #pragma unroll
   for (int i = 0; i < LANE_ELEMENTS; ++i)
     if (i < count) values[first + i] = x[i];
