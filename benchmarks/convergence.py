@@ -33,9 +33,7 @@ EVALUATIONS = 24  # points of a curve
 EVALUATION_BATCH = 32
 
 ADAMW = "AdamW"
-ADEMAMIX = {
-    name: drift.SCHEMES[name] for name in (drift.FLOAT32, "8-bit", "8-bit, slow_ema_bits=8", drift.BITSANDBYTES)
-}
+ADEMAMIX = {name: drift.SCHEMES[name] for name in (drift.FLOAT32, "8-bit", "8-bit, slow_ema_bits=8")}
 PERTURBED = "32-bit, perturbed"  # initial weights multiplied by 1 + 1e-6 * noise: how much of a run's end is chance
 PERTURBATION = 1e-6
 

@@ -20,7 +20,6 @@ COLOURS = {
     drift.FLOAT32: "#08519c",
     "8-bit": "#d94801",
     "8-bit, slow_ema_bits=8": "#31a354",
-    drift.BITSANDBYTES: "#c51b8a",
     "32-bit, perturbed": "#9ecae1",
 }
 LINES = ("#252525", "#08519c", "#6baed6", "#a63603", "#fd8d3c", "#31a354", "#c51b8a", "#756bb1")

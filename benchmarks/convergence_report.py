@@ -153,7 +153,7 @@ def markdown(found: Report, walks: Walks) -> str:
         "\n".join(f"- {name}: {'; '.join(values)}" for name, values in found.origin().items()),
         "## Comparison",
         f"Seeds {', '.join(map(str, plan.seeds))}. The spread is the standard deviation over the seeds; differences "
-        f"are between runs of the same seed. {drift.BITSANDBYTES} is bitsandbytes' scheme. Perturbed: the initial "
+        f"are between runs of the same seed. Perturbed: the initial "
         "weights differ by a millionth, so what differs at the end is chance.",
         found.comparison_table() if found.comparison else "Not yet run.",
         "![Validation loss](loss.svg)",
