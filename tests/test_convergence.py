@@ -98,7 +98,7 @@ def test_short_form(tmp_path, capsys, monkeypatch):
     assert len(set(losses.values())) > 6
     assert losses["32-bit", 4e-3, 1] < 4.0, "untrained: ln 256 = 5.5"
     printed = capsys.readouterr().out
-    assert "| AdEMAMix, 8-bit, slow_ema_bits=8, stochastic_rounding=False |" in printed
+    assert "| AdEMAMix, 8-bit, slow_ema_bits=8 |" in printed
     for name in ("loss.svg", "search.svg", "rosenbrock.svg"):
         assert "</svg>" in (tmp_path / name).read_text()
 

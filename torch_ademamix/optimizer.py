@@ -61,8 +61,8 @@ class AdEMAMix(Optimizer):
         is_paged: state may be paged out of GPU memory; without a GPU it is ordinary memory.
         slow_ema_bits: of exp_avg_slow where state is quantized: 16, or 8, at which an average as slow as
             β3 = 0.9999 loses most of its updates.
-        stochastic_rounding: of exp_avg_sq where state is quantized; unbiased, where rounding to nearest makes it
-            some 7% too large.
+        stochastic_rounding: of exp_avg_sq where state is quantized; rounding to nearest would make it nearly twice
+            as large.
         seed: of the stochastic rounding.
         master_weights: "remainder" keeps what rounding takes away from bfloat16 parameters, whose updates are often
             below half an ulp: the int16 state `master_remainder` (:mod:`torch_ademamix.bfloat16`), which is the
