@@ -28,14 +28,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "8-bit": {"optim_bits": 8},
     "8-bit, slow_ema_bits=8": {"optim_bits": 8, "slow_ema_bits": 8},
     "8-bit, stochastic_rounding=False": {"optim_bits": 8, "stochastic_rounding": False},
-    # bitsandbytes': every moment in 8 bits and rounded to nearest.
+    # As bitsandbytes has it, in other formats: every moment in 8 bits and rounded to nearest.
     "8-bit, slow_ema_bits=8, stochastic_rounding=False": {
         "optim_bits": 8,
         "slow_ema_bits": 8,
         "stochastic_rounding": False,
     },
 }
-BITSANDBYTES = list(SCHEMES)[-1]
+TO_NEAREST = list(SCHEMES)[-1]
 
 DOCUMENT = DOCS / "drift.md"
 

@@ -191,37 +191,46 @@ def assert_within(actual: Tensor, expected: Interval, where: str) -> None:
         )
 
 
-def dynamic_map(signed: bool) -> NDArray[np.float32]:
-    """As bitsandbytes defines it: per decade the middles of 2^i equal parts of [0.1, 1]; 0, and 1."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        bounds = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        middles = 10.0 ** (i - 6) * (bounds[:-1] + bounds[1:]) / 2
-        values += [*middles, *-middles] if signed else [*middles]
-    return np.sort(np.array(values)).astype(np.float32)
-
-
-MAPS: dict[str, NDArray[np.float32]] = {
-    "signed_dynamic": dynamic_map(signed=True),
-    "unsigned_dynamic": dynamic_map(signed=False),
-    "linear_int16": (np.arange(-32767, 32768) / 32767).astype(np.float32),
-}
-CODE_DTYPES = {"signed_dynamic": torch.uint8, "unsigned_dynamic": torch.uint8, "linear_int16": torch.int16}
+LARGEST_CODES = {"signed_sqrt_int8": 127, "fourth_root_uint8": 255, "linear_int16": 32767}
+CODE_DTYPES = {"signed_sqrt_int8": torch.int8, "fourth_root_uint8": torch.uint8, "linear_int16": torch.int16}
 BLOCK_SIZE = 256
-SMALLEST_SCALE = 2.0**-120  # below, the inverse of a scale loses digits, as documented
+SMALLEST_SCALE = 2.0**-100  # below, the product of a scale and a constant loses digits, as documented
+CODE_ERROR = 0.01  # of a value in units of codes, by float32 arithmetic: 2^-22 of the largest, and 2^-16 positions
 
 
 def exactly(values: Array) -> Interval:
     return Interval(values, np.zeros_like(values))
 
 
+def scales_of(absmax: Tensor, count: int) -> Array:
+    """Each element's."""
+    return np.repeat(float64(absmax).reshape(-1), BLOCK_SIZE)[:count]
+
+
 def decoded(codes: Tensor, absmax: Tensor, format: str) -> Interval:
-    """The values of codes, which are float32; those of linear codes are two roundings from a quotient and a product."""
-    index = codes.numpy().astype(np.int64) + (32767 if format == "linear_int16" else 0)
-    flat = MAPS[format].astype(np.float64)[index].reshape(-1)
-    scales = np.repeat(float64(absmax).reshape(-1), BLOCK_SIZE)[: flat.size]
-    values = (flat * scales).astype(np.float32).astype(np.float64).reshape(codes.shape)
-    return Interval(values, np.abs(values) * 2**-22 + 2**-149 if format == "linear_int16" else np.zeros_like(values))
+    """The values of codes, which are float32 and some roundings from the formula."""
+    x = codes.numpy().astype(np.float64).reshape(-1) / LARGEST_CODES[format]
+    scales = scales_of(absmax, x.size)
+    with np.errstate(over="ignore"):
+        if format == "linear_int16":
+            values = x * scales
+        else:
+            values = x * np.abs(x) * scales
+            values = values if format == "signed_sqrt_int8" else values**2
+    values = values.reshape(codes.shape)
+    lost = np.where(scales < SMALLEST_SCALE, np.abs(scales), 0).reshape(codes.shape)
+    return Interval(values, np.abs(values) * 2**-20 + 2**-149 + lost)
+
+
+def in_codes(values: Array, scale: float, format: str) -> Array:
+    """What is rounded to the codes of values, in a block of this scale."""
+    if format == "linear_int16":
+        x = values / scale
+    elif format == "signed_sqrt_int8":
+        x = np.sign(values) * np.sqrt(np.abs(values) / scale)
+    else:
+        x = np.sqrt(np.sqrt(values.clip(0)) / scale)
+    return np.asarray(x * LARGEST_CODES[format])
 
 
 def assert_quantized(
@@ -233,32 +242,28 @@ def assert_quantized(
     values = np.where(lost, 0, expected.value.reshape(-1))
     errors = np.where(lost, 0, expected.error.reshape(-1))
     errors = np.where(np.abs(values) < a.largest, errors + a.eps * np.abs(values) + a.tiny, np.inf)
-    actual, scales = decoded(codes, absmax, format).value.reshape(-1), float64(absmax).reshape(-1)
-    table = MAPS[format].astype(np.float64)
+    actual, scales = codes.numpy().astype(np.int64).reshape(-1), float64(absmax).reshape(-1)
+    unsigned = format == "fourth_root_uint8"
     for block, scale in enumerate(scales):
         part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-        v, error, x, gone = values[part], errors[part], actual[part], lost[part]
+        v, error, code, gone = values[part], errors[part], actual[part], lost[part]
         if not np.isfinite(error).all():
             continue
         here = f"{where}, block {block}"
-        low, high = (np.abs(v) - error).max(), (np.abs(v) + error).max()
+        magnitudes = v if unsigned else np.abs(v)
+        low, high = max((magnitudes - error).max(), 0), max((magnitudes + error).max(), 0)
+        if unsigned:
+            low, high = np.sqrt(low) * (1 - a.eps), np.sqrt(high) * (1 + a.eps)
         assert low <= scale <= high, f"{here}: absmax is {scale!r}, not in [{low!r}, {high!r}]"
-        assert (x[gone] == 0).all(), f"{here}: values that aren't finite must be stored as 0"
+        assert (code[gone] == 0).all(), f"{here}: values that aren't finite must be stored as 0"
+        if unsigned:
+            assert (code[v > error] > 0).all(), f"{here}: a positive value is stored as 0"
         if scale < SMALLEST_SCALE:
             continue
-        levels = table * scale
-        if format == "unsigned_dynamic":  # a positive value is never stored as 0
-            assert (x[v > error] > 0).all(), f"{here}: a positive value is stored as 0"
-            levels = levels[1:]
-            v, error, x = (array[v > error] for array in (v, error, x))
-        error = error + a.eps * (np.abs(v) + np.abs(x)) + a.tiny
-        if nearest:
-            above = np.searchsorted(levels, v).clip(1, len(levels) - 1)
-            best = np.minimum(np.abs(v - levels[above - 1]), np.abs(v - levels[above]))
-            ok = np.abs(x - v) <= best + 2 * error
-        else:
-            floor = levels[(np.searchsorted(levels, v - error, "right") - 1).clip(0)]
-            ceiling = levels[np.searchsorted(levels, v + error).clip(max=len(levels) - 1)]
-            ok = (floor - error <= x) & (x <= ceiling + error)
-        bad = np.flatnonzero(~ok)
-        assert bad.size == 0, f"{here}: {v[bad[0]]!r} is stored as {x[bad[0]]!r}"
+        low_code = in_codes(v - error, scale, format) - CODE_ERROR
+        high_code = in_codes(v + error, scale, format) + CODE_ERROR
+        least, most = (low_code - 0.5, high_code + 0.5) if nearest else (np.floor(low_code), np.ceil(high_code))
+        if unsigned:  # what is positive, or may be, may become code 1
+            most = np.where(v + error > 0, np.maximum(most, 1), most)
+        bad = np.flatnonzero(~((least <= code) & (code <= most)))
+        assert bad.size == 0, f"{here}: {v[bad[0]]!r} is stored as {code[bad[0]]!r}"

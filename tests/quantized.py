@@ -17,7 +17,7 @@ from torch_ademamix.reference import compute_dtype
 PACKET = torch.ops.torch_ademamix.ademamix_blockwise_step_
 
 SEED = -(2**62) - 12345  # both words of the key count, and so does the sign
-SLOW_FORMATS = {8: "signed_dynamic", 16: "linear_int16"}
+SLOW_FORMATS = {8: "signed_sqrt_int8", 16: "linear_int16"}
 
 SMALL = [entry for entry in MIXED if entry[0] not in ((65537,), (3, 63, 65))]
 
@@ -54,7 +54,7 @@ def streams_of(params: list[Tensor]) -> list[int]:
 
 def stored(slow_ema_bits: int) -> tuple[str, str, str]:
     """The formats of exp_avg, exp_avg_slow and exp_avg_sq."""
-    return "signed_dynamic", SLOW_FORMATS[slow_ema_bits], "unsigned_dynamic"
+    return "signed_sqrt_int8", SLOW_FORMATS[slow_ema_bits], "fourth_root_uint8"
 
 
 def quantized(lists: StepLists, slow_ema_bits: int = 16) -> BlockwiseLists:
@@ -131,7 +131,7 @@ def expected_blockwise_step(
         slow = 16 if after.exp_avg_slows[i].dtype == torch.int16 else 8
         for value, (codes, absmax), format in zip(values, moments_of(after, i), stored(slow), strict=True):
             key = {}
-            if stochastic_rounding and format == "unsigned_dynamic":
+            if stochastic_rounding and format == "fourth_root_uint8":
                 key = {"seed": seed, "step": plain.steps[i], "stream": stream}
             new_codes, new_absmax = quantize(torch.where(finite, value, 0), format, **key)
             codes.copy_(new_codes)
@@ -150,6 +150,12 @@ def with_absmax_one(values: Tensor) -> tuple[Tensor, Tensor]:
     padded[: values.numel()] = values
     blocks[:, 1:] = padded.view(rows, -1)
     return blocks.view(-1), is_value.view(-1).nonzero().view(-1)[: values.numel()]
+
+
+def boundaries() -> Tensor:
+    """In [0, 1], the values of every code of the 8-bit formats, and where rounding passes from one to the next."""
+    halves = torch.arange(511, dtype=torch.float64) / 2
+    return torch.cat([(halves[:255] / 127).square(), (halves / 255) ** 4]).float()
 
 
 def neighbours(values: Tensor, ulps: int) -> Tensor:

@@ -1,16 +1,14 @@
 """The formats of quantized state, for every implementation of quantize and dequantize."""
 
 import doctest
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from config import native_built
-from quantized import neighbours, with_absmax_one
+from quantized import boundaries, neighbours, with_absmax_one
 
 from torch_ademamix import blockwise, ops
-from torch_ademamix.blockwise import BLOCK_SIZE, dequantize, dynamic_map, quantize
+from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, LARGEST_CODES, dequantize, quantize
 
 # Each as blockwise.quantize and blockwise.dequantize.
 IMPLEMENTATIONS = {
@@ -18,11 +16,8 @@ IMPLEMENTATIONS = {
     **({"native": (ops.quantize_blockwise, ops.dequantize_blockwise)} if native_built() else {}),
 }
 
-FORMATS = ("signed_dynamic", "unsigned_dynamic", "linear_int16")
-MAPS = {"signed_dynamic": True, "unsigned_dynamic": False}
-ZERO_CODES = {"signed_dynamic": 127, "unsigned_dynamic": 0, "linear_int16": 0}
-
-GOLDEN = np.load(Path(__file__).parent / "data" / "ademamix_float64.npz")
+FORMATS = tuple(CODE_DTYPES)
+ROOT_FORMATS = ("signed_sqrt_int8", "fourth_root_uint8")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -37,80 +32,68 @@ def codes_of(values, format, quantize, **options):
     return codes[is_value].int()
 
 
-def assert_nearest(values, codes, signed):
-    """In exact arithmetic: no other map value is nearer, nor as near and larger in magnitude."""
-    table = dynamic_map(signed).double()
+def exact_codes(values, format):
+    """What is rounded to the codes of values in a block whose absmax is 1, in float64."""
     values = values.double()
-    chosen = table[codes]
-    if not signed:  # positive values never become 0
-        assert (codes[values > 0] > 0).all()
-        values = torch.where(values > 0, values.clamp_min(table[1].item()), values)
-    distance = (values - chosen).abs()
-    for other in (table[(codes - 1).clamp_min(0)], table[(codes + 1).clamp_max(255)]):
-        other_distance = (values - other).abs()
-        assert (distance <= other_distance).all()
-        tie = (distance == other_distance) & (other != chosen)
-        assert (chosen[tie].abs() > other[tie].abs()).all()
+    if format == "linear_int16":
+        x = values
+    elif format == "signed_sqrt_int8":
+        x = values.abs().sqrt() * values.sign()
+    else:
+        x = values.clamp_min(0).sqrt().sqrt()
+    return x * LARGEST_CODES[format]
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_maps_are_the_golden_ones(signed):
-    golden = GOLDEN[f"dynamic_map/{'signed' if signed else 'unsigned'}"]
-    assert np.array_equal(dynamic_map(signed).numpy(), golden.astype(np.float32))
+def all_codes(format):
+    largest = LARGEST_CODES[format]
+    return torch.arange(0 if format == "fourth_root_uint8" else -largest, largest + 1)
 
 
-@pytest.mark.parametrize("format", MAPS)
-def test_every_code_decodes_to_its_map_value(implementation, format):
+def value_of(codes, format):
+    """In float64, times absmax."""
+    x = codes.double() / LARGEST_CODES[format]
+    return {"linear_int16": x, "signed_sqrt_int8": x * x.abs(), "fourth_root_uint8": x**4}[format]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_code_decodes_to_its_value(implementation, format):
     _, dequantize = implementation
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    scale = torch.tensor([0.37])
-    expected = dynamic_map(MAPS[format])
-    assert torch.equal(dequantize(codes, torch.ones(1), format), expected)
-    assert torch.equal(dequantize(codes, scale, format), expected * scale)
+    codes = all_codes(format)
+    blocks = -(-codes.numel() // BLOCK_SIZE)
+    for scale in (1.0, 0.37, 3e4):
+        decoded = dequantize(codes.to(CODE_DTYPES[format]), torch.full((blocks,), scale), format)
+        power = scale**2 if format == "fourth_root_uint8" else scale
+        torch.testing.assert_close(decoded.double(), value_of(codes, format) * power, rtol=5e-7, atol=0)
 
 
-@pytest.mark.parametrize("format", MAPS)
-def test_map_values_and_boundaries_encode_to_the_nearest(implementation, format):
+@pytest.mark.parametrize("format", FORMATS)
+def test_values_of_codes_keep_them(implementation, format):
+    quantize, dequantize = implementation
+    codes = all_codes(format)
+    assert torch.equal(codes_of(value_of(codes, format).float(), format, quantize).long(), codes)
+    # Also of other scales, of which the largest value may be an ulp off.
+    codes = codes[-BLOCK_SIZE:].to(CODE_DTYPES[format])
+    for scale in torch.rand(100) + 0.5:
+        assert torch.equal(quantize(dequantize(codes, scale.view(1), format), format)[0], codes)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "log_uniform", "boundaries"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_are_the_nearest(implementation, format, distribution):
+    """Of the root, where the format has one; but a positive value never becomes 0."""
     quantize, _ = implementation
-    signed = MAPS[format]
-    table = dynamic_map(signed)
-    table = table[table >= 0]
-    middles = ((table[1:].double() + table[:-1].double()) / 2).float()
-    values = torch.cat([neighbours(table, 3), neighbours(middles, 3)])
-    if signed:
-        values = torch.cat([values, -values])
-    codes = codes_of(values, format, quantize)
-    assert_nearest(values, codes, signed)
-    own = torch.arange(256)
-    assert torch.equal(codes_of(dynamic_map(signed), format, quantize).long(), own)
-
-
-@pytest.mark.parametrize("distribution", ["uniform", "log_uniform"])
-@pytest.mark.parametrize("format", MAPS)
-def test_random_values_encode_to_the_nearest(implementation, format, distribution):
-    quantize, _ = implementation
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(2_500_000, generator=generator)
+    values = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0))
     if distribution == "log_uniform":
         values = torch.exp2(-24 * values)
-    if MAPS[format]:
-        values[::2] *= -1
-    assert_nearest(values, codes_of(values, format, quantize), MAPS[format])
-
-
-def test_int16_is_linear(implementation):
-    quantize, dequantize = implementation
-    values = torch.cat([torch.rand(100_000) * 2 - 1, torch.tensor([-1.0, -0.0, 0.0, 1.0])])
-    codes = codes_of(values, "linear_int16", quantize)
-    assert torch.equal(codes.double(), (values.double() * 32767).round())
-
-    codes = torch.arange(-32767, 32768, dtype=torch.int32).to(torch.int16)
-    absmax = torch.full((256,), 3.0)
-    decoded = dequantize(codes, absmax, "linear_int16")
-    assert decoded[0] == -3
-    assert decoded[-1] == 3
-    torch.testing.assert_close(decoded.double(), codes.double() * (3 / 32767), rtol=2e-7, atol=0)
-    assert torch.equal(quantize(decoded, "linear_int16")[0][-BLOCK_SIZE + 1 :], codes[-255:])
+    if distribution == "boundaries":
+        values = neighbours(boundaries(), 3)
+    if format != "fourth_root_uint8":
+        values = torch.cat([values, -values])
+    expected = exact_codes(values, format)
+    if format == "fourth_root_uint8":
+        expected = torch.where(values > 0, expected.clamp_min(1), 0)
+    distance = (codes_of(values, format, quantize).double() - expected).abs()
+    assert distance.max() <= 0.5 + LARGEST_CODES[format] * 2**-22
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
@@ -118,15 +101,16 @@ def test_int16_is_linear(implementation):
 def test_blocks_have_their_own_scale(implementation, format, size):
     quantize, dequantize = implementation
     x = torch.randn(size, generator=torch.Generator().manual_seed(size))
-    if format == "unsigned_dynamic":
+    if format == "fourth_root_uint8":
         x = x.abs()
     codes, absmax = quantize(x, format)
     assert codes.shape == x.shape
-    assert codes.dtype == blockwise.CODE_DTYPES[format]
-    assert torch.equal(absmax, torch.stack([block.abs().max() for block in x.split(BLOCK_SIZE)]))
-    # Half the widest gap between two values of the format, except that the signed map ends early.
-    gap = {"signed_dynamic": 0.0145, "unsigned_dynamic": 0.0075, "linear_int16": 1 / 32766}[format]
-    scale = absmax.repeat_interleave(BLOCK_SIZE)[:size]
+    assert codes.dtype == CODE_DTYPES[format]
+    largest = torch.stack([block.abs().max() for block in x.split(BLOCK_SIZE)])
+    assert torch.equal(absmax, largest.double().sqrt().float() if format == "fourth_root_uint8" else largest)
+    # Half the widest gap between two values of the format.
+    gap = {"signed_sqrt_int8": 2 / 127, "fourth_root_uint8": 4 / 255, "linear_int16": 1 / 32766}[format]
+    scale = largest.repeat_interleave(BLOCK_SIZE)[:size]
     assert ((dequantize(codes, absmax, format) - x).abs() <= gap / 2 * scale).all()
 
 
@@ -162,7 +146,7 @@ def test_zeros_stay_zeros(implementation, format, size):
     x = torch.zeros(size)
     x[::2] = -0.0
     codes, absmax = quantize(x, format)
-    assert (codes == ZERO_CODES[format]).all()
+    assert (codes == 0).all()
     assert (absmax == 0).all()
     assert (dequantize(codes, absmax, format) == 0).all()
 
@@ -180,20 +164,20 @@ def test_non_finite_elements_become_zero_and_leave_the_others(implementation, fo
     expected, expected_absmax = quantize(without, format)
     assert torch.equal(codes, expected)
     assert torch.equal(absmax, expected_absmax)
-    assert codes[size // 2] == ZERO_CODES[format]
+    assert codes[size // 2] == 0
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_positive_values_never_become_zero(implementation, stochastic):
     quantize, _ = implementation
     options = {"seed": 0} if stochastic else {}
-    values = torch.tensor([1.4e-45, 1e-42, 1e-30, 1e-9, 1e-7, 1.6e-7, 3.2e-7, 0.0, -0.0, -1e-3])
+    values = torch.tensor([1.4e-45, 1e-42, 1e-30, 1e-12, 2e-10, 2.4e-10, 1e-7, 0.0, -0.0, -1e-3])
     for absmax in (1.0, 1e-20, 1e38):
         x = torch.cat([values, torch.tensor([absmax])]).repeat(100)
-        codes, _ = quantize(x, "unsigned_dynamic", **options)
+        codes, _ = quantize(x, "fourth_root_uint8", **options)
         assert (codes[x > 0] > 0).all()
         assert (codes[x <= 0] == 0).all()
-    codes, _ = quantize(torch.tensor([1.4e-45, 1e-7, 1.0]), "unsigned_dynamic", **options)
+    codes, _ = quantize(torch.tensor([1.4e-45, 1e-11, 1.0]), "fourth_root_uint8", **options)
     assert codes.tolist() == [1, 1, 255]
 
 
@@ -203,38 +187,37 @@ def test_positive_values_never_become_zero(implementation, stochastic):
 def test_extreme_scales(implementation, format, scale):
     quantize, dequantize = implementation
     x = torch.tensor([scale]) * torch.linspace(0, 1, 300)
-    for sign in (1, -1) if format != "unsigned_dynamic" else (1,):
+    for sign in (1, -1) if format != "fourth_root_uint8" else (1,):
         codes, absmax = quantize(sign * x, format)
         decoded = dequantize(codes, absmax, format)
         assert decoded.isfinite().all()
         assert (decoded * sign >= 0).all()
         if scale >= 2**-126:
-            torch.testing.assert_close(decoded, sign * x, rtol=0, atol=0.0075 * scale)
+            torch.testing.assert_close(decoded, sign * x, rtol=0, atol=0.0085 * scale)
 
 
-def test_stochastic_rounding_is_unbiased(implementation):
-    """In every decade, between the decades and below 1."""
+def test_stochastic_rounding_is_right_on_average(implementation):
+    """In codes, whose fourth powers the values are."""
     quantize, _ = implementation
     draws = 100_000
-    table = dynamic_map(signed=False).double()
-    corners = [1, 2, 3, 6, 7, 14, 15, 30, 31, 62, 63, 126, 127, 254]
-    below = sorted({*corners, *(corner + 20 for corner in corners if 30 < corner < 200)})
-    for code in below:
-        low, high = table[code].item(), table[code + 1].item()
+    for code in (1, 2, 3, 10, 63, 64, 127, 128, 200, 254):
         for fraction in (0.03, 0.5, 0.8):
-            value = torch.tensor(low + fraction * (high - low))
-            up = (value.item() - low) / (high - low)
-            codes = codes_of(value.repeat(draws), "unsigned_dynamic", quantize, seed=code)
+            value = value_of(torch.tensor(code + fraction), "fourth_root_uint8").float()
+            up = exact_codes(value, "fourth_root_uint8").item() - code
+            codes = codes_of(value.repeat(draws), "fourth_root_uint8", quantize, seed=code)
             assert set(codes.tolist()) == {code, code + 1}
             standard_error = (up * (1 - up) / draws) ** 0.5
-            assert abs((codes - code).double().mean().item() - up) < 4 * standard_error
+            assert abs((codes - code).double().mean().item() - up) < 4 * standard_error + 1e-4
 
 
-def test_stochastic_rounding_keeps_map_values(implementation):
+def test_stochastic_rounding_keeps_the_values_of_codes(implementation):
+    """But for what float32 arithmetic is off by: some 2^-15 of a code, and so seldom another one."""
     quantize, _ = implementation
-    values = dynamic_map(signed=False).repeat(2000)
-    codes = codes_of(values, "unsigned_dynamic", quantize, seed=3)
-    assert torch.equal(codes, torch.arange(256, dtype=torch.int32).repeat(2000))
+    own = all_codes("fourth_root_uint8").repeat(2000)
+    codes = codes_of(value_of(own, "fourth_root_uint8").float(), "fourth_root_uint8", quantize, seed=3)
+    difference = (codes - own).abs()
+    assert difference.max() <= 1
+    assert difference.double().mean() < 1e-4
 
 
 def test_stochastic_rounding_is_reproducible(implementation):
@@ -243,7 +226,7 @@ def test_stochastic_rounding_is_reproducible(implementation):
     key = {"seed": 2**63 - 5, "step": 12, "stream": 3}
 
     def codes(x=x, **changes):
-        return quantize(x, "unsigned_dynamic", **(key | changes))[0]
+        return quantize(x, "fourth_root_uint8", **(key | changes))[0]
 
     assert torch.equal(codes(), codes())
     assert torch.equal(codes(step=torch.tensor(12.0)), codes())
@@ -264,7 +247,7 @@ def test_agrees_with_the_reference_to_the_bit(name):
     for x in (anything, spread, spread.flip(0) * 1e-35):
         for format in FORMATS:
             for options in ({}, {"seed": 5, "step": 6, "stream": 7}):
-                if options and format != "unsigned_dynamic":
+                if options and format != "fourth_root_uint8":
                     continue
                 codes, absmax = quantize(x, format, **options)
                 expected, expected_absmax = blockwise.quantize(x, format, **options)
@@ -307,9 +290,9 @@ def test_random_bits_are_laid_out_as_documented():
     [
         (lambda: quantize(torch.ones(3), "nf4"), ValueError, "format must be one of .*'nf4'"),
         (
-            lambda: quantize(torch.ones(3), "signed_dynamic", seed=1),
+            lambda: quantize(torch.ones(3), "signed_sqrt_int8", seed=1),
             ValueError,
-            "only unsigned_dynamic is rounded stochastically, not signed_dynamic",
+            "only fourth_root_uint8 is rounded stochastically, not signed_sqrt_int8",
         ),
         (
             lambda: quantize(torch.ones(3).double(), "linear_int16"),

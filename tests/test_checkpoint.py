@@ -6,8 +6,8 @@ import pytest
 import torch
 from config import assert_identical
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, ReferenceAdEMAMix
-from torch_ademamix.blockwise import dequantize, dynamic_map, quantize
+from torch_ademamix import AdEMAMix, AdEMAMix8bit, ReferenceAdEMAMix, dynamic_map
+from torch_ademamix.blockwise import dequantize, quantize
 from torch_ademamix.checkpoint import from_adamw, from_apple, from_bitsandbytes, to_bitsandbytes
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
@@ -263,7 +263,7 @@ def test_adamw_state_loads_into_8_bits():
     optimizer = AdEMAMix8bit(groups_of(copied(params)))
     optimizer.load_state_dict(from_adamw(adamw.state_dict()))
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    expected = quantize(adamw.state[params[0]]["exp_avg"], "signed_dynamic")
+    expected = quantize(adamw.state[params[0]]["exp_avg"], "signed_sqrt_int8")
     assert_identical([state["exp_avg"], state["exp_avg_absmax"]], list(expected))
 
 
@@ -376,9 +376,19 @@ def test_there_and_back(optim_bits, flat):
             state |= state.pop("__bnb_optimizer_quant_state__")
     other = AdEMAMix(copied(params), **options)
     other.load_state_dict(from_bitsandbytes(state_dict))
-    assert_identical(other.state_dict()["state"], optimizer.state_dict()["state"])
+    ours, theirs = optimizer.state_dict()["state"], other.state_dict()["state"]
+    if optim_bits == 32:
+        assert_identical(theirs, ours)
+    for state, again in zip(ours.values(), theirs.values(), strict=True):
+        assert {name: t.dtype for name, t in again.items()} == {name: t.dtype for name, t in state.items()}
+        for name in state:
+            codes = 0 if state[name].is_floating_point() else 2
+            torch.testing.assert_close(again[name].double(), state[name].double(), rtol=0.01, atol=codes)
     for name in ("lr", "betas", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay"):
         assert other.param_groups[0][name] == pytest.approx(optimizer.param_groups[0][name])
+
+
+FORMATS_OF = {"exp_avg": "signed_sqrt_int8", "exp_avg_slow": "linear_int16", "exp_avg_sq": "fourth_root_uint8"}
 
 
 def test_layout_of_bitsandbytes():
@@ -388,13 +398,12 @@ def test_layout_of_bitsandbytes():
     assert type(theirs["step"]) is int
     assert theirs["step"] == 5
     theirs = theirs["__bnb_optimizer_quant_state__"]
-    assert_identical(theirs["state1"][0], ours["exp_avg"])
-    assert_identical(theirs["absmax1"][0], ours["exp_avg_absmax"].flatten())
-    assert_identical(theirs["state2"], ours["exp_avg_sq"])
-    assert_identical(theirs["absmax2"], ours["exp_avg_sq_absmax"].flatten())
-    slow = dequantize(ours["exp_avg_slow"], ours["exp_avg_slow_absmax"].flatten(), "linear_int16")
-    assert_identical([theirs["state1"][1], theirs["absmax1"][1]], list(quantize(slow, "signed_dynamic")))
-    assert_identical([theirs["qmap1"], theirs["qmap2"]], [dynamic_map(True), dynamic_map(False)])
+    moments = [(theirs["state1"][i], theirs["absmax1"][i]) for i in (0, 1)] + [(theirs["state2"], theirs["absmax2"])]
+    for moment, (name, format) in zip(moments, FORMATS_OF.items(), strict=True):
+        values = dequantize(ours[name], ours[f"{name}_absmax"].flatten(), format)
+        assert_identical(moment, dynamic_map.quantize(values, signed=name != "exp_avg_sq"))
+    maps = [dynamic_map.dynamic_map(signed) for signed in (True, False)]
+    assert_identical([theirs["qmap1"], theirs["qmap2"]], maps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -415,12 +424,12 @@ def test_ragged_and_unquantized_state_becomes_float32(dtype):
 def test_slow_averages_scales_written_by_the_cuda_kernel():
     """That kernel has them one entry early if the size isn't a multiple of 256; the values must come out the same."""
     n, blocks = 5000, 20
-    moments = [quantize(torch.randn(n).cumsum(0), "signed_dynamic") for _ in range(2)]
+    moments = [dynamic_map.quantize(torch.randn(n).cumsum(0), signed=True) for _ in range(2)]
     (m1, m1_absmax), (m2, m2_absmax) = moments
-    nu, nu_absmax = quantize(torch.randn(n).square(), "unsigned_dynamic")
+    nu, nu_absmax = dynamic_map.quantize(torch.randn(n).square(), signed=False)
 
     def read(absmax1, m2=m2, nu_absmax=nu_absmax):
-        maps = {"qmap1": dynamic_map(True), "qmap2": dynamic_map(False)}
+        maps = {"qmap1": dynamic_map.dynamic_map(True), "qmap2": dynamic_map.dynamic_map(False)}
         nested = {"state1": torch.stack((m1, m2)), "state2": nu, "absmax1": absmax1, "absmax2": nu_absmax, **maps}
         groups = bitsandbytes_state_dict()["param_groups"][:1]
         state_dict = {"state": {0: {"step": 3, "__bnb_optimizer_quant_state__": nested}}, "param_groups": groups}
@@ -433,17 +442,19 @@ def test_slow_averages_scales_written_by_the_cuda_kernel():
     by_cuda = by_cuda.view(2, blocks)
     for absmax1 in (by_rows, by_cuda):
         state = read(absmax1)
-        assert_identical(state["exp_avg_slow_absmax"], m2_absmax)
-        assert_identical(state["exp_avg_absmax"], absmax1[0])
+        assert_identical(state["exp_avg_slow"], dynamic_map.dequantize(m2, m2_absmax, signed=True))
+        assert_identical(state["exp_avg"], dynamic_map.dequantize(m1, absmax1[0], signed=True))
     # Where the last block is zero, its scale is too.
     no_last = m2_absmax.clone()
     no_last[-1] = 0
     by_rows = torch.stack((m1_absmax, no_last))
     zero_codes = torch.where(torch.arange(n) < 19 * 256, m2, 127).to(torch.uint8)
-    assert_identical(read(by_rows, m2=zero_codes)["exp_avg_slow_absmax"], no_last)
+    expected = dynamic_map.dequantize(zero_codes, no_last, signed=True)
+    assert_identical(read(by_rows, m2=zero_codes)["exp_avg_slow"], expected)
     no_nu = nu_absmax.clone()
     no_nu[-1] = 0
-    assert_identical(read(by_rows, nu_absmax=no_nu)["exp_avg_slow_absmax"], no_last)
+    expected = dynamic_map.dequantize(m2, no_last, signed=True)
+    assert_identical(read(by_rows, nu_absmax=no_nu)["exp_avg_slow"], expected)
 
 
 def test_from_bitsandbytes_refuses_other_optimizers_state():

@@ -199,7 +199,7 @@ def test_many_random_steps(kind: str) -> None:
 def test_quantize_and_dequantize(format: str) -> None:
     for n in (0, 1, 255, 256, 257, 10**6 + 1):
         x = torch.randn(n) * torch.randn(n).mul(3).exp()
-        for seed in (None, SEED) if format == "unsigned_dynamic" else (None,):
+        for seed in (None, SEED) if format == "fourth_root_uint8" else (None,):
             actual = ops.quantize_blockwise(x.cuda(), format, seed=seed, step=3, stream=1)
             assert_identical([t.cpu() for t in actual], list(quantize(x, format, seed=seed, step=3, stream=1)))
             values = ops.dequantize_blockwise(*actual, format)

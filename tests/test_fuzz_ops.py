@@ -130,7 +130,7 @@ def test_places_and_hyperparameters(kernel, data, lists, options, lr, found_inf,
     placed.assert_holds(plain, rounding.get("remainders", []))
 
 
-FORMATS = ("signed_dynamic", "unsigned_dynamic", "linear_int16")
+FORMATS = ("signed_sqrt_int8", "fourth_root_uint8", "linear_int16")
 
 
 @given(
@@ -139,9 +139,9 @@ FORMATS = ("signed_dynamic", "unsigned_dynamic", "linear_int16")
 @effort(150)
 def test_quantize(data, format, shape, key):
     """The native op, the reference op and NumPy."""
-    x = data.draw(values(shape, finite=False, square=format == "unsigned_dynamic")).float()
+    x = data.draw(values(shape, finite=False, square=format == "fourth_root_uint8")).float()
     x = data.draw(laid_out(x, expanded=True))
-    random = dict(zip(("seed", "step", "stream"), key or (), strict=False)) if format == "unsigned_dynamic" else {}
+    random = dict(zip(("seed", "step", "stream"), key or (), strict=False)) if format == "fourth_root_uint8" else {}
     codes, absmax = quantize_blockwise(x, format, **random)
     assert_identical((codes, absmax), quantize(x, format, **random))
     lost = ~np.isfinite(x.numpy())
@@ -157,7 +157,7 @@ def test_quantize(data, format, shape, key):
 def test_dequantize(data, format, n):
     """Of any codes and scales, also such as no quantizing gives."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
-    dtype = np.int16 if format == "linear_int16" else np.uint8
+    dtype = {"signed_sqrt_int8": np.int8, "fourth_root_uint8": np.uint8, "linear_int16": np.int16}[format]
     info = np.iinfo(dtype)
     codes = torch.from_numpy(rng.integers(info.min, info.max, n, dtype, endpoint=True))
     absmax = data.draw(values((-(-n // 256),), finite=False)).float()

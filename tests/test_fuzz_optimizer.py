@@ -201,7 +201,7 @@ class Training(RuleBasedStateMachine):
                 float64.assert_within(state[name], expected, name)
                 continue
             expected.error[may_be_lost] = np.inf
-            nearest = format != "unsigned_dynamic" or not group["stochastic_rounding"]
+            nearest = format != "fourth_root_uint8" or not group["stochastic_rounding"]
             codes, absmax = state[name], state[f"{name}_absmax"]
             float64.assert_quantized(codes, absmax, expected, format, nearest=nearest, lost=lost, where=name)
 

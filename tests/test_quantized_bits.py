@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from config import CONTIGUOUS, DTYPES, HYPERPARAMETERS, OPTIONS, assert_identical, native_built
-from quantized import SEED, SMALL, blockwise_step, make_blockwise, neighbours, with_absmax_one
+from quantized import SEED, SMALL, blockwise_step, boundaries, make_blockwise, neighbours, with_absmax_one
 
 from torch_ademamix import ops
-from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, dynamic_map
+from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES
 from torch_ademamix.functional import ademamix_blockwise
 
 NATIVE = pytest.mark.skipif(not native_built(), reason="built without native kernels")
@@ -79,7 +79,7 @@ def quantize_and_back(values):
     """In every format and by both ways of rounding."""
     result = []
     for format in CODE_DTYPES:
-        for seed in (None, SEED) if format == "unsigned_dynamic" else (None,):
+        for seed in (None, SEED) if format == "fourth_root_uint8" else (None,):
             codes, absmax = ops.quantize_blockwise(values, format, seed=seed, step=7, stream=3)
             result += [codes, absmax, ops.dequantize_blockwise(codes, absmax, format)]
     return result
@@ -88,9 +88,7 @@ def quantize_and_back(values):
 def values_of_every_kind():
     """Floats of any bits, and each value where rounding to nearest changes, with its neighbours."""
     any_bits = torch.randint(-(2**31), 2**31, (100_003,)).to(torch.int32).view(torch.float32)
-    maps = [dynamic_map(signed).clamp_min(0) for signed in (True, False)]
-    middles = [(m[1:].double() + m[:-1].double()).div(2).float() for m in maps]
-    near = neighbours(torch.cat([*maps, *middles]), 3)
+    near = neighbours(boundaries(), 3)
     return any_bits, with_absmax_one(torch.cat([near, -near]))[0]
 
 

@@ -67,21 +67,21 @@ REFUSALS = [
     *[
         (
             replacing(name, to(dtype), 0),
-            f"{name}[0] has dtype {dtype}, but must be torch.uint8",
+            f"{name}[0] has dtype {dtype}, but must be {right}",
         )
-        for name in ("exp_avgs", "exp_avg_sqs")
-        for dtype in (torch.int8, torch.int16, torch.float32)
+        for name, right, wrong in (("exp_avgs", torch.int8, torch.uint8), ("exp_avg_sqs", torch.uint8, torch.int8))
+        for dtype in (wrong, torch.int16, torch.float32)
     ],
     *[
         (
             replacing("exp_avg_slows", to(dtype), 0),
-            f"exp_avg_slows[0] has dtype {dtype}, but must be torch.int16 or torch.uint8",
+            f"exp_avg_slows[0] has dtype {dtype}, but must be torch.int16 or torch.int8",
         )
-        for dtype in (torch.int8, torch.int32, torch.float32)
+        for dtype in (torch.uint8, torch.int32, torch.float32)
     ],
     (
-        replacing("exp_avg_slows", to(torch.uint8), 2),
-        "exp_avg_slows[2] is torch.uint8 on cpu, but exp_avg_slows[0] is torch.int16 on cpu; " + ONE_CALL,
+        replacing("exp_avg_slows", to(torch.int8), 2),
+        "exp_avg_slows[2] is torch.int8 on cpu, but exp_avg_slows[0] is torch.int16 on cpu; " + ONE_CALL,
     ),
     *[
         (
@@ -222,7 +222,7 @@ def format_fake(op, args, options):
         op(*tree_map_only(torch.Tensor, mode.from_tensor, args), **options)
 
 
-FORMAT_TEXT = "but must be 0 (signed_dynamic), 1 (unsigned_dynamic) or 2 (linear_int16)"
+FORMAT_TEXT = "but must be 0 (signed_sqrt_int8), 1 (fourth_root_uint8) or 2 (linear_int16)"
 CODES_300 = torch.zeros(300, dtype=torch.uint8)
 
 
@@ -242,7 +242,7 @@ CODES_300 = torch.zeros(300, dtype=torch.uint8)
                 QUANTIZE,
                 (torch.ones(3), format),
                 {"seed": 0},
-                "seed is given, but only unsigned_dynamic is rounded stochastically",
+                "seed is given, but only fourth_root_uint8 is rounded stochastically",
             )
             for format in (0, 2)
         ],
@@ -255,31 +255,37 @@ CODES_300 = torch.zeros(300, dtype=torch.uint8)
         ),
         (
             DEQUANTIZE,
+            (CODES_300, torch.ones(2), 0),
+            {},
+            "codes has dtype torch.uint8, but must be torch.int8",
+        ),
+        (
+            DEQUANTIZE,
             (CODES_300.short(), torch.ones(2), 1),
             {},
             "codes has dtype torch.int16, but must be torch.uint8",
         ),
         (
             DEQUANTIZE,
-            (CODES_300, torch.ones(2).double(), 0),
+            (CODES_300, torch.ones(2).double(), 1),
             {},
             "absmax has dtype torch.float64, but must be torch.float32",
         ),
         (
             DEQUANTIZE,
-            (CODES_300, torch.ones(2, device="meta"), 0),
+            (CODES_300, torch.ones(2, device="meta"), 1),
             {},
             "absmax is on meta, but codes is on cpu",
         ),
         (
             DEQUANTIZE,
-            (CODES_300, torch.ones(3), 0),
+            (CODES_300, torch.ones(3), 1),
             {},
             "absmax has shape [3], but must have shape [2], one per block of codes",
         ),
         (
             DEQUANTIZE,
-            (CODES_300, torch.ones(2, 1), 0),
+            (CODES_300, torch.ones(2, 1), 1),
             {},
             "absmax has shape [2, 1], but must have shape [2], one per block of codes",
         ),

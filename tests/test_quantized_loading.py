@@ -166,13 +166,13 @@ ENTRIES = str(sorted([*MOMENTS, *ABSMAXS, "step"]))
             )
             for name, dtypes in zip(
                 MOMENTS,
-                ("torch.uint8", "torch.int16 or torch.uint8", "torch.uint8"),
+                ("torch.int8", "torch.int16 or torch.int8", "torch.uint8"),
                 strict=True,
             )
         ],
         (
             change("exp_avg", lambda codes: codes.short()),
-            "['exp_avg'] has dtype torch.int16, but must be torch.uint8",
+            "['exp_avg'] has dtype torch.int16, but must be torch.int8",
         ),
         *[
             (

@@ -53,7 +53,7 @@ def test_opcheck_of_the_formats(format, shape):
     codes, absmax = QUANTIZE(x, number)
     torch.library.opcheck(QUANTIZE, (x, number))
     torch.library.opcheck(DEQUANTIZE, (codes, absmax, number))
-    if format == "unsigned_dynamic":
+    if format == "fourth_root_uint8":
         torch.library.opcheck(QUANTIZE, (x, number), {"seed": 1, "step": 2, "stream": 3})
 
 

@@ -134,7 +134,7 @@ def test_parameters_of_few_elements(dtype, slow_ema_bits):
     optimizer = AdEMAMix8bit(params, slow_ema_bits=slow_ema_bits, min_8bit_size=0)
     train(params, optimizer, 3)
     for p in params:
-        assert optimizer.state[p]["exp_avg"].dtype == torch.uint8
+        assert optimizer.state[p]["exp_avg"].dtype == torch.int8
         assert p.isfinite().all()
     before = copy.deepcopy(everything(params, optimizer))
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -166,5 +166,5 @@ def test_slow_bits_changed_in_mid_run():
     optimizer.param_groups[0]["slow_ema_bits"] = 8
     new.grad = torch.randn(512)
     optimizer.step()
-    assert [optimizer.state[p]["exp_avg_slow"].dtype for p in (old, new)] == [torch.int16, torch.uint8]
+    assert [optimizer.state[p]["exp_avg_slow"].dtype for p in (old, new)] == [torch.int16, torch.int8]
     assert [optimizer.state[p]["step"].item() for p in (old, new)] == [2, 1]

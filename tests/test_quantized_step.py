@@ -63,8 +63,8 @@ def test_list_lengths(kernel, length, dtype):
 def test_a_run_from_the_first_step_on(kernel, slow_ema_bits):
     lists = make_blockwise(SMALL, slow_ema_bits=slow_ema_bits)
     for i in range(len(lists.params)):
-        for (codes, absmax), zero in zip(moments_of(lists, i), (127, 127 if slow_ema_bits == 8 else 0, 0), strict=True):
-            codes.fill_(zero)
+        for codes, absmax in moments_of(lists, i):
+            codes.zero_()
             absmax.zero_()
         lists.steps[i].zero_()
     for _ in range(12):
@@ -109,13 +109,12 @@ def test_found_inf_skips_the_whole_step(kernel, dtype, found):
 BAD = pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 
 
-def step_with_and_without(kernel, lists, element, gradient, slow_ema_bits):
+def step_with_and_without(kernel, lists, element, gradient):
     """Steps the lists with this gradient of one element, and copies of them with moments and gradient 0 there."""
     without = lists.clone()
     without.grads[0][element] = 0
-    zeros = (127, 127 if slow_ema_bits == 8 else 0, 0)
-    for (codes, _), zero in zip(moments_of(without, 0), zeros, strict=True):
-        codes[element] = zero
+    for codes, _ in moments_of(without, 0):
+        codes[element] = 0
     lists.grads[0][element] = gradient
     blockwise_step(kernel, lists)
     blockwise_step(kernel, without)
@@ -130,7 +129,7 @@ def test_non_finite_gradient_stays_in_its_element(kernel, dtype, size, element, 
     """In blocks of one element, full ones and ragged ones: neither neighbours nor scales see it."""
     entries = [((size,), "contiguous", "contiguous", "contiguous")]
     lists = make_blockwise(entries, dtype, slow_ema_bits=slow_ema_bits)
-    without = step_with_and_without(kernel, lists, element, bad, slow_ema_bits)
+    without = step_with_and_without(kernel, lists, element, bad)
     assert not lists.params[0][element].isfinite()
     without.params[0][element] = lists.params[0][element]
     without.grads[0][element] = bad
@@ -146,7 +145,7 @@ def test_gradient_too_large_for_exp_avg_sq_costs_its_moments(kernel, dtype, grad
     """The update of its parameter is the 32-bit step's: almost none, or where float64 holds the square, a usual one."""
     lists = make_blockwise([((600,), *["contiguous"] * 3)], dtype, slow_ema_bits=slow_ema_bits)
     old = lists.params[0][300].clone()
-    without = step_with_and_without(kernel, lists, 300, gradient, slow_ema_bits)
+    without = step_with_and_without(kernel, lists, 300, gradient)
     new = lists.params[0][300].clone()
     assert (new - old).abs() <= 0.02 * (1 + old.abs())
     without.params[0][300] = new
@@ -177,8 +176,8 @@ def test_zero_gradients_from_the_first_step_on(kernel, slow_ema_bits):
     lists = make_blockwise(SMALL, slow_ema_bits=slow_ema_bits)
     lists.grads = [torch.zeros(p.shape) for p in lists.params]
     for i in range(len(lists.params)):
-        for (codes, absmax), zero in zip(moments_of(lists, i), (127, 127 if slow_ema_bits == 8 else 0, 0), strict=True):
-            codes.fill_(zero)
+        for codes, absmax in moments_of(lists, i):
+            codes.zero_()
             absmax.zero_()
     before = lists.clone()
     blockwise_step(kernel, lists, lr=0.5, weight_decay=0.5)

@@ -104,8 +104,7 @@ def _view(name: str, flat: Tensor, names: Container[str], p: Tensor, first: int)
 
 def _zeros(numel: int, dtype: torch.dtype, storage: Storage) -> Tensor:
     if storage.paged:
-        like = torch.empty((), device=storage.device).expand(numel)
-        return ops.paged_empty_like(like, dtype).zero_()
+        return ops.paged_empty(torch.empty(0, device=storage.device), numel, dtype).zero_()
     return torch.zeros(numel, dtype=dtype, device=storage.device)
 
 
@@ -191,7 +190,7 @@ class OptimizerState(defaultdict[Any, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
-    def __ior__(self, other: Any) -> "OptimizerState":  # type: ignore[override, misc]
+    def __ior__(self, other: Any) -> "OptimizerState":  # type: ignore[misc]
         self.update(other)
         return self
 

@@ -62,8 +62,8 @@ class AdEMAMix(Optimizer):
         is_paged: state may be paged out of GPU memory; without a GPU it is ordinary memory.
         slow_ema_bits: of exp_avg_slow where state is quantized: 16, or 8, at which an average as slow as
             β3 = 0.9999 loses most of its updates.
-        stochastic_rounding: of exp_avg_sq where state is quantized; unbiased, where rounding to nearest makes it
-            some 7% too large.
+        stochastic_rounding: of exp_avg_sq where state is quantized; rounding to nearest would make it nearly twice
+            as large.
         seed: of the stochastic rounding.
         master_weights: "remainder" keeps what rounding takes away from bfloat16 parameters, whose updates are often
             below half an ulp: the int16 state `master_remainder` (:mod:`torch_ademamix.bfloat16`), which is the
@@ -94,6 +94,8 @@ class AdEMAMix(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
+
+    state: OptimizerState
 
     # Those of the arguments that are the optimizer's, not a group's.
     _OWN_OPTIONS = ("max_grad_norm",)
@@ -282,6 +284,7 @@ class AdEMAMix(Optimizer):
         if self._layout.plan is None:
             self._prepare()
         batch, i = self._layout.plan.places[id(p)]
+        assert p.grad is not None
         self._run([(batch, [i], [p.grad])])
 
     def _run(self, work: Sequence[tuple[Batch, Sequence[int], Sequence[Tensor]]]) -> None:
@@ -386,7 +389,7 @@ _numbers = itertools.count()
 _optimizers: "WeakValueDictionary[int, AdEMAMix]" = WeakValueDictionary()
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare_while_tracing(number: int) -> None:
     _optimizers[number]._prepare()
 

@@ -64,7 +64,7 @@ def check_options(options: Mapping[str, Any], first: bool = False) -> None:
     for name in ("t_alpha", "t_beta3"):
         require(name, "at least 0, or None", lambda steps: steps is None or steps >= 0)
     require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and 0 <= start < 2**63)
-    require("seed", "an int of 64 bits", lambda seed: isinstance(seed, Integral) and -(2**63) <= seed < 2**63)
+    require("seed", "an int of 64 bits", lambda seed: isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**63)
     for name in ("maximize", "stochastic_rounding", "capturable", "is_paged"):
         require(name, "True or False", lambda flag: flag in (True, False))
     require("optim_bits", "8 or 32", lambda bits: bits in (8, 32))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import ref
 
 import torch
@@ -141,7 +141,7 @@ class Plan:
         )
 
 
-def has_state(state: Mapping[str, Any] | None) -> bool:
+def has_state(state: ParamState | None) -> TypeGuard[ParamState]:
     """Whether an entry of `optimizer.state` has more than others' entries."""
     return state is not None and "exp_avg" in state
 
@@ -170,8 +170,7 @@ def _add(batches: dict[Any, Batch], group: int, p: Tensor, stream: int, state: P
     if lost := [name for name in names if name not in local]:
         raise RuntimeError(f"the state of parameter {stream} of the optimizer has no {', '.join(lost)}")
     own = {name: local[name] for name in (*names, MASTER_REMAINDER) if name in local}
-    sharded = sharding.is_dtensor(p)
-    if sharded:
+    if sharded := sharding.is_dtensor(p):
         stream += sharding.first_group(p) << 32
     dtypes = tuple((name, value.dtype) for name, value in own.items())
     key = (group, p.dtype, p.device, dtypes, sharded, part is None)

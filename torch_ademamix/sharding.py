@@ -38,15 +38,16 @@ def local(value: Any) -> Any:
     return value.to_local() if is_dtensor(value) else value
 
 
-def local_param(p: DTensor) -> Tensor:
+def local_param(p: Tensor) -> Tensor:
     """This process's part of a parameter, for an op call to update."""
     # The op counts a new version of what it changes, which is the part.
     torch.autograd.graph.increment_version(p)
-    return p.to_local()
+    return local(p)  # type: ignore[no-any-return]
 
 
-def local_grad(p: DTensor, grad: Tensor) -> Tensor:
+def local_grad(p: Tensor, grad: Tensor) -> Tensor:
     """This process's part of a parameter's gradient, which is communicated if it is placed otherwise."""
+    assert is_dtensor(p)
     if not is_dtensor(grad):
         raise RuntimeError("a parameter is a DTensor, but its gradient is a plain tensor")
     if grad.placements != p.placements:

@@ -74,7 +74,7 @@ def compile_train_step(
     tensors = HyperparameterTensors()
 
     def step(*batch: Any) -> Tensor:
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
+        optimizer._opt_called = True  # by which LR schedulers know of a step
         # .backward() is inside the graph
         with optimizer._reading(tensors), torch._dynamo.config.patch(trace_autograd_ops=True):
             return compiled(_has_step_hooks(optimizer), *batch)
@@ -163,7 +163,7 @@ class _CapturedTrainStep:
             if self._optimizer._layout.plan is not self._plan:  # other tensors than those of the graph
                 self._capture()
             self._graph.replay()
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
+        self._optimizer._opt_called = True  # by which LR schedulers know of a step
         return self._loss.clone()
 
     def _take(self, leaves: list[Any], spec: TreeSpec) -> None:
@@ -213,7 +213,7 @@ class _CapturedTrainStep:
     def _without_effect(self) -> Iterator[None]:
         """Steps change nothing, as GradScaler prevents them; buffers and random numbers are put back."""
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        self._optimizer.found_inf = torch.ones((), device=self._device)  # type: ignore[attr-defined]
+        self._optimizer.found_inf = torch.ones((), device=self._device)
         try:
             with torch.random.fork_rng(devices=[self._device]):
                 yield

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from benchmarks import drift
 
 ADAMW = "AdamW"
-ADEMAMIX = {
-    name: drift.SCHEMES[name] for name in (drift.FLOAT32, "8-bit", "8-bit, slow_ema_bits=8", drift.BITSANDBYTES)
-}
+ADEMAMIX = {name: drift.SCHEMES[name] for name in (drift.FLOAT32, "8-bit", "8-bit, slow_ema_bits=8")}
 PERTURBED = "32-bit, perturbed"  # initial weights multiplied by 1 + 1e-6 * noise: how much of a run's end is chance
 PERTURBATION = 1e-6
 

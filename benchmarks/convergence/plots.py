@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.convergence import rosenbrock
 from benchmarks.convergence.plan import ADAMW, PERTURBED
 from benchmarks.convergence.report import Report, Setting
-from benchmarks.drift import BITSANDBYTES, FLOAT32
+from benchmarks.drift import FLOAT32
 from benchmarks.shared.writing import figure
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ COLOURS = {
     FLOAT32: "#08519c",
     "8-bit": "#d94801",
     "8-bit, slow_ema_bits=8": "#31a354",
-    BITSANDBYTES: "#c51b8a",
     PERTURBED: "#9ecae1",
 }
 LINES = ("#252525", "#08519c", "#6baed6", "#a63603", "#fd8d3c", "#31a354", "#c51b8a", "#756bb1")

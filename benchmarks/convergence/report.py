@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.convergence import rosenbrock
 from benchmarks.convergence.plan import ADAMW, PERTURBED, Plan
-from benchmarks.drift import BITSANDBYTES, FLOAT32, SCHEMES
+from benchmarks.drift import FLOAT32, SCHEMES
 from benchmarks.shared.writing import markdown_table
 
 ORDER = [ADAMW, FLOAT32, PERTURBED, *(name for name in SCHEMES if name != FLOAT32)]
@@ -142,7 +142,7 @@ def markdown(found: Report, walks: Walks) -> str:
         "\n".join(f"- {name}: {'; '.join(values)}" for name, values in found.origin().items()),
         "## Comparison",
         f"Seeds {', '.join(map(str, plan.seeds))}. The spread is the standard deviation over the seeds; differences "
-        f"are between runs of the same seed. {BITSANDBYTES} is bitsandbytes' scheme. Perturbed: the initial "
+        f"are between runs of the same seed. Perturbed: the initial "
         "weights differ by a millionth, so what differs at the end is chance.",
         found.comparison_table() if found.comparison else "Not yet run.",
         "![Validation loss](loss.svg)",

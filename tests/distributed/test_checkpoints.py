@@ -183,7 +183,7 @@ def full_state_of_another_format(folder):
     assert optimizers[1].state[plain[1].up.bias]["exp_avg"].dtype == torch.float32
     for p, q in zip(plain[0].parameters(), plain[1].parameters(), strict=True):
         codes, absmax = (optimizers[0].state[p][name] for name in ("exp_avg", "exp_avg_absmax"))
-        expected = dequantize(codes, absmax.flatten(), "signed_dynamic")
+        expected = dequantize(codes, absmax.flatten(), "signed_sqrt_int8")
         assert_identical(full(optimizers[1].state[q]["exp_avg"]), expected)
     train(plain[1], optimizers[1], range(1))
 
@@ -253,9 +253,9 @@ def other_precision(folder, stored, message):
 @pytest.mark.parametrize(
     ("saved", "stored", "message"),
     [
-        ("8", "32", r"up.weight.exp_avg has dtype torch.uint8 in the checkpoint, but must be torch.float32"),
-        ("32", "8", r"up.weight.exp_avg has dtype torch.float32 in the checkpoint, but must be torch.uint8"),
-        ("8", "8, slow too", r"exp_avg_slow has dtype torch.int16 in the checkpoint, but must be torch.uint8"),
+        ("8", "32", r"up.weight.exp_avg has dtype torch.int8 in the checkpoint, but must be torch.float32"),
+        ("32", "8", r"up.weight.exp_avg has dtype torch.float32 in the checkpoint, but must be torch.int8"),
+        ("8", "8, slow too", r"exp_avg_slow has dtype torch.int16 in the checkpoint, but must be torch.int8"),
         ("8 and remainders", "8", r"checkpoint has .*up.weight.master_remainder.*, which would be lost"),
     ],
 )

@@ -19,11 +19,11 @@ from config import (
 )
 from host import driver, managed_memory, take_log
 from places import in_arenas
-from quantized import SEED, BlockwiseLists, make_blockwise, neighbours, with_absmax_one
+from quantized import SEED, BlockwiseLists, boundaries, make_blockwise, neighbours, with_absmax_one
 from torch import Tensor
 
 from torch_ademamix import ops
-from torch_ademamix.blockwise import CODE_DTYPES, dynamic_map
+from torch_ademamix.blockwise import CODE_DTYPES
 
 SLOW_BITS = pytest.mark.parametrize("slow_ema_bits", [8, 16])
 STOCHASTIC = pytest.mark.parametrize("stochastic_rounding", [True, False], ids=["stochastic", "nearest"])
@@ -229,14 +229,12 @@ def test_blocks_of_zeros_and_of_denormal_numbers() -> None:
 @pytest.mark.parametrize("format", CODE_DTYPES)
 def test_quantize_and_dequantize(format: str) -> None:
     number = ops.FORMATS.index(format)
-    values = dynamic_map(format == "signed_dynamic")
-    edges = (values[1:] + values[:-1]) / 2
-    near_edges, _ = with_absmax_one(neighbours(edges.abs(), 2))
+    near_edges, _ = with_absmax_one(neighbours(boundaries(), 2))
     inputs = [near_edges, -near_edges, *(torch.randn(n).exp() for n in (0, 1, 255, 257, 3000))]
     inputs.append(torch.tensor([1.0, torch.inf, torch.nan, -torch.inf, 0.5, -1.0]))
     inputs.append(torch.randn(40, 30).t())
     for x in inputs:
-        for seed in (None, SEED) if format == "unsigned_dynamic" else (None,):
+        for seed in (None, SEED) if format == "fourth_root_uint8" else (None,):
             options = {"seed": seed, "step": 5, "stream": 3}
             quantized = torch.ops.cuda_on_host.quantize_blockwise(x, number, **options)
             assert_identical(list(quantized), list(torch.ops.torch_ademamix.quantize_blockwise(x, number, **options)))
