@@ -1,6 +1,7 @@
 """Saved state on its way into an optimizer: checked, converted to the formats that it is kept in, and taken."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torch_ademamix.arenas import (
 from torch_ademamix.blockwise import CODE_DTYPES, FORMATS, Format, block_count
 from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
-from torch_ademamix.options import check_options
+from torch_ademamix.options import check_options, param_name, refusals_of
 from torch_ademamix.reference import compute_dtype
 from torch_ademamix.state import ALLOWED_FORMATS, formats, has_remainder, make_state, storage
+
+STATE_DICT = "what an optimizer's state_dict() returns, with 'state' and 'param_groups'"
 
 # The options of a group that say how state is stored. They are the optimizer's own: a checkpoint that was stored
 # otherwise is converted when it is loaded.
@@ -50,23 +53,31 @@ def checked_state_dict(state_dict: Mapping[str, Any], own_groups: Sequence[Mappi
     Raises:
         ValueError: a state or an option isn't as it has to be.
     """
+    check_is_state_dict(state_dict)
     groups = state_dict["param_groups"]
     state = dict(state_dict["state"])
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own_groups]:
         return {"state": state, "param_groups": groups}  # for torch to refuse
-    for saved, group in zip(groups, own_groups, strict=True):
-        check_options({**group, **saved})
-    ids = (i for g in groups for i in g["params"])
-    owners = ((p, g, saved) for g, saved in zip(own_groups, groups, strict=True) for p in g["params"])
-    for i, (p, group, saved) in zip(ids, owners, strict=True):
-        if i in state:
+    for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
+        with refusals_of(f"state_dict['param_groups'][{number}]"):
+            check_options({**group, **saved})
+    for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
+        for place, (i, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            if i not in state:
+                continue
             where = f"state_dict['state'][{i!r}]"
-            loaded = loaded_state(p, state[i], group, where)
-            check_precision(state[i], saved, where)
+            with refusals_of(param_name(group, number, place)):
+                loaded = loaded_state(p, state[i], group, where)
+                check_precision(state[i], saved, where)
             others = {name: value for name, value in state[i].items() if name not in NAMES}
             state[i] = {**others, **{name: _Hidden(value) for name, value in loaded.items()}}
     stored = ({name: group[name] for name in STORAGE_OPTIONS} for group in own_groups)
     return {"state": state, "param_groups": [{**saved, **own} for saved, own in zip(groups, stored, strict=True)]}
+
+
+def check_is_state_dict(state_dict: Any) -> None:
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"state_dict must be {STATE_DICT}")
 
 
 class _Hidden:
@@ -146,6 +157,8 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     """
     if not isinstance(saved, Mapping):
         raise ValueError(f"{where} is a {type(saved).__name__}, but must be a dict")
+    if lost := [name for name, value in saved.items() if isinstance(value, Mapping) and not value]:
+        raise ValueError(f"{where} has no {', '.join(lost)}: the flat state dict that torch made it of hasn't either")
     target = formats(p, group)
     if any(sharding.is_dtensor(value) for value in saved.values()):
         part = sharding.parts(saved, p, where)
@@ -193,16 +206,14 @@ def _converted(
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
         raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{''.join(hints[:1])}")
-    step = torch.as_tensor(saved["step"], dtype=torch.float32)
-    if step.numel() != 1:
-        raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
+    step = checked_step(saved["step"], f"{where}['step']")
     if not _finite_and_not_negative(step):
         raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
-    state = {"step": step.reshape(())}
+    state = {"step": step}
     for name, format in target.items():
         if not quantized:
             value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
-            if in_place_problem(name, 0, value):  # expanded, as a converter may write zeros
+            if in_place_problem(value):  # expanded, as a converter may write zeros
                 value = value.contiguous()
             state |= _stored(name, value, format)
             continue
@@ -230,7 +241,7 @@ def _converted(
         )
     if saved_remainder is not None:
         remainder = checked(saved_remainder, f"{where}[{MASTER_REMAINDER!r}]", p.shape, torch.int16)
-        if in_place_problem(MASTER_REMAINDER, 0, remainder):
+        if in_place_problem(remainder):
             remainder = remainder.contiguous()
         state[MASTER_REMAINDER] = remainder
     elif has_remainder(p, group):
@@ -252,6 +263,16 @@ def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tenso
 def _shaped(absmax: Tensor, p: Tensor) -> Tensor:
     shape = sharding.scales_shape(p)
     return absmax if shape is None else absmax.view(shape)
+
+
+def checked_step(step: Any, where: str) -> Tensor:
+    """A step count, a number or a tensor of one element, as a float32 tensor without dimensions; else a ValueError."""
+    if not isinstance(step, (Tensor, Real)):
+        raise ValueError(f"{where} is a {type(step).__name__}, but must be a number or a tensor")
+    tensor = torch.as_tensor(step, dtype=torch.float32)
+    if tensor.numel() != 1:
+        raise ValueError(f"{where} has shape {list(tensor.shape)}, but must hold one element")
+    return tensor.reshape(())
 
 
 def checked(value: Any, where: str, shape: Sequence[int] | None, *dtypes: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """What the optimizer keeps per parameter: names, shapes and dtypes, and how it is made."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from torch_ademamix.arenas import (
     MOMENTS,
     SCALES,
     OptimizerState,
+    ParamState,
     Storage,
     allocate,
 )
 from torch_ademamix.blockwise import CODE_DTYPES, Format
+from torch_ademamix.options import Options, check_params, is_trained
 from torch_ademamix.reference import compute_dtype
 
 # What quantized state may be stored as: first the default, then what `slow_ema_bits=8` gives.
@@ -51,6 +53,22 @@ def storage(p: Tensor, number: int, group: Mapping[str, Any]) -> Storage:
     if has_remainder(p, group):
         entries.append((MASTER_REMAINDER, torch.int16))
     return Storage(number, p.device, paging.is_paged(p, group), tuple(entries))
+
+
+def has_state(state: ParamState | None) -> TypeGuard[ParamState]:
+    """Whether an entry of `optimizer.state` has more than others' entries."""
+    return state is not None and "exp_avg" in state
+
+
+def without_state(state: OptimizerState, groups: Sequence[Options]) -> list[tuple[Tensor, Storage]]:
+    """The parameters that are to get state, and how it is stored; refuses those that can't be updated."""
+    members = []
+    for number, group in enumerate(groups):
+        params = [p for p in group["params"] if is_trained(p) and not has_state(state.get(p))]
+        if params:
+            check_params(group, number)
+        members += [(p, storage(p, number, group)) for p in params]
+    return members
 
 
 @torch.no_grad()
