@@ -336,7 +336,7 @@ def test_refuses_options(options, text):
     ],
 )
 def test_refuses_float16(options, text):
-    with pytest.raises(ValueError, match=f"{text}, which is for bfloat16 parameters, but params.0. has dtype"):
+    with pytest.raises(ValueError, match=f"{text}, which is for bfloat16 parameters, but param_groups.* has dtype"):
         make_optimizer(torch.float16, **options)
 
 
