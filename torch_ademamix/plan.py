@@ -45,7 +45,7 @@ class Batch:
         self.params.append(p)
         self.streams.append(stream)
         if part is None:
-            self._append({name: ref(value) for name, value in state.items()})
+            self._append(state)
         else:
             arena = part.arena
             if id(arena) not in self._arenas:
@@ -53,11 +53,11 @@ class Batch:
                 self._append(arena.flats)
             self.places += (self._arenas[id(arena)], part.first, part.number)
 
-    def _append(self, tensors: "Mapping[str, ref[Tensor]]") -> None:
+    def _append(self, tensors: Mapping[str, Tensor]) -> None:
         for target, name in zip(self.state, self.names, strict=True):
-            target.append(tensors[name])
+            target.append(ref(tensors[name]))
         if MASTER_REMAINDER in tensors:
-            self.remainders.append(tensors[MASTER_REMAINDER])
+            self.remainders.append(ref(tensors[MASTER_REMAINDER]))
 
     def calls(self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool) -> list[tuple[Lists, dict[str, Any]]]:
         """The lists of an op call for each dtype of the gradients, and the arguments that go with these lists.
