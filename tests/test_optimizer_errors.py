@@ -95,10 +95,10 @@ def test_options(trained, error, options, match):
         (
             [torch.ones(2), trained_tensor(torch.ones(2, dtype=torch.complex64))],
             ValueError,
-            r"params\[1\] has dtype torch.complex64",
+            r"\['params'\]\[1\] has dtype torch.complex64",
         ),
-        ([trained_tensor(torch.ones(2).to_sparse())], ValueError, r"params\[0\] has layout torch.sparse_coo"),
-        ([trained_tensor(torch.ones(1).expand(2))], ValueError, r"params\[0\] has elements that share memory"),
+        ([trained_tensor(torch.ones(2).to_sparse())], ValueError, r"\['params'\]\[0\] has layout torch.sparse_coo"),
+        ([trained_tensor(torch.ones(1).expand(2))], ValueError, r"\['params'\]\[0\] has elements that share memory"),
     ],
 )
 def test_parameters(trained, params, error, match):
@@ -151,7 +151,7 @@ def test_stochastic_rounding_of_float16_parameters_set_later():
         p.grad = torch.ones_like(p)
     optimizer.step()
     optimizer.param_groups[1]["param_rounding"] = "stochastic"
-    assert_refused(optimizer, optimizer.step, ValueError, r"params\[0\] has dtype torch.float16")
+    assert_refused(optimizer, optimizer.step, ValueError, r"param_groups\[1\]\['params'\]\[0\] has dtype torch.float16")
 
 
 def edit_state(change):

@@ -2,16 +2,16 @@
 
 from torch_ademamix import checkpoint
 from torch_ademamix.functional import ademamix
-from torch_ademamix.optimizer import (
-    AdEMAMix,
+from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.reference import ReferenceAdEMAMix
+from torch_ademamix.training import capture_train_step, compile_train_step, release_gradients
+from torch_ademamix.variants import (
     AdEMAMix8bit,
     AdEMAMix32bit,
     PagedAdEMAMix,
     PagedAdEMAMix8bit,
     PagedAdEMAMix32bit,
 )
-from torch_ademamix.reference import ReferenceAdEMAMix
-from torch_ademamix.training import capture_train_step, compile_train_step, release_gradients
 
 __all__ = [
     "AdEMAMix",

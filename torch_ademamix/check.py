@@ -16,20 +16,25 @@ from torch_ademamix.reference import HYPERPARAMETERS, compute_dtype
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def floating_problem(name: str, i: int, tensor: Tensor) -> str | None:
-    """Why a tensor can't be a parameter or a gradient."""
+def floating_problem(tensor: Tensor) -> str | None:
+    """Why a tensor can't be a parameter or a gradient, as a text that goes on after its name."""
     if tensor.layout != torch.strided:
-        return f"{name}[{i}] has layout {tensor.layout}; only dense tensors are allowed"
+        return f"has layout {tensor.layout}; only dense tensors are allowed"
     if tensor.dtype not in PARAMETER_DTYPES:
-        return f"{name}[{i}] has dtype {tensor.dtype}; allowed are {', '.join(map(str, PARAMETER_DTYPES))}"
+        return f"has dtype {tensor.dtype}; allowed are {', '.join(map(str, PARAMETER_DTYPES))}"
     return None
 
 
-def in_place_problem(name: str, i: int, tensor: Tensor) -> str | None:
-    """Why a tensor can't be updated in place."""
+def are_floating(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor has a :func:`floating_problem`."""
+    return {t.layout for t in tensors} <= {torch.strided} and {t.dtype for t in tensors} <= set(PARAMETER_DTYPES)
+
+
+def in_place_problem(tensor: Tensor) -> str | None:
+    """Why a tensor can't be updated in place, in the same way."""
     overlapping = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if overlapping and tensor.numel() > 0:
-        return f"{name}[{i}] has elements that share memory, so it can't be updated in place"
+        return "has elements that share memory, so it can't be updated in place"
     return None
 
 
@@ -245,8 +250,8 @@ class Checker:
             self.refuse(f"{name} is {value:g}, but must be {allowed}")
 
     def _floating(self, name: str, i: int, tensor: Tensor) -> None:
-        if problem := floating_problem(name, i, tensor):
-            self.refuse(problem)
+        if problem := floating_problem(tensor):
+            self.refuse(f"{name}[{i}] {problem}")
 
     def _uniform(self, name: str, tensors: Sequence[Tensor], i: int) -> None:
         a, b = tensors[i], tensors[0]
@@ -275,8 +280,8 @@ class Checker:
             self.refuse(f"{name}[{i}] must be contiguous")
 
     def _in_place(self, name: str, i: int, tensor: Tensor) -> None:
-        if problem := in_place_problem(name, i, tensor):
-            self.refuse(problem)
+        if problem := in_place_problem(tensor):
+            self.refuse(f"{name}[{i}] {problem}")
 
     def _float(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype not in (torch.float32, torch.float64):

@@ -22,9 +22,9 @@ from torch_ademamix import dynamic_map
 from torch_ademamix.arenas import MOMENTS, NAMES
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.check import PARAMETER_DTYPES
+from torch_ademamix.loading import BITSANDBYTES_STATE, check_is_state_dict, checked, checked_step, loaded_state
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import BITSANDBYTES_STATE, checked, loaded_state
 
 StateDict = dict[str, Any]
 
@@ -86,7 +86,7 @@ def _state_from_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any],
     dtype = torch.uint8 if quantized else torch.float32
     nu = checked(saved["state2"], f"{where}['state2']", None, dtype)
     m1, m2 = checked(saved["state1"], f"{where}['state1']", (2, *nu.shape), dtype)
-    step = _step(saved["step"], f"{where}['step']")
+    step = checked_step(saved["step"], f"{where}['step']").clone()
     if not quantized:
         return {"step": step, "exp_avg": m1.clone(), "exp_avg_slow": m2.clone(), "exp_avg_sq": nu.clone()}
     for name, is_signed in (("qmap1", True), ("qmap2", False)):
@@ -235,7 +235,7 @@ def _state_from_apple(saved: Mapping[str, Any], group: Mapping[str, Any], where:
     else:
         m1 = _moment(saved, "exp_avg_fast", where, m2)
     return {
-        "step": _step(saved["step"], f"{where}['step']"),
+        "step": checked_step(saved["step"], f"{where}['step']").clone(),
         "exp_avg": m1,
         "exp_avg_slow": m2,
         "exp_avg_sq": _moment(saved, "exp_avg_sq", where, m2),
@@ -307,7 +307,7 @@ def _state_from_adamw(saved: Mapping[str, Any], group: Mapping[str, Any], where:
     _check_entries(saved, where, {"step", "exp_avg", "exp_avg_sq"})
     m1 = _moment(saved, "exp_avg", where)
     return {
-        "step": _step(saved["step"], f"{where}['step']"),
+        "step": checked_step(saved["step"], f"{where}['step']").clone(),
         "exp_avg": m1,
         "exp_avg_slow": torch.zeros_like(m1),
         "exp_avg_sq": _moment(saved, "exp_avg_sq", where, m1),
@@ -320,8 +320,7 @@ def _converted(
     convert_group: Callable[[Mapping[str, Any], str], StateDict],
 ) -> StateDict:
     """The state dict with each parameter's state, given with its group, and each group converted."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("state_dict must be what an optimizer's state_dict() returns, with 'state' and 'param_groups'")
+    check_is_state_dict(state_dict)
     groups = state_dict["param_groups"]
     converted_groups = [
         convert_group(copy.deepcopy(group), f"state_dict['param_groups'][{k}]") for k, group in enumerate(groups)
@@ -360,14 +359,6 @@ def _options(
 def _check_entries(saved: Mapping[str, Any], where: str, expected: set[str]) -> None:
     if saved.keys() != expected:
         raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}")
-
-
-def _step(step: Any, where: str) -> Tensor:
-    """A step count, kept as a number or a tensor, as a tensor of its own."""
-    tensor = torch.as_tensor(step)
-    if tensor.numel() != 1:
-        raise ValueError(f"{where} has shape {list(tensor.shape)}, but must hold one element")
-    return tensor.reshape(()).to(torch.float32, copy=True)
 
 
 def _moment(saved: Mapping[str, Any], name: str, where: str, like: Tensor | None = None) -> Tensor:

@@ -41,6 +41,25 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
 
 
+def check_max_norm(max_norm: float | None) -> None:
+    """Refuses a `max_grad_norm` that isn't one."""
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_norm!r}, but must be positive or None")
+
+
+def clipping_grad_scale(
+    grads: Sequence[Tensor], grad_scale: Tensor | None, max_norm: float, norm_out: Tensor
+) -> Tensor:
+    """What gradients are divided by that are to be unscaled and clipped; their unscaled norm goes to `norm_out`."""
+    norm = total_norm(grads)
+    scale = None if grad_scale is None else grad_scale.to(norm.device).reshape(())
+    if scale is not None:
+        norm = norm / scale
+    norm_out.copy_(norm)
+    excess = clip_scale(norm, max_norm)
+    return excess if scale is None else excess * scale
+
+
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of this norm are divided by to bring it down to `max_norm`; 1 where it isn't above.
 

@@ -1,4 +1,4 @@
-"""The AdEMAMix optimizer (arXiv 2409.03137) and the variants that fix how its state is stored."""
+"""The AdEMAMix optimizer (arXiv 2409.03137)."""
 
 import inspect
 import itertools
@@ -12,24 +12,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import bfloat16, ops, sharding
-from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, Layout, OptimizerState, ParamState
-from torch_ademamix.check import PARAMETER_DTYPES, floating_problem
-from torch_ademamix.clipping import clip_scale, total_norm
+from torch_ademamix import bfloat16, sharding
+from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState
+from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
+from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, take_state
 from torch_ademamix.options import (
     Checked,
     HyperparameterTensors,
+    check_grads,
     check_options,
     check_params,
-    hyperparameters,
-    make_lr_tensor,
+    is_trained,
+    refusals_of,
+    settle_lrs,
 )
-from torch_ademamix.plan import Batch, Plan, has_state
-from torch_ademamix.state import STORAGE_OPTIONS, check_precision, loaded_state, make_state, storage, take_state
+from torch_ademamix.plan import Plan, Work
+from torch_ademamix.state import make_state, without_state
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
-
-Call = tuple[Callable[..., None], Sequence[Any], dict[str, Any]]  # an op, its lists and its options
 
 
 class AdEMAMix(Optimizer):
@@ -47,7 +47,7 @@ class AdEMAMix(Optimizer):
     Args:
         params: tensors, named tensors, or groups (dicts), as in torch.optim.
         lr: the learning rate. A float that changes recompiles a compiled step each time; a tensor of one element
-            doesn't, and LR schedulers write to it in place.
+            doesn't, and LR schedulers write to it in place, so a second group gets a copy of its own.
         betas: β1, β2 and β3, each in [0, 1).
         alpha: the weight α of the slow average.
         t_alpha: steps over which α rises linearly from 0; None for none. Usually the whole run.
@@ -147,35 +147,29 @@ class AdEMAMix(Optimizer):
         self._init_internals()
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
-        self._check_max_grad_norm()
+        check_max_norm(self.max_grad_norm)
         super().__init__(params, defaults)
         self._init_grad_norm()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; refuses options out of range before the optimizer changes."""
         if isinstance(param_group, dict):
-            check_options({**self.defaults, **param_group}, first=True)
+            with refusals_of(f"param_groups[{len(self.param_groups)}]"):
+                check_options({**self.defaults, **param_group}, first=True)
         super().add_param_group(param_group)
         self._layout.forget()
         group = self.param_groups[-1]
         try:
-            check_params(group)
+            check_params(group, len(self.param_groups) - 1)
         except ValueError:
             self.param_groups.pop()
             raise
-        if group["capturable"]:
-            make_lr_tensor(group)
+        settle_lrs(self.param_groups)
 
     def init_state(self) -> None:
         """Makes the state of every parameter that requires a gradient now, not at the first step."""
         self._init_grad_norm()
-        members = []
-        for number, group in enumerate(self.param_groups):
-            without = [p for p in group["params"] if _is_trained(p) and not has_state(self.state.get(p))]
-            if without:
-                check_params(group)
-            members += [(p, storage(p, number, group)) for p in without]
-        make_state(self.state, members)
+        make_state(self.state, without_state(self.state, self.param_groups))
 
     def _init_internals(self) -> None:
         self._layout = Layout()
@@ -229,25 +223,24 @@ class AdEMAMix(Optimizer):
         return sharding.sharded({MASTER_REMAINDER: weight}, p)[MASTER_REMAINDER]
 
     def _init_grad_norm(self) -> None:
-        if self.max_grad_norm is not None and self.grad_norm is None:
-            device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        if self.max_grad_norm is None:
+            return
+        params = (p for group in self.param_groups for p in group["params"])
+        device = next((p.device for p in params if is_trained(p)), torch.get_default_device())
+        if self.grad_norm is None or self.grad_norm.device != device:
             self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
             torch._dynamo.mark_static_address(self.grad_norm, guard=True)
-
-    def _check_max_grad_norm(self) -> None:
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}, but must be positive or None")
 
     def _prepare(self) -> None:
         """Checks the options, makes state that is missing, and sees to it that the plan holds."""
         for number, group in enumerate(self.param_groups):
             self._checked(number, group)
-        self._check_max_grad_norm()
+        check_max_norm(self.max_grad_norm)
         plan = self._layout.plan
-        if plan is not None and plan.holds(self.param_groups) and not any(map(_is_trained, plan.stateless)):
+        if plan is not None and plan.holds(self.param_groups) and not any(map(is_trained, plan.stateless)):
             return
         for number, group in enumerate(self.param_groups):  # a step that is refused makes no state either
-            _check_grads(group, number, [p.grad for p in group["params"] if p.grad is not None])
+            check_grads(group, number)
         self.init_state()
         with torch.no_grad():
             self._layout.plan = Plan(self.param_groups, self.state)
@@ -257,16 +250,7 @@ class AdEMAMix(Optimizer):
             _prepare_while_tracing(self._number)
         else:
             self._prepare()
-        plan = self._layout.plan
-        for group, params in zip(plan.groups, plan.params, strict=True):
-            if torch.compiler.is_compiling() and any(p is not q for p, q in zip(group["params"], params, strict=True)):
-                raise AssertionError  # never: this is what a traced step is guarded by
-        work = []
-        for batch in plan.batches:
-            grads = [p.grad for p in batch.params]
-            chosen = [i for i, grad in enumerate(grads) if grad is not None]
-            work.append((batch, chosen, [grads[i] for i in chosen]))
-        self._run(work)
+        self._run(self._layout.plan.work())
 
     @contextmanager
     def _reading(self, tensors: HyperparameterTensors) -> Iterator[None]:
@@ -286,52 +270,24 @@ class AdEMAMix(Optimizer):
         assert p.grad is not None
         self._run([(batch, [i], [p.grad])])
 
-    def _run(self, work: Sequence[tuple[Batch, Sequence[int], Sequence[Tensor]]]) -> None:
+    def _run(self, work: Sequence[Work]) -> None:
         """Updates those parameters of batches that have gradients; refuses before the first is changed."""
-        for batch, _, grads in work:
-            _check_grads(self._layout.plan.groups[batch.group], batch.group, grads)
-        grad_scale = self._grad_scale([grad for _, _, grads in work for grad in grads])
-        calls = [call for batch, chosen, grads in work for call in self._calls(batch, chosen, grads, grad_scale)]
-        if not torch.compiler.is_compiling():  # traced calls have been checked when they were traced
-            for op, lists, options in calls[1:]:  # the first checks itself
-                op(*lists, **options, dry_run=True)
-        for op, lists, options in calls:
-            op(*lists, **options)
+        plan = self._layout.plan
+        plan.check(work)
+        scaler = {
+            "grad_scale": self._grad_scale([grad for _, _, grads in work for grad in grads]),
+            "found_inf": getattr(self, "found_inf", None),
+        }
+        plan.run([call for item in work for call in plan.calls(*item, self._hyperparameters, scaler)])
 
     def _grad_scale(self, grads: list[Tensor]) -> Tensor | None:
         """What the gradients are divided by: GradScaler's scale, and more where their norm is to be clipped."""
         scale: Tensor | None = getattr(self, "grad_scale", None)  # set around step() by GradScaler
         if self.max_grad_norm is None or not grads:
             return scale
-        self._init_grad_norm()
-        norm = total_norm(grads)
-        if scale is not None:
-            norm = norm / scale.to(norm.device).reshape(())
-        self.grad_norm.copy_(norm)  # type: ignore[union-attr]
-        excess = clip_scale(norm, self.max_grad_norm)
-        return excess if scale is None else excess * scale.to(norm.device).reshape(())
-
-    def _calls(
-        self, batch: Batch, chosen: Sequence[int], grads: Sequence[Tensor], grad_scale: Tensor | None
-    ) -> list[Call]:
-        """The op calls that update the chosen parameters of a batch."""
-        group = self._layout.plan.groups[batch.group]
-        stochastic = group["param_rounding"] == "stochastic" and batch.params[0].dtype == torch.bfloat16
-        tensors = self._hyperparameters
-        options: dict[str, Any] = dict(
-            **(hyperparameters(group) if tensors is None else {"hyperparameters": tensors[batch.group]}),
-            maximize=group["maximize"],
-            stochastic_param_rounding=stochastic,
-            seed=int(group["seed"]),
-            grad_scale=grad_scale,
-            found_inf=getattr(self, "found_inf", None),
-        )
-        op = ops.ademamix_step_
-        if batch.quantized:
-            op = ops.ademamix_blockwise_step_
-            options["stochastic_rounding"] = group["stochastic_rounding"]
-        random = batch.quantized or stochastic
-        return [(op, lists, {**options, **more}) for lists, more in batch.calls(chosen, grads, random)]
+        if self.grad_norm is None:
+            self._init_grad_norm()
+        return clipping_grad_scale(grads, scale, self.max_grad_norm, self.grad_norm)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. The tensors are the optimizer's own, views of a few flat ones."""
@@ -350,40 +306,17 @@ class AdEMAMix(Optimizer):
         Raises:
             ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of
                 range; the optimizer is as it was then.
+            TypeError: it isn't a state dict at all.
         """
-
-        # torch casts state to the parameter's dtype. Called after any hook of the user's, this one hides the
-        # checked state from that; __setstate__ brings it out again.
-        def check_and_hide(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups = [
-                {**saved, **{name: group[name] for name in STORAGE_OPTIONS}}
-                for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
-            ]
-            return {"state": self._checked_state(state_dict), "param_groups": groups}
-
-        handle = self.register_load_state_dict_pre_hook(check_and_hide)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}, but must be {STATE_DICT}")
+        handle = self.register_load_state_dict_pre_hook(  # called after any hook of the user's
+            lambda _, given: checked_state_dict(given, self.param_groups)
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-
-    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Any, Any]:
-        groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return state_dict["state"]  # type: ignore[no-any-return]  # for torch to refuse
-        for saved, group in zip(groups, self.param_groups, strict=True):
-            check_options({**group, **saved})
-        ids = (i for g in groups for i in g["params"])
-        owners = ((p, g, saved) for g, saved in zip(self.param_groups, groups, strict=True) for p in g["params"])
-        states = dict(state_dict["state"])
-        for i, (p, group, saved) in zip(ids, owners, strict=True):
-            if i in states:
-                where = f"state_dict['state'][{i!r}]"
-                loaded = loaded_state(p, states[i], group, where)
-                check_precision(states[i], saved, where)
-                others = {name: value for name, value in states[i].items() if name not in NAMES}
-                states[i] = {**others, **{name: _Hidden(value) for name, value in loaded.items()}}
-        return states
 
     def __getstate__(self) -> dict[str, Any]:  # for copy and pickle
         return {**super().__getstate__(), "state": self.state.plain(), "max_grad_norm": self.max_grad_norm}
@@ -395,17 +328,14 @@ class AdEMAMix(Optimizer):
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("grad_norm", None)
         super().__setstate__(state)
-        for name, argument in inspect.signature(AdEMAMix).parameters.items():
-            if name == "params" or name in self._OWN_OPTIONS:
-                continue
+        arguments = inspect.signature(AdEMAMix).parameters
+        for name, argument in [item for item in arguments.items() if item[0] not in ("params", *self._OWN_OPTIONS)]:
             default = self.defaults.setdefault(name, argument.default)  # where a pickle is older than the option
             for group in self.param_groups:
                 group.setdefault(name, default)
-        for group in self.param_groups:
-            if group["capturable"]:
-                make_lr_tensor(group)
+        settle_lrs(self.param_groups)
         self._layout.forget()
-        entries = {key: _brought_out(value) for key, value in self.__dict__["state"].items()}
+        entries = brought_out(self.__dict__["state"])
         self.state = OptimizerState(self._layout, {}) if before is None else before
         take_state(self.state, entries, self.param_groups)
 
@@ -418,70 +348,3 @@ _optimizers: "WeakValueDictionary[int, AdEMAMix]" = WeakValueDictionary()
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare_while_tracing(number: int) -> None:
     _optimizers[number]._prepare()
-
-
-def _is_trained(p: Tensor) -> bool:
-    return p.requires_grad or p.grad is not None
-
-
-def _check_grads(group: dict[str, Any], number: int, grads: Sequence[Tensor]) -> None:
-    if {grad.layout for grad in grads} <= {torch.strided} and {grad.dtype for grad in grads} <= set(PARAMETER_DTYPES):
-        return
-    name = f"gradients of param_groups[{number}]"
-    for i, p in enumerate(group["params"]):
-        if p.grad is not None and (problem := floating_problem(name, i, p.grad)):
-            raise RuntimeError(problem)
-
-
-class _Hidden:
-    """A loaded tensor on its way past torch's cast, which looks into dicts, sequences and tensors only."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _brought_out(entry: Any) -> Any:
-    if not isinstance(entry, Mapping):
-        return entry
-    return {name: value.value if isinstance(value, _Hidden) else value for name, value in entry.items()}
-
-
-def _fixing(**fixed: Any) -> Callable[[type[AdEMAMix]], type[AdEMAMix]]:
-    """A class decorator: the arguments are AdEMAMix's but for these, which have fixed values."""
-    arguments = inspect.signature(AdEMAMix.__init__).parameters.values()
-    signature = inspect.Signature([a for a in arguments if a.name not in fixed])
-
-    def decorate(cls: type[AdEMAMix]) -> type[AdEMAMix]:
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            AdEMAMix.__init__(**signature.bind(*args, **kwargs).arguments, **fixed)
-
-        __init__.__signature__ = signature  # type: ignore[attr-defined]
-        cls.__init__ = __init__  # type: ignore[method-assign]
-        return cls
-
-    return decorate
-
-
-@_fixing(optim_bits=32)
-class AdEMAMix32bit(AdEMAMix):
-    """:class:`AdEMAMix` with float32 state."""
-
-
-@_fixing(optim_bits=8)
-class AdEMAMix8bit(AdEMAMix):
-    """:class:`AdEMAMix` with quantized state."""
-
-
-@_fixing(is_paged=True)
-class PagedAdEMAMix(AdEMAMix):
-    """:class:`AdEMAMix` with paged state."""
-
-
-@_fixing(optim_bits=32, is_paged=True)
-class PagedAdEMAMix32bit(AdEMAMix32bit):
-    """:class:`AdEMAMix` with paged float32 state."""
-
-
-@_fixing(optim_bits=8, is_paged=True)
-class PagedAdEMAMix8bit(AdEMAMix8bit):
-    """:class:`AdEMAMix` with paged quantized state."""

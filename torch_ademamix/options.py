@@ -1,13 +1,15 @@
 """The options of a parameter group: what they may be, and how the ops take them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_ademamix import sharding
 from torch_ademamix.check import floating_problem, in_place_problem
 
 Options = dict[str, Any]
@@ -25,9 +27,10 @@ class Checked:
         # What was seen is kept, so an object of the same identity is the same; only lists change their contents.
         if seen is not None and len(seen) == len(values) and all(map(_unchanged, seen, values)):
             return
-        check_options(group)
+        with refusals_of(f"param_groups[{number}]"):
+            check_options(group)
         if group["param_rounding"] == "stochastic":
-            check_params(group)
+            check_params(group, number)
         self._seen[number] = values
 
 
@@ -74,22 +77,58 @@ def check_options(options: Mapping[str, Any], first: bool = False) -> None:
     require("param_rounding", " or ".join(map(repr, roundings)), lambda rounding: rounding in roundings)
 
 
-def check_params(group: Options) -> None:
-    """Refuses parameters that can't be updated. Frozen ones may be anything: they need no update.
+def check_params(group: Options, number: int) -> None:
+    """Refuses parameters of a group that can't be updated. Frozen ones may be anything: they need no update.
 
     Raises:
         ValueError: a parameter that requires a gradient has another dtype or layout.
     """
     for i, p in enumerate(group["params"]):
-        if not (p.requires_grad or p.grad is not None):
+        if not is_trained(p):
             continue
-        if problem := floating_problem("params", i, p) or in_place_problem("params", i, p):
-            raise ValueError(problem)
+        name = param_name(group, number, i)
+        if problem := floating_problem(p) or in_place_problem(p):
+            raise ValueError(f"{name} {problem}")
         if p.dtype == torch.float16 and (group["master_weights"] or group["param_rounding"] == "stochastic"):
             option = "master_weights" if group["master_weights"] else "param_rounding"
             raise ValueError(
-                f"{option} is {group[option]!r}, which is for bfloat16 parameters, but params[{i}] has dtype {p.dtype}"
+                f"{option} is {group[option]!r}, which is for bfloat16 parameters, but {name} has dtype {p.dtype}"
             )
+
+
+def check_grads(group: Mapping[str, Any], number: int) -> None:
+    """Refuses gradients of a group that no op call can take.
+
+    Raises:
+        RuntimeError: a gradient has another dtype or layout, or isn't sharded as its parameter.
+    """
+    for i, p in enumerate(group["params"]):
+        if p.grad is None:
+            continue
+        problem = floating_problem(p.grad)
+        if sharding.is_dtensor(p) and not sharding.is_dtensor(p.grad):
+            problem = "is a plain tensor, but its parameter is a DTensor"
+        if problem:
+            raise RuntimeError(f"the gradient of {param_name(group, number, i)} {problem}")
+
+
+def is_trained(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None
+
+
+def param_name(group: Mapping[str, Any], number: int, i: int) -> str:
+    """What refusals call a parameter: its place, and its name where the optimizer was given named ones."""
+    place = f"param_groups[{number}]['params'][{i}]"
+    return f"{place} ({group['param_names'][i]})" if "param_names" in group else place
+
+
+@contextmanager
+def refusals_of(what: str) -> Iterator[None]:
+    """What is refused within is said to be of a group, or a parameter."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def hyperparameters(group: Mapping[str, Any]) -> Options:
@@ -142,10 +181,19 @@ class HyperparameterTensors:
         return self.tensors
 
 
-def make_lr_tensor(group: Options) -> None:
+def settle_lrs(groups: Sequence[Options]) -> None:
+    """Makes lr a tensor in `capturable` groups, and each group's tensor its own: LR schedulers write to it in place."""
+    seen: set[int] = set()
+    for group in groups:
+        if group["capturable"] and group["params"]:
+            _make_lr_tensor(group)
+        if id(group["lr"]) in seen and isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].detach().clone()
+        seen.add(id(group["lr"]))
+
+
+def _make_lr_tensor(group: Options) -> None:
     """Turns a group's lr into a tensor on its parameters' device: a compiled or captured step reads it anew."""
-    if not group["params"]:
-        return
     device = group["params"][0].device
     if isinstance(group["lr"], Tensor) and group["lr"].device == device:
         return

@@ -1,14 +1,15 @@
 """Which op calls a step makes: parameters in batches that one call can update, found once and kept while they hold."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
-from typing import Any, TypeGuard
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from torch_ademamix import sharding
+from torch_ademamix import ops, sharding
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     MOMENTS,
@@ -16,10 +17,15 @@ from torch_ademamix.arenas import (
     ParamState,
     Part,
 )
+from torch_ademamix.check import are_floating
+from torch_ademamix.options import Options, check_grads, hyperparameters, param_name
+from torch_ademamix.places import PLACE_NUMBERS
+from torch_ademamix.state import has_state
 
 STATE = (*MOMENTS, "step")
 
 Lists = tuple[Sequence[Any], ...]  # of an op call
+Call = tuple[Callable[..., None], Sequence[Tensor], Lists, Options]  # an op, whose parameters, its lists and options
 
 
 class Batch:
@@ -59,8 +65,10 @@ class Batch:
         if MASTER_REMAINDER in tensors:
             self.remainders.append(ref(tensors[MASTER_REMAINDER]))
 
-    def calls(self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool) -> list[tuple[Lists, dict[str, Any]]]:
-        """The lists of an op call for each dtype of the gradients, and the arguments that go with these lists.
+    def lists(
+        self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool
+    ) -> list[tuple[Sequence[Tensor], Lists, Options]]:
+        """For each dtype of the gradients parameters, the lists of an op call, and the arguments that go with these.
 
         Args:
             chosen: which of the parameters have a gradient.
@@ -70,9 +78,9 @@ class Batch:
         dtypes = list(dict.fromkeys(grad.dtype for grad in grads))
         if len(dtypes) > 1:
             return [
-                call
+                lists
                 for dtype in dtypes
-                for call in self.calls(
+                for lists in self.lists(
                     [i for i, grad in zip(chosen, grads, strict=True) if grad.dtype == dtype],
                     [grad for grad in grads if grad.dtype == dtype],
                     random,
@@ -81,26 +89,33 @@ class Batch:
         if not chosen:
             return []
         whole = len(chosen) == len(self.params)
-        params = self.params if whole else [self.params[i] for i in chosen]
+        params = local = self.params if whole else [self.params[i] for i in chosen]
         if self.sharded:
             grads = [sharding.local_grad(p, grad) for p, grad in zip(params, grads, strict=True)]
-            params = [sharding.local_param(p) for p in params]
+            local = [sharding.local_param(p) for p in params]
         state, remainders = self.state, self.remainders
         if not (whole or self.places):
             state = [[refs[i] for i in chosen] for refs in state]
             remainders = [remainders[i] for i in chosen] if remainders else []
-        lists = (params, grads, *([tensor() for tensor in refs] for refs in state))
-        places = self.places if whole else [k for i in chosen for k in self.places[3 * i : 3 * i + 3]]
+        lists = (local, grads, *([tensor() for tensor in refs] for refs in state))
+        places = self.places if whole else [k for i in chosen for k in _place(self.places, i)]
         more = {
             "remainders": [tensor() for tensor in remainders],
             "streams": [] if not random else self.streams if whole else [self.streams[i] for i in chosen],
             "places": places,
         }
-        return [(lists, more)]
+        return [(params, lists, more)]
+
+
+def _place(places: Sequence[int], i: int) -> Sequence[int]:
+    return places[PLACE_NUMBERS * i : PLACE_NUMBERS * (i + 1)]
+
+
+Work = tuple[Batch, Sequence[int], Sequence[Tensor]]  # a batch, which of its parameters have gradients, and these
 
 
 class Plan:
-    """The batches of a whole optimizer, and by what to tell that they still hold."""
+    """The batches of a whole optimizer, by what to tell that they still hold, and the op calls that update them."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Any]) -> None:
         # The optimizer's own dicts. (Dynamo guards a traced step by every option where that reads `param_groups`.)
@@ -111,9 +126,10 @@ class Plan:
         views: list[Tensor] = []
         stream = 0
         for number, params in enumerate(self.params):
-            for p in params:
+            for i, p in enumerate(params):
                 state = states.get(p)
                 if has_state(state):
+                    _check_state(state, param_name(groups[number], number, i))
                     part = _part(p, state)
                     if part is not None:
                         views += part.views.values()
@@ -140,10 +156,98 @@ class Plan:
             and list(map(Tensor.data_ptr, self._views)) == self._pointers
         )
 
+    def work(self) -> list[Work]:
+        """The parameters that have a gradient."""
+        for group, params in zip(self.groups, self.params, strict=True):
+            if torch.compiler.is_compiling() and any(p is not q for p, q in zip(group["params"], params, strict=True)):
+                raise AssertionError  # never: this is what a traced step is guarded by
+        work: list[Work] = []
+        for batch in self.batches:
+            grads = [p.grad for p in batch.params]
+            chosen = [i for i, grad in enumerate(grads) if grad is not None]
+            work.append((batch, chosen, [grad for grad in grads if grad is not None]))
+        return work
 
-def has_state(state: ParamState | None) -> TypeGuard[ParamState]:
-    """Whether an entry of `optimizer.state` has more than others' entries."""
-    return state is not None and "exp_avg" in state
+    def check(self, work: Sequence[Work]) -> None:
+        """Refuses gradients that no op call can take."""
+        for batch, _, grads in work:
+            if batch.sharded or not are_floating(grads):
+                check_grads(self.groups[batch.group], batch.group)
+
+    def calls(
+        self,
+        batch: Batch,
+        chosen: Sequence[int],
+        grads: Sequence[Tensor],
+        tensors: Sequence[Tensor] | None,
+        scaler: Mapping[str, Tensor | None],
+    ) -> list[Call]:
+        """The op calls that update the chosen parameters of a batch.
+
+        Args:
+            tensors: what the op reads its hyperparameters from, for each group; None for the groups' numbers.
+            scaler: `grad_scale` and `found_inf`.
+        """
+        group = self.groups[batch.group]
+        stochastic = group["param_rounding"] == "stochastic" and batch.params[0].dtype == torch.bfloat16
+        options: Options = dict(
+            **(hyperparameters(group) if tensors is None else {"hyperparameters": tensors[batch.group]}),
+            maximize=group["maximize"],
+            stochastic_param_rounding=stochastic,
+            seed=int(group["seed"]),
+            **scaler,
+        )
+        op = ops.ademamix_step_
+        if batch.quantized:
+            op = ops.ademamix_blockwise_step_
+            options["stochastic_rounding"] = group["stochastic_rounding"]
+        random = batch.quantized or stochastic
+        return [(op, params, lists, {**options, **more}) for params, lists, more in batch.lists(chosen, grads, random)]
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Makes op calls; refuses before the first of them has written anything."""
+        if torch.compiler.is_compiling():  # traced calls are checked when they are traced
+            for op, _, lists, options in calls:
+                op(*lists, **options)
+            return
+        try:
+            for op, _, lists, options in calls[1:]:  # the first checks itself
+                op(*lists, **options, dry_run=True)
+            for op, _, lists, options in calls:
+                op(*lists, **options)
+        except RuntimeError:
+            if refusal := self._refusal(calls):
+                raise RuntimeError(refusal) from None
+            raise
+
+    def _refusal(self, calls: Sequence[Call]) -> str | None:
+        """Which parameter the ops refuse, and why: an op's own text counts the tensors of a call."""
+        for op, params, lists, options in calls:
+            for i, p in enumerate(params):
+                try:
+                    _try_one(op, i, lists, options)
+                except RuntimeError as error:
+                    text = re.sub(r"(\w)s\[0\]", r"\1", str(error))  # "grads[0]" of one parameter is its "grad"
+                    return None if text == str(error) else f"{self._name(p)}: {text}"
+        return None
+
+    def _name(self, p: Tensor) -> str:
+        places = ((number, i) for number, params in enumerate(self.params) for i, q in enumerate(params) if q is p)
+        number, i = next(places)
+        return param_name(self.groups[number], number, i)
+
+
+def _try_one(op: Callable[..., None], i: int, lists: Lists, options: Mapping[str, Any]) -> None:
+    """A dry run of an op call with one of its parameters."""
+    params, grads, *state = lists
+    one = slice(i, i + 1)
+    more = {"streams": options["streams"][one]}
+    if options["places"]:
+        more["places"] = _place(options["places"], i)
+    else:
+        state = [tensors[one] for tensors in state]
+        more["remainders"] = options["remainders"][one]
+    op(params[one], grads[one], *state, **{**options, **more}, dry_run=True)
 
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
@@ -163,13 +267,25 @@ def _part(p: Tensor, state: ParamState) -> Part | None:
     return part
 
 
+def _names(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """The entries that state of its kind must have."""
+    return QUANTIZED_STATE if "exp_avg_absmax" in state else STATE
+
+
+def _check_state(state: Mapping[str, Any], param: str) -> None:
+    """Refuses state that was put together by hand, before the ops look at what is in it."""
+    names = _names(state)
+    if lost := [name for name in names if name not in state]:
+        raise RuntimeError(f"the state of {param} has no {', '.join(lost)}")
+    for name in (*names, MASTER_REMAINDER):
+        if name in state and not isinstance(state[name], Tensor):
+            raise RuntimeError(f"the {name} of {param} is a {type(state[name]).__name__}, but must be a tensor")
+
+
 def _add(batches: dict[Any, Batch], group: int, p: Tensor, stream: int, state: ParamState, part: Part | None) -> None:
     quantized = "exp_avg_absmax" in state
-    local = {name: value if name == "step" else sharding.local(value) for name, value in state.items()}
-    names = QUANTIZED_STATE if quantized else STATE
-    if lost := [name for name in names if name not in local]:
-        raise RuntimeError(f"the state of parameter {stream} of the optimizer has no {', '.join(lost)}")
-    own = {name: local[name] for name in (*names, MASTER_REMAINDER) if name in local}
+    names = (name for name in (*_names(state), MASTER_REMAINDER) if name in state)
+    own = {name: state[name] if name == "step" else sharding.local(state[name]) for name in names}
     if sharded := sharding.is_dtensor(p):
         stream += sharding.first_group(p) << 32
     dtypes = tuple((name, value.dtype) for name, value in own.items())

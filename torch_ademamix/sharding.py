@@ -48,8 +48,7 @@ def local_param(p: Tensor) -> Tensor:
 def local_grad(p: Tensor, grad: Tensor) -> Tensor:
     """This process's part of a parameter's gradient, which is communicated if it is placed otherwise."""
     assert is_dtensor(p)
-    if not is_dtensor(grad):
-        raise RuntimeError("a parameter is a DTensor, but its gradient is a plain tensor")
+    assert is_dtensor(grad)
     if grad.placements != p.placements:
         grad = grad.redistribute(p.device_mesh, p.placements)
     grad = grad.to_local()

@@ -226,7 +226,7 @@ def plain_gradient():
     p, other = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])), nn.Parameter(torch.ones(3))
     p.grad, other.grad = torch.ones(4, 3), torch.ones(3)
     optimizer = AdEMAMix([other, p])
-    with pytest.raises(RuntimeError, match="a parameter is a DTensor, but its gradient is a plain tensor"):
+    with pytest.raises(RuntimeError, match="is a plain tensor, but its parameter is a DTensor"):
         optimizer.step()
     assert_identical(other.detach(), torch.ones(3))
     assert optimizer.state[other]["step"] == 0
