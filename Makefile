@@ -15,6 +15,9 @@ CXX_SOURCES := $(filter %.h %.cpp %.cuh,$(NATIVE_SOURCES))
 CUOBJDUMP := $(VENV)/bin/cuobjdump
 NVRTC := build/nvrtc/fetched.stamp
 
+# A process for each core, each with one thread; ARGS="-n0 -s" shows what tests print.
+PYTEST := $(PY) -m pytest --numprocesses=logical --maxprocesses=8
+
 OPTIMIZER ?= AdEMAMix
 STEPS ?=
 SIZE ?=
@@ -28,17 +31,17 @@ demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS
 	    $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 test: $(BUILD) $(CUOBJDUMP) $(NVRTC)  ## all tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-test-fast: $(BUILD)  ## all tests but the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+test-fast: $(BUILD)  ## numerics, formats, state, errors, documentation: what a change breaks first, in two minutes
+	$(PYTEST) -m "not (slow or fuzz or inductor or distributed or integrations)" $(ARGS)
 
 # A round takes some minutes, so the last one ends somewhat later than it is told.
 fuzz: $(BUILD)  ## the tests with drawn arguments, others in each round: SECONDS=
 	@end=$$(($$(date +%s) + $(SECONDS))); \
 	while seed=$$(date +%s); [ $$seed -lt $$end ]; do \
 	    echo "FUZZ_SEED=$$seed"; \
-	    FUZZ_SEED=$$seed $(PY) -m pytest -m fuzz -q --hypothesis-seed=$$seed $(ARGS) || exit 1; \
+	    FUZZ_SEED=$$seed $(PYTEST) -m fuzz -q --hypothesis-seed=$$seed $(ARGS) || exit 1; \
 	done
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
@@ -86,7 +89,7 @@ $(OTHER_TORCH)%/environment.stamp: constraints.txt
 CUDA_CHECK := build/cuda-load-check
 cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU: the CUDA library beside a torch with CUDA, and that one's NVRTC
 	rm -rf $(CUDA_CHECK) && mkdir -p $(CUDA_CHECK)
-	cp -r setup.py pyproject.toml README.md LICENSE ops torch_ademamix tests compile_tests $(CUDA_CHECK)
+	cp -r setup.py pyproject.toml README.md LICENSE conftest.py ops torch_ademamix tests compile_tests $(CUDA_CHECK)
 	rm -f $(CUDA_CHECK)/torch_ademamix/*.so
 	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
 	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py

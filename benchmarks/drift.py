@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from benchmarks.document import DOCS, write_table
+from benchmarks.shared.writing import DOCS, markdown_table, write_table
 from torch_ademamix import AdEMAMix
 
 STEPS = 20_000
@@ -105,15 +105,15 @@ def table(drifts: Mapping[str, Drift]) -> str:
     def percent(value: float, sign: str = "") -> str:
         return "< 0.01%" if abs(value) < 5e-5 else f"{value:{sign}.2%}"
 
-    heads = ["exp_avg", "exp_avg_slow", "exp_avg_sq", "mean of exp_avg_sq", "displacement"]
-    lines = [f"| state | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    heads = ["state", "exp_avg", "exp_avg_slow", "exp_avg_sq", "mean of exp_avg_sq", "displacement"]
+    rows = []
     for scheme, drift in drifts.items():
         cells = {name: percent(value) for name, value in asdict(drift).items()}
         cells["exp_avg_sq_mean"] = percent(drift.exp_avg_sq_mean, "+")
         if scheme == FLOAT32:
             cells["displacement"] = "-"
-        lines.append(f"| {scheme} | {' | '.join(cells.values())} |")
-    return "\n".join(lines)
+        rows.append([scheme, *cells.values()])
+    return markdown_table(heads, rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

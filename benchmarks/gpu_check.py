@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
-from benchmarks import gpu_report, report
+from benchmarks.gpu import report, timing
+from benchmarks.shared import writing
 
 TESTS_AT_ONCE = 4
 
@@ -57,10 +58,10 @@ class Check:
             before = output.tell()
             process = subprocess.Popen(
                 command,
-                cwd=report.ROOT,
+                cwd=writing.ROOT,
                 env={
                     **os.environ,
-                    "PYTHONPATH": f"{report.ROOT}:{os.environ.get('PYTHONPATH', '')}",
+                    "PYTHONPATH": f"{writing.ROOT}:{os.environ.get('PYTHONPATH', '')}",
                     "PYTHONUNBUFFERED": "1",
                     **environment,
                 },
@@ -89,7 +90,6 @@ class Check:
 
 def short_run() -> None:
     """A few steps of every kind, for the sanitizers: ragged, misaligned and strided tensors among others."""
-    from benchmarks import gpu
     from torch_ademamix import AdEMAMix, ops
 
     states = [
@@ -104,7 +104,7 @@ def short_run() -> None:
         (torch.bfloat16, {"param_rounding": "stochastic"}),
     ]
     for state, (dtype, rounding) in itertools.product(states, roundings):
-        flat = torch.randn(40_000, device=gpu.DEVICE).to(dtype)
+        flat = torch.randn(40_000, device=timing.DEVICE).to(dtype)
         misaligned, empty, ragged = flat[1:5000], flat[5000:5000], flat[6000:16385].clone()
         transposed = flat[20_000:28_192].view(64, 128).t()
         params = [torch.nn.Parameter(p) for p in (misaligned, empty, ragged, transposed)]
@@ -114,7 +114,7 @@ def short_run() -> None:
         for _ in range(2):
             optimizer.step()
     for format in ops.FORMATS:
-        ops.dequantize_blockwise(*ops.quantize_blockwise(torch.randn(1000, device=gpu.DEVICE), format), format)
+        ops.dequantize_blockwise(*ops.quantize_blockwise(torch.randn(1000, device=timing.DEVICE), format), format)
     torch.cuda.synchronize()
     print("short run done")
 
@@ -130,11 +130,11 @@ def pytest_options() -> list[str]:
 
 
 def summarize(folder: Path, check: Check) -> str:
-    machine = gpu_report.machine()
+    machine = report.machine()
     lines = [f"# CUDA check: {', '.join(machine['gpus'])}", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     cells = ([s.name, s.outcome, f"{s.seconds:.0f}", s.summary[:120].replace("|", "/")] for s in check.stages)
-    lines += ["", report.markdown_table(("stage", "outcome", "seconds", ""), cells), ""]
+    lines += ["", writing.markdown_table(("stage", "outcome", "seconds", ""), cells), ""]
     speed = folder / "speed.md"
     if speed.exists():
         lines.append(f"#{speed.read_text()}")  # one heading below
@@ -143,7 +143,7 @@ def summarize(folder: Path, check: Check) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=report.ROOT / "out/gpu_check", help="for the results")
+    parser.add_argument("folder", type=Path, nargs="?", default=writing.ROOT / "out/gpu_check", help="for the results")
     parser.add_argument("--minutes", type=float, default=8, help="in which all is done (8)")
     parser.add_argument("--short-run", action="store_true", help="only what the sanitizers watch")
     args = parser.parse_args(arguments)
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         check.run("benchmarks", benchmark, limit)
 
     text = summarize(folder, check)
-    report.write(folder / "gpu_check.md", text)
+    writing.write(folder / "gpu_check.md", text)
     print(text)
     failed = [stage.name for stage in check.stages if stage.outcome == "failed"]
     print(f"gpu_check: {'failed: ' + ', '.join(failed) if failed else 'passed'}; results in {folder}")

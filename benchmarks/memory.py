@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.document import DOCS, write_table
+from benchmarks.shared.writing import DOCS, write_table
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
 SIZES = {"124M": 124_000_000, "1.3B": 1_300_000_000, "8B": 8_000_000_000, "70B": 70_000_000_000}

@@ -5,12 +5,9 @@ import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import ReinplaceCounters
 
-torch.set_num_threads(1)  # as in tests/conftest.py
-
 
 @pytest.fixture(autouse=True)
 def _compile_afresh():
-    torch.manual_seed(0)
     torch._dynamo.reset()
     ReinplaceCounters.clear()
     # Caches would hide the generated code.
@@ -21,7 +18,7 @@ def _compile_afresh():
         yield
 
 
-@pytest.fixture(params=["aot_eager", "inductor"])
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def counter(request):
     """A backend that counts the graphs compiled with it."""
     return CompileCounterWithBackend(request.param)

@@ -49,41 +49,16 @@ def test_graph():
         """\
 _set_grad_enabled(
     False)
-ademamix_step_.tensor_lr(
-    [f32[4], f32[3, 5]]
-    [f32[4], f32[3, 5]]
-    [f32[4], f32[3, 5]]
-    [f32[4], f32[3, 5]]
-    [f32[4], f32[3, 5]]
-    [f32[], f32[]]
-    f32[]
-    beta1=0.9
-    beta2=0.999
-    beta3=0.9999
-    alpha=5.0
-    t_alpha=20
-    t_beta3=20
-    schedule_start=0
-    eps=1e-08
-    weight_decay=0.01
-    maximize=False
-    seed=5
-    places=()
-    grad_scale=None
-    found_inf=None
-    remainders=[]
-    stochastic_param_rounding=False
-    streams=[])
 ademamix_blockwise_step_.tensor_lr(
     [f32[70, 60], f32[4096]]
     [f32[70, 60], f32[4096]]
-    [u8[70, 60], u8[4096]]
-    [f32[17], f32[16]]
-    [i16[70, 60], i16[4096]]
-    [f32[17], f32[16]]
-    [u8[70, 60], u8[4096]]
-    [f32[17], f32[16]]
-    [f32[], f32[]]
+    [i8[8448]]
+    [f32[33]]
+    [i16[8448]]
+    [f32[33]]
+    [u8[8448]]
+    [f32[33]]
+    [f32[2]]
     f32[]
     beta1=0.9
     beta2=0.999
@@ -95,14 +70,39 @@ ademamix_blockwise_step_.tensor_lr(
     eps=1e-08
     weight_decay=0.01
     maximize=False
+    stochastic_param_rounding=False
     seed=5
-    places=()
     grad_scale=None
     found_inf=None
     stochastic_rounding=True
     remainders=[]
+    streams=[0, 2]
+    places=[0, 0, 0, 0, 4352, 1])
+ademamix_step_.tensor_lr(
+    [f32[4], f32[3, 5]]
+    [f32[4], f32[3, 5]]
+    [f32[512]]
+    [f32[512]]
+    [f32[512]]
+    [f32[2]]
+    f32[]
+    beta1=0.9
+    beta2=0.999
+    beta3=0.9999
+    alpha=5.0
+    t_alpha=20
+    t_beta3=20
+    schedule_start=0
+    eps=1e-08
+    weight_decay=0.01
+    maximize=False
     stochastic_param_rounding=False
-    streams=[0, 2])
+    seed=5
+    grad_scale=None
+    found_inf=None
+    remainders=[]
+    streams=[]
+    places=[0, 0, 0, 0, 256, 1])
 _set_grad_enabled(
     True)""",
     )

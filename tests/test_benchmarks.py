@@ -7,8 +7,11 @@ import time
 import pytest
 import torch
 
-from benchmarks import cpu, cpu_report, footprint, peers, report
-from benchmarks.rounds import Times, take_turns
+from benchmarks.cpu import __main__ as cpu
+from benchmarks.cpu import measure, peers, report
+from benchmarks.cpu.cases import IN_PLACE, Case, Group
+from benchmarks.cpu.rounds import Times, take_turns
+from benchmarks.shared import footprint, origin, writing
 from torch_ademamix import ReferenceAdEMAMix
 
 
@@ -98,7 +101,7 @@ def test_ratio_is_taken_within_rounds():
 
 @pytest.fixture
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(cpu, "IN_PLACE_NUMEL", 1000)
+    monkeypatch.setattr(measure, "IN_PLACE_NUMEL", 1000)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -110,28 +113,28 @@ def test_absent_peers_are_named(monkeypatch):
         raise ImportError("No module named 'peer'")
 
     monkeypatch.setitem(peers.PEERS, "peer", absent)
-    group = cpu.Group(("AdEMAMix", "peer", peers.PLAIN), rounds=2)
-    result = cpu.run_case(cpu.Case("test", [(5,)] * 3, (group,), left_out={peers.PLAIN: "too slow"}))
-    assert set(result.times[0].rounds) == {"AdEMAMix", "AdamW, fused", cpu.IN_PLACE}
-    printed = "\n".join(cpu_report.lines(cpu_report.record(result, {}, [])))
+    group = Group(("AdEMAMix", "peer", peers.PLAIN), rounds=2)
+    result = measure.run_case(Case("test", [(5,)] * 3, (group,), left_out={peers.PLAIN: "too slow"}))
+    assert set(result.times[0].rounds) == {"AdEMAMix", "AdamW, fused", IN_PLACE}
+    printed = "\n".join(report.lines(report.record(result, {}, [])))
     assert "absent: peer (not installed: No module named 'peer')" in printed
     assert f"absent: {peers.PLAIN} (too slow)" in printed
 
 
 def test_traffic_of_a_step():
-    case = cpu.Case("test", [(5,)] * 3, (), torch.bfloat16)
-    result = cpu.Result(case, state_bytes={"a": 180})
+    case = Case("test", [(5,)] * 3, (), torch.bfloat16)
+    result = measure.Result(case, state_bytes={"a": 180})
     assert result.traffic("a") == 15 * 2 * 3 + 360
 
 
 @pytest.mark.usefixtures("small_buffer")
 def test_command(capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    group = cpu.Group(("AdEMAMix",), rounds=2)
-    case = cpu.Case("3 small ones", [(5,)] * 3, (group,))
+    group = Group(("AdEMAMix",), rounds=2)
+    case = Case("3 small ones", [(5,)] * 3, (group,))
     monkeypatch.setattr(cpu, "CASES", {"host 400": case, "large": case})
     monkeypatch.setattr(
-        cpu, "REQUIREMENTS", [r for r in cpu.REQUIREMENTS if r.text == "the host's time, over fused AdamW's"]
+        report, "REQUIREMENTS", [r for r in report.REQUIREMENTS if r.text == "the host's time, over fused AdamW's"]
     )
     cpu.main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -139,7 +142,7 @@ def test_command(capsys, monkeypatch, tmp_path):
     assert "the host's time, over fused AdamW's" in printed
     written = json.loads((tmp_path / "cpu.json").read_text())
     rows = {row["name"]: row for row in written["large"]["rows"]}
-    assert set(rows) == {"AdEMAMix", "AdamW, fused", cpu.IN_PLACE}
+    assert set(rows) == {"AdEMAMix", "AdamW, fused", IN_PLACE}
     assert rows["AdEMAMix"]["state_bytes_per_parameter"] == (15 * 12 + 3 * 4) / 15
     assert "AdEMAMix" in (tmp_path / "README.md").read_text()
     assert "</svg>" in (tmp_path / "speed.svg").read_text()
@@ -153,13 +156,13 @@ def test_command(capsys, monkeypatch, tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "folder" / "file.txt"
-    report.write(file, "old")
+    writing.write(file, "old")
     with pytest.raises(TypeError):
-        report.write(file, None)
+        writing.write(file, None)
     assert file.read_text() == "old"
 
 
 def test_versions_name_what_is_installed():
-    versions = report.versions("numpy", "no-such-package")
+    versions = origin.versions("numpy", "no-such-package")
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "no-such-package" not in versions

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import torch_ademamix
-from benchmarks.gpu import GPT2
+from benchmarks.shared.gpt2 import SHAPES
 from torch_ademamix import AdEMAMix, bfloat16, capture_train_step, compile_train_step, ops, paging, reference
 from torch_ademamix.blockwise import CODE_DTYPES, quantize
 
@@ -311,7 +311,7 @@ def test_nothing_is_allocated_after_the_first_step(kind: str) -> None:
 @KINDS
 def test_two_launches(kind: str) -> None:
     """For GPT-2's 148 tensors, in one dtype."""
-    entries = [((min(torch.Size(shape).numel(), 5000),), *["contiguous"] * 3) for shape in GPT2]
+    entries = [((min(torch.Size(shape).numel(), 5000),), *["contiguous"] * 3) for shape in SHAPES]
     lists = on_gpu(make(kind, entries, torch.bfloat16))
     take_step(lists)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -19,7 +19,7 @@ import torch
 
 import torch_ademamix
 from benchmarks import memory
-from benchmarks.document import read_table
+from benchmarks.shared.writing import read_table
 
 pytest.importorskip("myst_parser", reason="comes with the extra `docs`")
 markdown_it = pytest.importorskip("markdown_it")
@@ -103,6 +103,7 @@ def test_names(page):
             assert token.content in tests
 
 
+@pytest.mark.slow
 def test_build(tmp_path):
     """Without a warning: links in the pages and the README, references in docstrings, pages that no menu has."""
     build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, tmp_path / "html"]

@@ -22,11 +22,7 @@ BAD_OPTIONS = [
         )
     ],
     *[({x: -0.1}, f"{x} is -0.1, but must be at least 0") for x in ("alpha", "eps", "weight_decay")],
-    *[
-        ({x: value}, f"{x} is {value}, but must be positive or None")
-        for x in ("t_alpha", "t_beta3")
-        for value in (0, -100)
-    ],
+    *[({x: -100}, f"{x} is -100, but must be at least 0, or None") for x in ("t_alpha", "t_beta3")],
     *[({"schedule_start": value}, "schedule_start is") for value in (-1, 0.5, 2**63)],
     *[({"seed": value}, "seed is .* an int of 64 bits") for value in (2**63, -(2**63) - 1, 1.5, None)],
     *[
@@ -43,6 +39,10 @@ WRONG_TYPES = [
 ] + [({x: torch.ones(2)}, f"{x} is .*, but must be") for x in ("alpha", "eps", "t_beta3", "slow_ema_bits", "maximize")]
 WRONG_TYPES += [({"betas": betas}, "betas is .* three numbers") for betas in (0.9, ("a", "b", "c"), None)]
 REFUSED_OPTIONS = [(ValueError, *row) for row in BAD_OPTIONS] + [(TypeError, *row) for row in WRONG_TYPES]
+
+
+def trained_tensor(tensor):
+    return tensor.requires_grad_()
 
 
 @pytest.fixture
@@ -92,10 +92,13 @@ def test_options(trained, error, options, match):
     [
         ([1.0], TypeError, "can only optimize Tensors"),
         ([torch.ones(2, requires_grad=True) * 2], ValueError, "non-leaf"),
-        ([torch.ones(2), torch.ones(2, dtype=torch.int64)], ValueError, r"params\[1\] has dtype torch.int64"),
-        ([torch.ones(2, dtype=torch.complex64)], ValueError, r"params\[0\] has dtype torch.complex64"),
-        ([torch.ones(2).to_sparse()], ValueError, r"params\[0\] has layout torch.sparse_coo"),
-        ([torch.ones(1).expand(2)], ValueError, r"params\[0\] has elements that share memory"),
+        (
+            [torch.ones(2), trained_tensor(torch.ones(2, dtype=torch.complex64))],
+            ValueError,
+            r"params\[1\] has dtype torch.complex64",
+        ),
+        ([trained_tensor(torch.ones(2).to_sparse())], ValueError, r"params\[0\] has layout torch.sparse_coo"),
+        ([trained_tensor(torch.ones(1).expand(2))], ValueError, r"params\[0\] has elements that share memory"),
     ],
 )
 def test_parameters(trained, params, error, match):
@@ -180,7 +183,7 @@ def edit_state(change):
         ),
         (lambda d: d["state"].update({2: [1.0]}), r"\[2\] is a list, but must be a dict"),
         (edit_state(lambda s: s.pop("exp_avg_slow")), r"\[2\] has entries \['exp_avg', 'exp_avg_sq', 'step'\]"),
-        (edit_state(lambda s: s.update(max_exp_avg_sq=s["exp_avg"])), r"\[2\] has entries .*max_exp_avg_sq"),
+        (edit_state(lambda s: s.update(exp_avg_fast=s["exp_avg"])), r"\[2\] has entries .*exp_avg_fast.*from_apple"),
         (edit_state(lambda s: s.clear()), r"\[2\] has entries \[\]"),
         (lambda d: d["param_groups"][1]["params"].append(4), "doesn't match the size"),
         (lambda d: d["param_groups"].pop(), "different number of parameter groups"),

@@ -159,7 +159,6 @@ ENTRIES = str(sorted([*MOMENTS, *ABSMAXS, "step"]))
     [
         *[(without(name), ENTRIES) for name in ("exp_avg", "exp_avg_sq", *ABSMAXS[1:], "step")],
         (without("exp_avg_absmax"), "['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']"),
-        (lambda state: state.update(qmap1=torch.zeros(256)), ENTRIES),
         *[
             (
                 change(name, lambda codes: codes.float()),

@@ -157,8 +157,9 @@ def test_copies(copy_of, cls):
 
 
 def test_slow_bits_changed_in_mid_run():
-    # What has state keeps its format; what gets its first gradient later has the new one.
+    # What has state keeps its format; what is trained only later has the new one.
     old, new = (torch.nn.Parameter(torch.randn(512)) for _ in range(2))
+    new.requires_grad_(False)
     optimizer = AdEMAMix8bit([old, new], min_8bit_size=0)
     old.grad = torch.randn(512)
     optimizer.step()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import drift
-from benchmarks.document import TABLE_BEGIN, TABLE_END
+from benchmarks.shared.writing import TABLE_BEGIN, TABLE_END
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
 # What the design allows after 20,000 steps of noisy gradients; see docs/drift.md.

@@ -1,10 +1,9 @@
 """Processes that run a test's functions together, as the ranks of a gloo process group.
 
-They are started once and serve many tests, since each takes seconds to import torch.
+They are started once and serve many tests. Importing torch takes seconds: one process does it, of which all are forks.
 """
 
 import faulthandler
-import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ import torch.distributed as dist
 
 INTERFACES = os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
 START_SECONDS = 120  # importing torch on a busy machine
-SLOW_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp")  # seconds that should be none of a test's
+IMPORTS = ["torch._dynamo", "torch.distributed.fsdp"]  # of the process that is forked
 GRACE_SECONDS = 5  # for the others, once a rank has failed: what waits for it can't go on
 
 
@@ -79,7 +78,8 @@ class Workers:
     def _start(self) -> None:
         if self._processes:
             return
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTS)
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, self._log(rank)), daemon=True)
@@ -129,8 +129,6 @@ def _serve(connection: Connection, log: Path) -> None:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
         end_collectives_on_one_thread()
         torch.set_num_threads(1)
-        for name in SLOW_IMPORTS:
-            importlib.import_module(name)
         connection.send((True, None))
         while True:
             try:

@@ -72,7 +72,8 @@ def copy_tests(folder: Path) -> None:
     """Copies the tests to a folder without the package: there, they import the installed one."""
     for name in ("tests", "compile_tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
 
 
 def run_tests(python: Path, folder: Path, tests: Sequence[str], path: str = "") -> bool:

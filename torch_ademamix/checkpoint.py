@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import dynamic_map
+from torch_ademamix.arenas import MOMENTS, NAMES
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.check import PARAMETER_DTYPES
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import BITSANDBYTES_STATE, MOMENTS, checked, loaded_state
+from torch_ademamix.state import BITSANDBYTES_STATE, checked, loaded_state
 
 StateDict = dict[str, Any]
 
@@ -156,6 +157,8 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
 
 def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
     m1 = checked(saved.get("exp_avg"), f"{where}['exp_avg']", None)
+    if others := saved.keys() - set(NAMES):
+        raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
     quantized = "exp_avg_absmax" in saved and m1.numel() % BLOCK_SIZE == 0
     storage = dict(optim_bits=32, slow_ema_bits=8, min_8bit_size=0, is_paged=False, master_weights=None)
     state = loaded_state(m1, saved, storage, where)  # m1 stands for the parameter: it has its shape

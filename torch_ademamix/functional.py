@@ -11,10 +11,6 @@ from torch_ademamix import ops
 Batch = tuple[Sequence[Any], ...]  # the lists of an op call
 Rounding = dict[str, Any]  # the arguments of an op call that say how its parameters are rounded
 
-# Of one op call in a traced step. Inductor's passes take time quadratic in it: 1,000 parameters compile in 75 s as
-# one call, in 40 s as four.
-MAX_TRACED_TENSORS = 256
-
 
 def ademamix(
     params: Sequence[Tensor],
@@ -269,9 +265,4 @@ def _split(*lists: Sequence[Any], by: Sequence[int]) -> list[Batch]:
             batch = batches.setdefault(key, tuple([] for _ in lists))
             for target, item in zip(batch, items, strict=True):
                 target.append(item)  # type: ignore[attr-defined]
-    size = MAX_TRACED_TENSORS if torch.compiler.is_compiling() else max(len(params), 1)
-    return [
-        tuple(items[first : first + size] for items in batch)
-        for batch in batches.values()
-        for first in range(0, len(batch[0]), size)
-    ]
+    return list(batches.values())

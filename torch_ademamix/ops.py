@@ -290,9 +290,3 @@ def paged_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         if "CUDA_ERROR_OUT_OF_MEMORY" in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
         raise
-
-
-def paged_empty_like(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in the shape of `like`, and in its order, if that has no gaps."""
-    order = torch.empty_like(like, device="meta").stride()
-    return paged_empty(like, like.numel(), dtype).as_strided(like.shape, order)

@@ -1,31 +1,34 @@
 """The AdEMAMix optimizer (arXiv 2409.03137) and the variants that fix how its state is stored."""
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import bfloat16, functional, ops, paging, sharding
-from torch_ademamix.check import floating_problem, in_place_problem
+from torch_ademamix import bfloat16, ops, sharding
+from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, Layout, OptimizerState, ParamState
+from torch_ademamix.check import PARAMETER_DTYPES, floating_problem
 from torch_ademamix.clipping import clip_scale, total_norm
-from torch_ademamix.state import (
-    MASTER_REMAINDER,
-    QUANTIZED_STATE,
-    STORAGE_OPTIONS,
-    check_precision,
-    loaded_state,
-    mark_static,
-    new_state,
+from torch_ademamix.options import (
+    Checked,
+    HyperparameterTensors,
+    check_options,
+    check_params,
+    hyperparameters,
+    make_lr_tensor,
 )
+from torch_ademamix.plan import Batch, Plan, has_state
+from torch_ademamix.state import STORAGE_OPTIONS, check_precision, loaded_state, make_state, storage, take_state
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 
-Lists = tuple[list[Any], ...]
 Call = tuple[Callable[..., None], Sequence[Any], dict[str, Any]]  # an op, its lists and its options
 
 
@@ -91,6 +94,8 @@ class AdEMAMix(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
 
+    state: OptimizerState
+
     # Those of the arguments that are the optimizer's, not a group's.
     _OWN_OPTIONS = ("max_grad_norm",)
 
@@ -138,7 +143,8 @@ class AdEMAMix(Optimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        _check_options(defaults, first=True)
+        check_options(defaults, first=True)
+        self._init_internals()
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self._check_max_grad_norm()
@@ -148,11 +154,12 @@ class AdEMAMix(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; refuses options out of range before the optimizer changes."""
         if isinstance(param_group, dict):
-            _check_options({**self.defaults, **param_group}, first=True)
+            check_options({**self.defaults, **param_group}, first=True)
         super().add_param_group(param_group)
+        self._layout.forget()
         group = self.param_groups[-1]
         try:
-            _check_params(group)
+            check_params(group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -160,20 +167,29 @@ class AdEMAMix(Optimizer):
             make_lr_tensor(group)
 
     def init_state(self) -> None:
-        """Makes the state of every parameter that requires a gradient now, not at its first step.
-
-        Compiled and captured steps want it: state that is made while they are traced costs them a recompilation.
-        """
+        """Makes the state of every parameter that requires a gradient now, not at the first step."""
         self._init_grad_norm()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and not self.state[p]:
-                    self._init_param_state(p, group)
+        members = []
+        for number, group in enumerate(self.param_groups):
+            without = [p for p in group["params"] if _is_trained(p) and not has_state(self.state.get(p))]
+            if without:
+                check_params(group)
+            members += [(p, storage(p, number, group)) for p in without]
+        make_state(self.state, members)
 
-    def _init_param_state(self, p: Tensor, group: dict[str, Any]) -> None:
-        state = new_state(p, group)
-        mark_static(state)
-        self.state[p].update(state)
+    def _init_internals(self) -> None:
+        self._layout = Layout()
+        self._checked = Checked()
+        self._hyperparameters: list[Tensor] | None = None  # of each group, for whole steps as one graph
+        self._number = next(_numbers)
+        _optimizers[self._number] = self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and not isinstance(value, OptimizerState):  # to reset an optimizer, people assign a new dict
+            value = OptimizerState(self._layout, value)
+        if name in ("state", "param_groups"):
+            self._layout.forget()
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -214,33 +230,77 @@ class AdEMAMix(Optimizer):
 
     def _init_grad_norm(self) -> None:
         if self.max_grad_norm is not None and self.grad_norm is None:
-            self.grad_norm = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+            device = next((p.device for group in self.param_groups for p in group["params"]), None)
+            self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
             torch._dynamo.mark_static_address(self.grad_norm, guard=True)
 
     def _check_max_grad_norm(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}, but must be positive or None")
 
-    def _update(self) -> None:
-        # Before the first state is made or parameter changed: a group refused later may not find others stepped.
-        for i, group in enumerate(self.param_groups):
-            _check_options(group)
-            if group["param_rounding"] == "stochastic":
-                _check_params(group)
-            _check_grads(group["params"], f"gradients of param_groups[{i}]")
+    def _prepare(self) -> None:
+        """Checks the options, makes state that is missing, and sees to it that the plan holds."""
+        for number, group in enumerate(self.param_groups):
+            self._checked(number, group)
         self._check_max_grad_norm()
-        grad_scale = self._grad_scale()
-        calls, first_stream = [], 0
-        for group in self.param_groups:
-            calls += self._calls(group, first_stream, grad_scale)
-            first_stream += len(group["params"])
+        plan = self._layout.plan
+        if plan is not None and plan.holds(self.param_groups) and not any(map(_is_trained, plan.stateless)):
+            return
+        for number, group in enumerate(self.param_groups):  # a step that is refused makes no state either
+            _check_grads(group, number, [p.grad for p in group["params"] if p.grad is not None])
+        self.init_state()
+        with torch.no_grad():
+            self._layout.plan = Plan(self.param_groups, self.state)
+
+    def _update(self) -> None:
+        if torch.compiler.is_compiling():
+            _prepare_while_tracing(self._number)
+        else:
+            self._prepare()
+        plan = self._layout.plan
+        for group, params in zip(plan.groups, plan.params, strict=True):
+            if torch.compiler.is_compiling() and any(p is not q for p, q in zip(group["params"], params, strict=True)):
+                raise AssertionError  # never: this is what a traced step is guarded by
+        work = []
+        for batch in plan.batches:
+            grads = [p.grad for p in batch.params]
+            chosen = [i for i, grad in enumerate(grads) if grad is not None]
+            work.append((batch, chosen, [grads[i] for i in chosen]))
+        self._run(work)
+
+    @contextmanager
+    def _reading(self, tensors: HyperparameterTensors) -> Iterator[None]:
+        """Steps read the options' numbers from these tensors, which are brought up to date now."""
+        self._prepare()
+        self._hyperparameters = tensors.write(self.param_groups)
+        try:
+            yield
+        finally:
+            self._hyperparameters = None
+
+    def _update_param(self, p: Tensor) -> None:
+        """Updates one parameter as :meth:`_update` would without clipping; :meth:`_prepare` has been called."""
+        if self._layout.plan is None:
+            self._prepare()
+        batch, i = self._layout.plan.places[id(p)]
+        assert p.grad is not None
+        self._run([(batch, [i], [p.grad])])
+
+    def _run(self, work: Sequence[tuple[Batch, Sequence[int], Sequence[Tensor]]]) -> None:
+        """Updates those parameters of batches that have gradients; refuses before the first is changed."""
+        for batch, _, grads in work:
+            _check_grads(self._layout.plan.groups[batch.group], batch.group, grads)
+        grad_scale = self._grad_scale([grad for _, _, grads in work for grad in grads])
+        calls = [call for batch, chosen, grads in work for call in self._calls(batch, chosen, grads, grad_scale)]
+        if not torch.compiler.is_compiling():  # traced calls have been checked when they were traced
+            for op, lists, options in calls[1:]:  # the first checks itself
+                op(*lists, **options, dry_run=True)
         for op, lists, options in calls:
             op(*lists, **options)
 
-    def _grad_scale(self) -> Tensor | None:
+    def _grad_scale(self, grads: list[Tensor]) -> Tensor | None:
         """What the gradients are divided by: GradScaler's scale, and more where their norm is to be clipped."""
         scale: Tensor | None = getattr(self, "grad_scale", None)  # set around step() by GradScaler
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.max_grad_norm is None or not grads:
             return scale
         self._init_grad_norm()
@@ -251,81 +311,34 @@ class AdEMAMix(Optimizer):
         excess = clip_scale(norm, self.max_grad_norm)
         return excess if scale is None else excess * scale.to(norm.device).reshape(())
 
-    def _update_param(self, p: Tensor, group: dict[str, Any], stream: int) -> None:
-        """Updates one parameter, whose number among all is `stream`, as :meth:`_update` would without clipping."""
-        _check_options(group)
-        _check_grads([p], "gradients")
-        for op, lists, options in self._calls(group, stream, None, [p]):
-            op(*lists, **options)
-
     def _calls(
-        self,
-        group: dict[str, Any],
-        first_stream: int,
-        grad_scale: Tensor | None,
-        params: Sequence[Tensor] | None = None,
+        self, batch: Batch, chosen: Sequence[int], grads: Sequence[Tensor], grad_scale: Tensor | None
     ) -> list[Call]:
-        """The op calls that update those of `params`, or of the whole group, that have a gradient."""
-        plain: Lists = ([], [], [], [], [], [], [], [])
-        blockwise: Lists = ([], [], [], [], [], [], [], [], [], [], [])
-        ps, grads, m1s, m2s, nus, steps, remainders, streams = plain
-        for stream, p in enumerate(group["params"] if params is None else params, first_stream):
-            grad = p.grad
-            if grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                self._init_param_state(p, group)
-            if sharding.is_dtensor(p):
-                stream += sharding.first_group(p) << 32
-                p, grad, state = sharding.local_parts(p, grad, state)
-            if "exp_avg_absmax" in state:
-                items = (p, grad, *[state[name] for name in QUANTIZED_STATE], state.get(MASTER_REMAINDER), stream)
-                for target, item in zip(blockwise, items, strict=True):
-                    target.append(item)
-            else:
-                ps.append(p)
-                grads.append(grad)
-                m1s.append(state["exp_avg"])
-                m2s.append(state["exp_avg_slow"])
-                nus.append(state["exp_avg_sq"])
-                steps.append(state["step"])
-                remainders.append(state.get(MASTER_REMAINDER))
-                streams.append(stream)
-        options = self._options(group, grad_scale)
-        stochastic = group["param_rounding"] == "stochastic"
-        *lists, remainders, streams = plain
-        calls: list[Call] = [
-            (ops.ademamix_step_, batch, {**options, **rounding})
-            for batch, rounding in functional.plain_batches(lists, remainders, streams, stochastic)
-        ]
-        options = {**options, "stochastic_rounding": group["stochastic_rounding"]}
-        *lists, remainders, streams = blockwise
-        calls += [
-            (ops.ademamix_blockwise_step_, batch, {**options, **rounding})
-            for batch, rounding in functional.blockwise_batches(lists, remainders, streams, stochastic)
-        ]
-        return calls
-
-    def _options(self, group: dict[str, Any], grad_scale: Tensor | None) -> dict[str, Any]:
-        beta1, beta2, beta3 = group["betas"]
-        return dict(
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            beta3=beta3,
-            alpha=group["alpha"],
-            t_alpha=group["t_alpha"],
-            t_beta3=group["t_beta3"],
-            schedule_start=group["schedule_start"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+        """The op calls that update the chosen parameters of a batch."""
+        group = self._layout.plan.groups[batch.group]
+        stochastic = group["param_rounding"] == "stochastic" and batch.params[0].dtype == torch.bfloat16
+        tensors = self._hyperparameters
+        options: dict[str, Any] = dict(
+            **(hyperparameters(group) if tensors is None else {"hyperparameters": tensors[batch.group]}),
             maximize=group["maximize"],
-            seed=group["seed"],
-            places=(),
+            stochastic_param_rounding=stochastic,
+            seed=int(group["seed"]),
             grad_scale=grad_scale,
             found_inf=getattr(self, "found_inf", None),
         )
+        op = ops.ademamix_step_
+        if batch.quantized:
+            op = ops.ademamix_blockwise_step_
+            options["stochastic_rounding"] = group["stochastic_rounding"]
+        random = batch.quantized or stochastic
+        return [(op, lists, {**options, **more}) for lists, more in batch.calls(chosen, grads, random)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's. The tensors are the optimizer's own, views of a few flat ones."""
+        state_dict = super().state_dict()
+        state = state_dict["state"].items()
+        plain = {key: dict(value) if isinstance(value, ParamState) else value for key, value in state}
+        return {**state_dict, "state": plain}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but state keeps its dtype, and is checked before anything changes.
@@ -359,22 +372,26 @@ class AdEMAMix(Optimizer):
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return state_dict["state"]  # type: ignore[no-any-return]  # for torch to refuse
         for saved, group in zip(groups, self.param_groups, strict=True):
-            _check_options({**group, **saved})
+            check_options({**group, **saved})
         ids = (i for g in groups for i in g["params"])
         owners = ((p, g, saved) for g, saved in zip(self.param_groups, groups, strict=True) for p in g["params"])
         states = dict(state_dict["state"])
         for i, (p, group, saved) in zip(ids, owners, strict=True):
             if i in states:
                 where = f"state_dict['state'][{i!r}]"
-                loaded = _Loaded(loaded_state(p, states[i], group, where))
+                loaded = loaded_state(p, states[i], group, where)
                 check_precision(states[i], saved, where)
-                states[i] = loaded
+                others = {name: value for name, value in states[i].items() if name not in NAMES}
+                states[i] = {**others, **{name: _Hidden(value) for name, value in loaded.items()}}
         return states
 
     def __getstate__(self) -> dict[str, Any]:  # for copy and pickle
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), "state": self.state.plain(), "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before: OptimizerState | None = self.__dict__.get("state")
+        if "_layout" not in self.__dict__:
+            self._init_internals()
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("grad_norm", None)
         super().__setstate__(state)
@@ -387,15 +404,46 @@ class AdEMAMix(Optimizer):
         for group in self.param_groups:
             if group["capturable"]:
                 make_lr_tensor(group)
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        for p, saved in self.state.items():
-            if isinstance(saved, _Loaded):
-                self.state[p] = saved.state
-            elif p in groups and paging.is_paged(p, groups[p]):  # a copied or unpickled tensor is an ordinary one
-                self.state[p] = paging.placed(saved, p, groups[p])
-            else:
-                continue
-            mark_static(self.state[p])
+        self._layout.forget()
+        entries = {key: _brought_out(value) for key, value in self.__dict__["state"].items()}
+        self.state = OptimizerState(self._layout, {}) if before is None else before
+        take_state(self.state, entries, self.param_groups)
+
+
+# What can't be traced is done by Python itself while a step is traced, so that the step finds its state's place.
+_numbers = itertools.count()
+_optimizers: "WeakValueDictionary[int, AdEMAMix]" = WeakValueDictionary()
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepare_while_tracing(number: int) -> None:
+    _optimizers[number]._prepare()
+
+
+def _is_trained(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None
+
+
+def _check_grads(group: dict[str, Any], number: int, grads: Sequence[Tensor]) -> None:
+    if {grad.layout for grad in grads} <= {torch.strided} and {grad.dtype for grad in grads} <= set(PARAMETER_DTYPES):
+        return
+    name = f"gradients of param_groups[{number}]"
+    for i, p in enumerate(group["params"]):
+        if p.grad is not None and (problem := floating_problem(name, i, p.grad)):
+            raise RuntimeError(problem)
+
+
+class _Hidden:
+    """A loaded tensor on its way past torch's cast, which looks into dicts, sequences and tensors only."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _brought_out(entry: Any) -> Any:
+    if not isinstance(entry, Mapping):
+        return entry
+    return {name: value.value if isinstance(value, _Hidden) else value for name, value in entry.items()}
 
 
 def _fixing(**fixed: Any) -> Callable[[type[AdEMAMix]], type[AdEMAMix]]:
@@ -437,73 +485,3 @@ class PagedAdEMAMix32bit(AdEMAMix32bit):
 @_fixing(optim_bits=8, is_paged=True)
 class PagedAdEMAMix8bit(AdEMAMix8bit):
     """:class:`AdEMAMix` with paged quantized state."""
-
-
-class _Loaded:
-    """State on its way past torch's cast, which looks into dicts, sequences and tensors only."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
-
-
-def _check_options(options: dict[str, Any], first: bool = False) -> None:
-    """Refuses options out of their range; `first` is where they come from the user."""
-
-    def require(name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
-        try:
-            error: type[Exception] | None = None if ok(options[name]) else ValueError
-        except (TypeError, RuntimeError):  # the latter of a tensor that isn't one number
-            error = TypeError
-        if error is not None:
-            raise error(f"{name} is {options[name]!r}, but must be {allowed}")
-
-    if isinstance(options["lr"], Tensor):
-        lr_dtypes = (torch.float32, torch.float64)
-        allowed = "a number, or a float32 or float64 tensor of one element"
-        require("lr", allowed, lambda lr: lr.numel() == 1 and lr.dtype in lr_dtypes)
-    else:
-        # A schedule that ends at 0 may pass it by rounding, so a step takes any number.
-        require("lr", "at least 0" if first else "a number", lambda lr: lr >= 0 if first else not math.isnan(lr))
-    for name in ("alpha", "eps", "weight_decay", "min_8bit_size"):
-        require(name, "at least 0", lambda value: value >= 0)
-    require("betas", "three numbers in [0, 1)", lambda betas: len(betas) == 3 and all(0 <= b < 1 for b in betas))
-    for name in ("t_alpha", "t_beta3"):
-        require(name, "positive or None", lambda steps: steps is None or steps > 0)
-    require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and 0 <= start < 2**63)
-    require("seed", "an int of 64 bits", lambda seed: isinstance(seed, int) and -(2**63) <= seed < 2**63)
-    for name in ("maximize", "stochastic_rounding", "capturable", "is_paged"):
-        require(name, "True or False", lambda flag: flag in (True, False))
-    require("optim_bits", "8 or 32", lambda bits: bits in (8, 32))
-    require("slow_ema_bits", "8 or 16", lambda bits: bits in (8, 16))
-    require("master_weights", "'remainder' or None", lambda kind: kind in ("remainder", None))
-    roundings = ("nearest",) if options["master_weights"] else ("nearest", "stochastic")
-    require("param_rounding", " or ".join(map(repr, roundings)), lambda rounding: rounding in roundings)
-
-
-def _check_grads(params: Iterable[Tensor], name: str) -> None:
-    for i, p in enumerate(params):
-        if p.grad is not None and (problem := floating_problem(name, i, p.grad)):
-            raise RuntimeError(problem)
-
-
-def _check_params(group: dict[str, Any]) -> None:
-    for i, p in enumerate(group["params"]):
-        if problem := floating_problem("params", i, p) or in_place_problem("params", i, p):
-            raise ValueError(problem)
-        if p.dtype == torch.float16 and (group["master_weights"] or group["param_rounding"] == "stochastic"):
-            option = "master_weights" if group["master_weights"] else "param_rounding"
-            raise ValueError(
-                f"{option} is {group[option]!r}, which is for bfloat16 parameters, but params[{i}] has dtype {p.dtype}"
-            )
-
-
-def make_lr_tensor(group: dict[str, Any]) -> None:
-    """Turns a group's lr into a tensor on its parameters' device: a compiled or captured step reads it anew."""
-    if not group["params"]:
-        return
-    device = group["params"][0].device
-    if isinstance(group["lr"], Tensor) and group["lr"].device == device:
-        return
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # as exact as a float, where there is one
-    # Of a float64 CPU tensor without dimensions, Dynamo would track the value, and trace everything twice.
-    group["lr"] = torch.as_tensor(group["lr"], dtype=dtype).reshape(1).to(device)

@@ -8,11 +8,10 @@ kernels' accesses. The memory is freed with its tensor. On a machine without CUD
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_ademamix import cuda, ops
+from torch_ademamix.sharding import local
 
 # bitsandbytes' bound. An allocation takes whole pages of up to 2 MB, and a prefetch some microseconds.
 MIN_PAGED_SIZE = 100_000  # elements
@@ -36,34 +35,8 @@ def statistics() -> Statistics:
 
 
 def is_paged(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the state of a parameter, in a group of options, belongs into managed memory.
-
-    That of a DTensor doesn't: its shards are ordinary tensors.
-    """
-    return (
-        bool(group["is_paged"])
-        and p.device.type == "cuda"
-        and p.numel() >= MIN_PAGED_SIZE
-        and not is_traceable_wrapper_subclass(p)
-    )
-
-
-def zeros_like(p: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-    """Zeros in the parameter's shape and order, where its state belongs."""
-    if is_paged(p, group):
-        return _empty(p.detach(), dtype).zero_()
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def placed(state: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state with its large tensors copied to where they belong."""
-    if not is_paged(p, group):
-        return dict(state)
-    return {name: _empty(t, t.dtype).copy_(t) if t.numel() >= MIN_PAGED_SIZE else t for name, t in state.items()}
-
-
-def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return ops.paged_empty_like(like, dtype)
+    """Whether the state of a parameter (of a DTensor, this process' part), in a group of options, is paged."""
+    return bool(group["is_paged"]) and p.device.type == "cuda" and local(p.detach()).numel() >= MIN_PAGED_SIZE
 
 
 def page_out(tensor: Tensor) -> None:

@@ -38,21 +38,22 @@ def local(value: Any) -> Any:
     return value.to_local() if is_dtensor(value) else value
 
 
-def local_parts(p: DTensor, grad: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """This process's parts of a parameter, its gradient and its state, for an op call to update.
+def local_param(p: Tensor) -> Tensor:
+    """This process's part of a parameter, for an op call to update."""
+    # The op counts a new version of what it changes, which is the part.
+    torch.autograd.graph.increment_version(p)
+    return local(p)  # type: ignore[no-any-return]
 
-    A gradient that is placed otherwise than its parameter is communicated.
-    """
+
+def local_grad(p: Tensor, grad: Tensor) -> Tensor:
+    """This process's part of a parameter's gradient, which is communicated if it is placed otherwise."""
+    assert is_dtensor(p)
     if not is_dtensor(grad):
         raise RuntimeError("a parameter is a DTensor, but its gradient is a plain tensor")
     if grad.placements != p.placements:
         grad = grad.redistribute(p.device_mesh, p.placements)
     grad = grad.to_local()
-    grad = grad.wait() if hasattr(grad, "wait") else grad  # for what is still being communicated
-    # The op counts a new version of what it changes, which is the part.
-    torch.autograd.graph.increment_version(p)
-    local_state = {name: value if name == "step" else value.to_local() for name, value in state.items()}
-    return p.to_local(), grad, local_state
+    return grad.wait() if hasattr(grad, "wait") else grad  # for what is still being communicated
 
 
 def scales_shape(p: Tensor) -> tuple[int, ...] | None:

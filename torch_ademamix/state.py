@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import dynamic_map, paging, sharding
+from torch_ademamix.arenas import (
+    MASTER_REMAINDER,
+    MOMENTS,
+    NAMES,
+    QUANTIZED_STATE,
+    SCALES,
+    OptimizerState,
+    Storage,
+    allocate,
+)
 from torch_ademamix.blockwise import CODE_DTYPES, FORMATS, Format, block_count
 from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.reference import compute_dtype
 
-MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
-
-# The entries of a parameter's quantized state, in the order of ademamix_blockwise_step_'s lists.
-QUANTIZED_STATE = (*(entry for name in MOMENTS for entry in (name, f"{name}_absmax")), "step")
-
 # The options of a group that say how state is stored. They are the optimizer's own: a checkpoint that was stored
 # otherwise is converted when it is loaded.
 STORAGE_OPTIONS = ("optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged", "master_weights")
-
-# The entry of a bfloat16 parameter with master weights (torch_ademamix/bfloat16.py).
-MASTER_REMAINDER = "master_remainder"
 
 # An entry that only another implementation's state has, and what to do then.
 BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests most of a parameter's state
@@ -60,28 +62,80 @@ def has_remainder(p: Tensor, group: Mapping[str, Any]) -> bool:
     return group["master_weights"] == "remainder" and p.dtype == torch.bfloat16
 
 
-def new_state(p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state of a parameter before its first step."""
-    state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+def storage(p: Tensor, number: int, group: Mapping[str, Any]) -> Storage:
+    """How the state of a parameter is stored, in a group of that number."""
+    entries: list[tuple[str, torch.dtype]] = []
     for name, format in formats(p, group).items():
-        zeros = sharding.local(paging.zeros_like(p, compute_dtype(p.dtype), group))
-        stored = _stored(name, zeros, format)
-        state |= stored if format is None else paging.placed(stored, p, group)
+        if format is None:
+            entries.append((name, compute_dtype(p.dtype)))
+        else:
+            entries += [(name, CODE_DTYPES[format]), (f"{name}{SCALES}", torch.float32)]
     if has_remainder(p, group):
-        state[MASTER_REMAINDER] = sharding.local(paging.zeros_like(p, torch.int16, group))
-    return sharding.sharded(state, p)
+        entries.append((MASTER_REMAINDER, torch.int16))
+    return Storage(number, p.device, paging.is_paged(p, group), tuple(entries))
 
 
-def mark_static(state: Mapping[str, Tensor]) -> None:
-    """Tells torch.compile that these tensors keep their addresses, so that a CUDA graph may write to them."""
-    if torch.compiler.is_compiling():  # state that a traced step makes has no address yet
-        return
-    for tensor in state.values():
-        torch._dynamo.mark_static_address(tensor, guard=True)
+@torch.no_grad()
+def make_state(state: OptimizerState, members: Sequence[tuple[Tensor, Storage]]) -> None:
+    """Gives parameters state as it is before the first step, in one arena for each kind of storage."""
+    by_storage: dict[Storage, list[Tensor]] = {}
+    for p, kind in members:
+        by_storage.setdefault(kind, []).append(p)
+    for kind, params in by_storage.items():
+        parts = allocate([sharding.local(p.detach()) for p in params], kind)
+        for p, part in zip(params, parts, strict=True):
+            state[p].place(part, sharding.sharded(part.views, p))
+
+
+@torch.no_grad()
+def take_state(state: OptimizerState, entries: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Makes `entries` what is in an optimizer's state: where its tensors are of the right form, they take the values.
+
+    A parameter that has state, but no entries, is as before its first step then.
+    """
+    params = {p: (number, group) for number, group in enumerate(groups) for p in group["params"]}
+    for key in [key for key in state if key not in entries and key not in params]:
+        del state[key]
+    fresh, values = [], {}
+    for p, (number, group) in params.items():
+        if p not in entries and p not in state:
+            continue
+        new = dict(entries.get(p, ()))
+        kind = storage(p, number, group)
+        own = {name: new[name] for name in NAMES if name in new}
+        if own and not _fits(own, p, kind):  # an older pickle's, say: the step refuses what it can't use
+            state[p] = new
+            continue
+        old = state[p]
+        for name in [name for name in old if name not in NAMES]:
+            del old[name]
+        old.update({name: value for name, value in new.items() if name not in NAMES})
+        if own and (old.part is None or old.part.arena.storage != kind):
+            fresh.append((p, kind))
+        values[p] = own
+    make_state(state, fresh)
+    for p, own in values.items():
+        for name in [name for name in NAMES if name in state[p]]:
+            target = sharding.local(state[p][name])
+            if own:
+                target.copy_(sharding.local(own[name]).reshape(target.shape))
+            else:
+                target.zero_()
+    for key, value in entries.items():
+        if key not in params:
+            state[key] = value
+
+
+def _fits(own: Mapping[str, Any], p: Tensor, kind: Storage) -> bool:
+    """Whether state is of that kind, so that an arena can take its values."""
+    dtypes = {"step": torch.float32, **dict(kind.entries)}
+    return {name: value.dtype for name, value in own.items() if isinstance(value, Tensor)} == dtypes and all(
+        own[name].shape == p.shape for name in MOMENTS
+    )
 
 
 def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """A parameter's saved state as the optimizer keeps it: the saved values, on the parameter's device.
+    """A parameter's saved state in the formats in which the optimizer keeps it, on the devices where it was saved.
 
     What was stored in another format is converted, rounding to nearest; a parameter without a saved remainder is its
     own master weight. A DTensor parameter takes DTensors that are placed as it is, and the whole state as plain
@@ -97,8 +151,9 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
         part = sharding.parts(saved, p, where)
         return sharding.sharded(_converted(sharding.local(p), part, target, group, where), p)
     if sharding.is_dtensor(p):
-        return sharding.shard(_converted(sharding.whole(p), saved, target, group, where), p)
-    return paging.placed(_converted(p, saved, target, group, where), p, group)
+        whole = _converted(sharding.whole(p), saved, target, group, where)
+        return sharding.shard({name: value.to(p.device) for name, value in whole.items()}, p)
+    return _converted(p, saved, target, group, where)
 
 
 def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
@@ -130,23 +185,23 @@ def _converted(
     where: str,
 ) -> dict[str, Tensor]:
     """:func:`loaded_state` of plain tensors, in the formats of `target`."""
-    saved = dict(saved)
+    hints = [hint for entry, hint in FOREIGN_STATE.items() if entry in saved]
+    saved = {name: saved[name] for name in NAMES if name in saved} if not hints else dict(saved)
     saved_remainder = saved.pop(MASTER_REMAINDER, None)
     quantized = "exp_avg_absmax" in saved
     is_0_1 = quantized and getattr(saved.get("exp_avg"), "dtype", None) == torch.uint8
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
-        hints = [hint for entry, hint in FOREIGN_STATE.items() if entry in saved]
         raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{''.join(hints[:1])}")
     step = torch.as_tensor(saved["step"], dtype=torch.float32)
     if step.numel() != 1:
         raise ValueError(f"{where}['step'] has shape {list(step.shape)}, but must hold one element")
     if not _finite_and_not_negative(step):
         raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
-    state = {"step": step.reshape(()).to(p.device, copy=True)}  # one saved tensor may be many parameters' step
+    state = {"step": step.reshape(())}
     for name, format in target.items():
         if not quantized:
-            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype)).to(p.device)
+            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
             if in_place_problem(name, 0, value):  # expanded, as a converter may write zeros
                 value = value.contiguous()
             state |= _stored(name, value, format)
@@ -159,7 +214,7 @@ def _converted(
             checked(absmax, f"{where}[{absmax_name!r}]", sharding.scales_shape(p))
         if not _finite_and_not_negative(absmax):
             raise ValueError(f"{where}[{absmax_name!r}] has scales that aren't finite or are below 0")
-        value, absmax = value.to(p.device).contiguous(), absmax.to(p.device).contiguous().flatten()
+        value, absmax = value.contiguous(), absmax.contiguous().flatten()
         if is_0_1 and value.dtype == torch.uint8:
             values = dynamic_map.dequantize(value, absmax, signed=name != "exp_avg_sq")
         elif FORMATS[value.dtype] == format:
@@ -177,7 +232,7 @@ def _converted(
         remainder = checked(saved_remainder, f"{where}[{MASTER_REMAINDER!r}]", p.shape, torch.int16)
         if in_place_problem(MASTER_REMAINDER, 0, remainder):
             remainder = remainder.contiguous()
-        state[MASTER_REMAINDER] = remainder.to(p.device)
+        state[MASTER_REMAINDER] = remainder
     elif has_remainder(p, group):
         state[MASTER_REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
     return state

@@ -12,7 +12,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_ademamix.ops import SCALER
-from torch_ademamix.optimizer import AdEMAMix, make_lr_tensor
+from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.options import HyperparameterTensors
 
 
 def compile_train_step(
@@ -23,8 +24,9 @@ def compile_train_step(
 ) -> Callable[..., Tensor]:
     """Compiles forward, backward, update and the clearing of gradients into one graph.
 
-    The optimizer's state is made now. Its learning rates become tensors, so that LR schedulers, made before or
-    after, change them without a recompilation: call `scheduler.step()` after the step as ever.
+    The optimizer's state is made now. The graph reads learning rates, betas, α, the warm-ups, eps and weight decay
+    anew at each step, so that schedulers, made before or after, change them without a recompilation: call
+    `scheduler.step()` after the step as ever.
 
     Args:
         model: the module to train.
@@ -62,18 +64,19 @@ def compile_train_step(
         else:  # without torch's profiling around it, of which Dynamo warns
             with torch.no_grad():
                 optimizer._update()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
+        for params in optimizer._layout.plan.params:
+            for p in params:
                 p.grad = None
         return loss.detach()
 
     compiled = torch.compile(train_step, fullgraph=True, **compile_options)
 
+    tensors = HyperparameterTensors()
+
     def step(*batch: Any) -> Tensor:
-        for group in optimizer.param_groups:
-            make_lr_tensor(group)  # also after load_state_dict
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
-        with torch._dynamo.config.patch(trace_autograd_ops=True):  # .backward() inside the graph
+        optimizer._opt_called = True  # by which LR schedulers know of a step
+        # .backward() is inside the graph
+        with optimizer._reading(tensors), torch._dynamo.config.patch(trace_autograd_ops=True):
             return compiled(_has_step_hooks(optimizer), *batch)
 
     return step
@@ -115,9 +118,10 @@ def capture_train_step(
     """Captures forward, backward, update and the clearing of gradients in one CUDA graph, and replays it.
 
     Nothing is trained by this call: the warm-up before the capture leaves parameters, buffers, state and random
-    numbers as they are. Learning rates become tensors, so that LR schedulers, made before or after, change them
-    between replays, and the schedules of α and β3 advance with the replays; every other option is captured as it
-    is. After `load_state_dict` the next step captures anew. Step hooks run while the graph is captured, only.
+    numbers as they are. The graph reads learning rates, betas, α, the warm-ups, eps and weight decay anew at each
+    replay, so that schedulers, made before or after, change them, and the schedules of α and β3 advance; every other
+    option is captured as it is. State that is loaded is written into the tensors of the graph; where state has been
+    replaced otherwise, the next step captures anew. Step hooks run while the graph is captured, only.
 
     Args:
         model: the module to train, on one CUDA device.
@@ -149,15 +153,17 @@ class _CapturedTrainStep:
         self._model, self._optimizer, self._loss_fn, self._device = model, optimizer, loss_fn, device
         leaves, self._spec = tree_flatten(tuple(sample_batch))
         self._inputs = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._graph: torch.cuda.CUDAGraph | None = self._capture()
-        optimizer.register_load_state_dict_post_hook(self._forget)
+        self._tensors = HyperparameterTensors()
+        with optimizer._reading(self._tensors):
+            self._capture()
 
     def __call__(self, *batch: Any) -> Tensor:
         self._take(*tree_flatten(batch))
-        graph = self._graph = self._graph or self._capture()
-        self._take_lrs()
-        graph.replay()
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # by which LR schedulers know of a step
+        with self._optimizer._reading(self._tensors):
+            if self._optimizer._layout.plan is not self._plan:  # other tensors than those of the graph
+                self._capture()
+            self._graph.replay()
+        self._optimizer._opt_called = True  # by which LR schedulers know of a step
         return self._loss.clone()
 
     def _take(self, leaves: list[Any], spec: TreeSpec) -> None:
@@ -173,22 +179,8 @@ class _CapturedTrainStep:
             if isinstance(target, Tensor):
                 target.copy_(leaf, non_blocking=True)
 
-    def _take_lrs(self) -> None:
-        """Brings learning rates that were replaced, not filled, into the tensors that the graph reads."""
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
-            if group["lr"] is not lr:
-                lr.copy_(torch.as_tensor(group["lr"]).reshape(lr.shape), non_blocking=True)
-                group["lr"] = lr
-
-    def _forget(self, optimizer: Any) -> None:
-        self._graph = None  # its state tensors are no longer the optimizer's
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> None:
         optimizer = self._optimizer
-        optimizer.init_state()
-        for group in optimizer.param_groups:
-            make_lr_tensor(group)
-        self._lrs = [group["lr"] for group in optimizer.param_groups]
         self._clear_grads()
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream()
@@ -200,12 +192,12 @@ class _CapturedTrainStep:
                         optimizer._update()
                     self._clear_grads()
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
                 self._loss = self._forward_and_backward()
                 type(optimizer).step(optimizer)
                 self._clear_grads()
-        return graph
+        self._plan = optimizer._layout.plan
 
     def _forward_and_backward(self) -> Tensor:
         loss = self._loss_fn(self._model, *tree_unflatten(self._inputs, self._spec))
@@ -221,7 +213,7 @@ class _CapturedTrainStep:
     def _without_effect(self) -> Iterator[None]:
         """Steps change nothing, as GradScaler prevents them; buffers and random numbers are put back."""
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        self._optimizer.found_inf = torch.ones((), device=self._device)  # type: ignore[attr-defined]
+        self._optimizer.found_inf = torch.ones((), device=self._device)
         try:
             with torch.random.fork_rng(devices=[self._device]):
                 yield
@@ -285,17 +277,11 @@ class GradientRelease:
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError("gradients can't be released under DistributedDataParallel; fully_shard allows it")
         of_model = set(model.parameters())
-        # By parameter: its group, by number since load_state_dict replaces groups, and its number among all.
-        self._places: dict[Tensor, tuple[int, int]] = {}
         self._updated: set[Tensor] = set()  # since the last step()
-        for i, group in enumerate(optimizer.param_groups):
-            first_stream = sum(len(before["params"]) for before in optimizer.param_groups[:i])
-            for stream, p in enumerate(group["params"], first_stream):
-                if p in of_model and p.requires_grad:
-                    self._places[p] = i, stream
-        if not self._places:
+        params = [p for group in optimizer.param_groups for p in group["params"] if p in of_model and p.requires_grad]
+        if not params:
             raise ValueError("the optimizer has no parameter of the model that requires a gradient")
-        self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in self._places]
+        self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in params]
         self._handles.append(optimizer.register_step_pre_hook(self._end_step))
 
     def remove(self) -> None:
@@ -311,8 +297,9 @@ class GradientRelease:
                 "a second backward pass before optimizer.step(): gradients that are released as they arrive can't be "
                 "accumulated"
             )
-        i, stream = self._places[p]
-        self._optimizer._update_param(p, self._optimizer.param_groups[i], stream)
+        if not self._updated:
+            self._optimizer._prepare()
+        self._optimizer._update_param(p)
         self._updated.add(p)
         p.grad = None
 

@@ -1,5 +1,6 @@
 #include "blockwise_kernel.h"
 
+#include "codes.h"
 #include "random_block.h"
 #include "step_run.h"
 #include "weights.h"
@@ -81,14 +82,72 @@ void encode(Block<float>& values, float absmax, int64_t first, int count, const 
 // The moments of a block; after the step with the roots of nu in its place.
 struct Moments {
   alignas(64) Block<float> m1, m2, nu;
+  float m1_absmax, m2_absmax, nu_absmax;  // not finite if an element isn't
+
+  void measure(int count) {
+    m1_absmax = absmax_of(m1, count);
+    m2_absmax = absmax_of(m2, count);
+    nu_absmax = absmax_of(nu, count);
+  }
 };
+
+// absmax_of, while vectors pass by.
+class Largest {
+ public:
+  void add(V values) { most_ = at::vec::maximum(most_, at::vec::cast<int32_t>(values.v) & Ints(INT32_MAX)); }
+
+  float get() const {
+    int32_t most[V::SIZE];
+    most_.store(most);
+    return float_from_bits(static_cast<uint32_t>(*std::max_element(most, most + V::SIZE)));
+  }
+
+ private:
+  using Ints = at::vec::Vectorized<int32_t>;
+
+  Ints most_{0};
+};
+
+// A whole block, decoded, updated and measured in one loop: the divider works beside the rest.
+template <class Slow>
+void step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
+  const StepScalars<V> scalars(t.scalars);
+  const auto* m1_codes = static_cast<const int8_t*>(t.exp_avg.codes) + first;
+  const auto* m2_codes = static_cast<const typename Slow::Code*>(t.exp_avg_slow.codes) + first;
+  const auto* nu_codes = static_cast<const uint8_t*>(t.exp_avg_sq.codes) + first;
+  const int64_t block = first / BLOCK_SIZE;
+  const V m1_unit(t.exp_avg.absmax[block] * SignedSqrt::UNIT), m2_unit(t.exp_avg_slow.absmax[block] * Slow::UNIT),
+      nu_unit(t.exp_avg_sq.absmax[block] * FourthRoot::UNIT);
+  Largest m1_largest, m2_largest, nu_largest;
+  for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
+    Element<V> e{V::load(param + i), SignedSqrt::decode(load_codes(m1_codes + i), m1_unit),
+                 Slow::decode(load_codes(m2_codes + i), m2_unit),
+                 FourthRoot::decode(load_codes(nu_codes + i), nu_unit)};
+    const V root = update(e, V::load(grad + i), scalars);
+    e.param.store(param + i);
+    e.exp_avg.store(m.m1 + i);
+    e.exp_avg_slow.store(m.m2 + i);
+    root.store(m.nu + i);
+    m1_largest.add(e.exp_avg);
+    m2_largest.add(e.exp_avg_slow);
+    nu_largest.add(root);
+  }
+  m.m1_absmax = m1_largest.get();
+  m.m2_absmax = m2_largest.get();
+  m.nu_absmax = nu_largest.get();
+}
 
 void step_moments(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, int count,
                   Moments& m) {
+  if (count == BLOCK_SIZE)
+    return t.exp_avg_slow.format == BlockFormat::LINEAR_INT16 ? step_whole_block<Linear>(param, grad, t, first, m)
+                                                              : step_whole_block<SignedSqrt>(param, grad, t, first, m);
   decode(t.exp_avg, first, count, m.m1);
   decode(t.exp_avg_slow, first, count, m.m2);
   decode(t.exp_avg_sq, first, count, m.nu);
-  step_run</*ROOTS=*/true>(param, grad, m.m1, m.m2, m.nu, count, t.scalars);
+  step_run(param, grad, m.m1, m.m2, m.nu, count, t.scalars);
+  replace_by_roots(m.nu, count);
+  m.measure(count);
 }
 
 void step_moments(double* param, const double* grad, const BlockwiseTensor<double>& t, int64_t first, int count,
@@ -102,6 +161,7 @@ void step_moments(double* param, const double* grad, const BlockwiseTensor<doubl
   at::vec::convert(m2, m.m2, count);
   at::vec::convert(nu, m.nu, count);
   replace_by_roots(m.nu, count);
+  m.measure(count);
 }
 
 }  // namespace
@@ -115,18 +175,17 @@ void blockwise_step_elements(const BlockwiseTensor<T>& t, int64_t begin, int64_t
     Run<T> grad(t.grad, first, count);
     step_moments(param.data(), grad.data(), t, first, count, m);
     param.write_back();
-    float m1_absmax = absmax_of(m.m1, count), m2_absmax = absmax_of(m.m2, count), nu_absmax = absmax_of(m.nu, count);
-    if (!(std::isfinite(m1_absmax) && std::isfinite(m2_absmax) && std::isfinite(nu_absmax))) {
+    if (!(std::isfinite(m.m1_absmax) && std::isfinite(m.m2_absmax) && std::isfinite(m.nu_absmax))) {
       // An element of which one moment isn't finite loses all three, and its neighbours nothing.
       for (int i = 0; i < count; ++i) {
         if (std::isfinite(m.m1[i]) && std::isfinite(m.m2[i]) && std::isfinite(m.nu[i])) continue;
         m.m1[i] = m.m2[i] = m.nu[i] = 0;
       }
-      m1_absmax = absmax_of(m.m1, count), m2_absmax = absmax_of(m.m2, count), nu_absmax = absmax_of(m.nu, count);
+      m.measure(count);
     }
-    encode(m.m1, m1_absmax, first, count, nullptr, t.exp_avg);
-    encode(m.m2, m2_absmax, first, count, nullptr, t.exp_avg_slow);
-    encode(m.nu, nu_absmax, first, count, t.stochastic_rounding ? &t.random : nullptr, t.exp_avg_sq);
+    encode(m.m1, m.m1_absmax, first, count, nullptr, t.exp_avg);
+    encode(m.m2, m.m2_absmax, first, count, nullptr, t.exp_avg_slow);
+    encode(m.nu, m.nu_absmax, first, count, t.stochastic_rounding ? &t.random : nullptr, t.exp_avg_sq);
   }
 }
 

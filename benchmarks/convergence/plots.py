@@ -7,32 +7,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks import drift, rosenbrock
-from benchmarks.report import figure
+from benchmarks.convergence import rosenbrock
+from benchmarks.convergence.plan import ADAMW, PERTURBED
+from benchmarks.convergence.report import Report, Setting
+from benchmarks.drift import FLOAT32
+from benchmarks.shared.writing import figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from benchmarks.convergence_report import Report, Setting
-
 COLOURS = {
-    "AdamW": "#252525",
-    drift.FLOAT32: "#08519c",
+    ADAMW: "#252525",
+    FLOAT32: "#08519c",
     "8-bit": "#d94801",
     "8-bit, slow_ema_bits=8": "#31a354",
-    "32-bit, perturbed": "#9ecae1",
+    PERTURBED: "#9ecae1",
 }
 LINES = ("#252525", "#08519c", "#6baed6", "#a63603", "#fd8d3c", "#31a354", "#c51b8a", "#756bb1")
 
 
-def mean_curve(found: "Report", setting: "Setting") -> tuple[np.ndarray, np.ndarray]:
+def mean_curve(found: Report, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the validation losses of all seeds (seeds, steps)."""
     curves = [record["curve"] for record in found.comparison[setting].values() if record["final"] is not None]
     steps = np.array([point["step"] for point in curves[0]]) if curves else np.array([])
     return steps, np.array([[point["validation"] for point in curve] for curve in curves])
 
 
-def losses(path: Path, found: "Report") -> None:
+def losses(path: Path, found: Report) -> None:
     """Left: AdamW and AdEMAMix with 32-bit state; then, for each β3, quantized state against 32-bit."""
     beta3s = sorted({s.beta3 for s in found.comparison if s.beta3 is not None})
     if not beta3s:
@@ -41,7 +42,7 @@ def losses(path: Path, found: "Report") -> None:
         left, *others = made.subplots(1, 1 + len(beta3s))
         lowest = []
         for setting in found.settings:
-            if setting.optimizer not in ("AdamW", drift.FLOAT32):
+            if setting.optimizer not in (ADAMW, FLOAT32):
                 continue
             steps, values = mean_curve(found, setting)
             if not len(values):
@@ -74,9 +75,9 @@ def _band(axes: "Axes", steps: np.ndarray, values: np.ndarray, label: str, colou
     axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def _differences(axes: "Axes", found: "Report", beta3: float) -> None:
+def _differences(axes: "Axes", found: Report, beta3: float) -> None:
     settings = [s for s in found.settings if s.beta3 == beta3]
-    base = next((s for s in settings if s.optimizer == drift.FLOAT32), None)
+    base = next((s for s in settings if s.optimizer == FLOAT32), None)
     if base is None:
         return
     for setting in settings:
@@ -90,15 +91,15 @@ def _differences(axes: "Axes", found: "Report", beta3: float) -> None:
             [[m["validation"] - t["validation"] for m, t in zip(mine, theirs, strict=True)] for mine, theirs in pairs]
         )
         _band(axes, steps, values, setting.optimizer, COLOURS[setting.optimizer])
-    axes.axhline(0, color=COLOURS[drift.FLOAT32], linewidth=1)
+    axes.axhline(0, color=COLOURS[FLOAT32], linewidth=1)
     axes.set(title=f"minus 32-bit's of the same seed, β3 = {beta3:g}", ylabel="difference of validation loss")
 
 
-def search(path: Path, found: "Report") -> None:
+def search(path: Path, found: Report) -> None:
     """Final validation loss by learning rate."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for setting, record in sorted(found.search.items(), key=lambda item: (item[0].beta3 or 0, item[0].alpha or 0)):
-        label = "AdamW" if setting.beta3 is None else f"AdEMAMix, β3 = {setting.beta3:g}, α = {setting.alpha:g}"
+        label = ADAMW if setting.beta3 is None else f"AdEMAMix, β3 = {setting.beta3:g}, α = {setting.alpha:g}"
         if record["final"] is not None:
             lines[label].append((setting.lr, record["final"]))
     with figure(path, 6.5, 4.2) as made:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.shared import formula
+from benchmarks.shared.formula import ALPHA, BETA1, BETA2, BETA3, EPS, LR, WEIGHT_DECAY
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
-
-BETA1, BETA2, BETA3, ALPHA, LR, EPS, WEIGHT_DECAY = 0.9, 0.999, 0.9999, 5.0, 1e-3, 1e-8, 1e-2
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,14 @@ def adamw_foreach(params: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def plain_compiled(params: list[Tensor]) -> Peer:
-    """The formula written down for torch.compile, in float32; tensors hold what changes with the step."""
     grads = [p.grad for p in params]
-    state = [[torch.zeros_like(p, dtype=torch.float32) for _ in range(3)] for p in params]
+    states = [tuple(torch.zeros_like(p, dtype=torch.float32) for _ in range(3)) for p in params]
     step = 0
 
     @torch.compile(fullgraph=True)
     def update(bias1: Tensor, sqrt_bias2: Tensor) -> None:
-        for p, grad, (m1, m2, nu) in zip(params, grads, state, strict=True):
-            g = grad.float()
-            m1.copy_(BETA1 * m1 + (1 - BETA1) * g)
-            m2.copy_(BETA3 * m2 + (1 - BETA3) * g)
-            nu.copy_(BETA2 * nu + (1 - BETA2) * g * g)
-            direction = (m1 / bias1 + ALPHA * m2) / (nu.sqrt() / sqrt_bias2 + EPS)
-            p.copy_(p - LR * (direction + WEIGHT_DECAY * p))
+        for p, grad, state in zip(params, grads, states, strict=True):
+            formula.update(p, grad, state, bias1, sqrt_bias2)
 
     @torch.no_grad()
     def step_all() -> None:
@@ -89,7 +83,7 @@ def plain_compiled(params: list[Tensor]) -> Peer:
         step += 1
         update(torch.tensor(1 - BETA1**step), torch.tensor((1 - BETA2**step) ** 0.5))
 
-    return Peer(step_all, state)
+    return Peer(step_all, states)
 
 
 def plain_loop(params: list[Tensor]) -> Peer:

@@ -1,21 +1,19 @@
-"""The tables, the JSON and the plots of `benchmarks.convergence`."""
+"""The tables and the JSON of `benchmarks.convergence`."""
 
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks import convergence_plots, drift, report, rosenbrock
+from benchmarks.convergence import rosenbrock
+from benchmarks.convergence.plan import ADAMW, PERTURBED, Plan
+from benchmarks.drift import FLOAT32, SCHEMES
+from benchmarks.shared.writing import markdown_table
 
-if TYPE_CHECKING:
-    from benchmarks.convergence import Plan, Runs
-
-ADAMW, FLOAT32 = "AdamW", drift.FLOAT32
-ORDER = [ADAMW, FLOAT32, "32-bit, perturbed", *(name for name in drift.SCHEMES if name != FLOAT32)]
+ORDER = [ADAMW, FLOAT32, PERTURBED, *(name for name in SCHEMES if name != FLOAT32)]
 Record = Mapping[str, Any]
 Walks = Mapping[str, list[rosenbrock.Walk]]
 
@@ -41,7 +39,7 @@ def final(record: Record) -> float:
 class Report:
     """The runs of a plan, by setting and seed."""
 
-    def __init__(self, plan: "Plan", records: Iterable[Record]) -> None:
+    def __init__(self, plan: Plan, records: Iterable[Record]) -> None:
         self.plan = plan
         self.records = [record for record in records if record["config"]["steps"] == plan.steps]
         self.search: dict[Setting, Record] = {}
@@ -80,7 +78,7 @@ class Report:
                 for lr in lrs
             ]
             rows.append([name, *("" if value is None else f"{value:g}" for value in (beta3, alpha)), *cells])
-        return report.markdown_table(["", "β3", "α", *(f"{lr:g}" for lr in lrs)], rows)
+        return markdown_table(["", "β3", "α", *(f"{lr:g}" for lr in lrs)], rows)
 
     def comparison_table(self) -> str:
         heads = ["", "β3", "α", "lr", "seeds", "mean", "spread", "each seed", "minus AdamW", "minus 32-bit"]
@@ -96,7 +94,7 @@ class Report:
                     with_spread(self.minus(setting, FLOAT32, setting.beta3)),
                 ]
             )
-        return report.markdown_table(heads, rows)
+        return markdown_table(heads, rows)
 
     def as_json(self, walks: Walks) -> dict[str, Any]:
         return {
@@ -128,15 +126,6 @@ def with_spread(differences: list[float]) -> str:
     if not differences:
         return ""
     return f"{mean(differences):+.4f}" + (f" ± {stdev(differences):.4f}" if len(differences) > 1 else "")
-
-
-def write(out: Path, plan: "Plan", runs: "Runs", walks: Walks) -> None:
-    found = Report(plan, runs.records.values())
-    report.write(out / "convergence.json", json.dumps(found.as_json(walks), indent=1) + "\n")
-    report.write(out / "README.md", markdown(found, walks))
-    convergence_plots.losses(out / "loss.svg", found)
-    convergence_plots.search(out / "search.svg", found)
-    convergence_plots.walks(out / "rosenbrock.svg", walks)
 
 
 def markdown(found: Report, walks: Walks) -> str:
@@ -194,4 +183,4 @@ def rosenbrock_table(walks: Walks) -> str:
         ]
         for name, summary in rosenbrock.summary(walks).items()
     ]
-    return report.markdown_table(heads, rows)
+    return markdown_table(heads, rows)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks import report
-from benchmarks.report import Requirement
+from benchmarks.shared import origin, writing
+from benchmarks.shared.requirement import Requirement
 
-RESULTS = report.RESULTS / "gpu"
+RESULTS = writing.RESULTS / "gpu"
 FAILED = "failed"  # the beginning of why a measurement that raised is left out
 
 T = TypeVar("T")
@@ -31,10 +31,10 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "CUDA": torch.version.cuda,
-        "processor": report.processor(),
-        **report.versions("bitsandbytes", "torchao", "triton"),
-        "commit": report.commit(),
-        "date": report.now(),
+        "processor": origin.processor(),
+        **origin.versions("bitsandbytes", "torchao", "triton"),
+        "commit": origin.commit(),
+        "date": origin.now(),
     }
 
 
@@ -155,8 +155,8 @@ class Report:
             "left out": [[*run, why] for run, why in self.left_out.items()],
             "required": self.required,
         }
-        report.write(self.folder / "speed.json", json.dumps(numbers, indent=1) + "\n")
-        report.write(self.folder / "speed.md", self.markdown())
+        writing.write(self.folder / "speed.json", json.dumps(numbers, indent=1) + "\n")
+        writing.write(self.folder / "speed.md", self.markdown())
 
     def markdown(self) -> str:
         host = {**self.machine, "a copy moves": f"{self.copy_bytes_per_second / 1e9:,.0f} GB/s"}
@@ -165,11 +165,11 @@ class Report:
             "Written by `python -m benchmarks.gpu`, which also says how each figure is taken.",
             "\n".join(f"- {name}: {value}" for name, value in host.items()),
             "![Share of the copy's bandwidth](speed.svg)",
-            report.markdown_table(HEADS, [cells(result) for _, result in sorted(self.results.items())]),
+            writing.markdown_table(HEADS, [cells(result) for _, result in sorted(self.results.items())]),
         ]
         if self.left_out:
             parts.append("\n".join(f"- left out: {', '.join(run)} ({why})" for run, why in self.left_out.items()))
-        parts += ["## Required", report.markdown_table(("case", "what", "value", "bound", ""), self.required)]
+        parts += ["## Required", writing.markdown_table(("case", "what", "value", "bound", ""), self.required)]
         return "\n\n".join(parts) + "\n"
 
     def plot(self) -> None:
@@ -179,16 +179,16 @@ class Report:
             return
         names = sorted({name for _, name in self.results})
         size = 4 + 2.6 * len(cases), 1.2 + 0.3 * len(names)
-        with report.figure(self.folder / "speed.svg", *size) as figure:
+        with writing.figure(self.folder / "speed.svg", *size) as figure:
             panels = figure.subplots(1, len(cases), sharex=True, sharey=True, squeeze=False)[0]
             for axes, case in zip(panels, cases, strict=True):
                 for y, name in enumerate(names):
                     result = self.results.get((case, name))
                     if result is None:
-                        axes.text(0.02, y, "not measured", va="center", color=report.OTHERS)
+                        axes.text(0.02, y, "not measured", va="center", color=writing.OTHERS)
                         continue
                     is_ours = "AdEMAMix" in name and "bitsandbytes" not in name
-                    axes.barh(y, result.share_of_copy, color=report.OURS if is_ours else report.OTHERS)
+                    axes.barh(y, result.share_of_copy, color=writing.OURS if is_ours else writing.OTHERS)
                     axes.text(min(result.share_of_copy, 1), y, f" {result.share_of_copy:.0%}", va="center")
                 axes.set_title(case)
                 axes.set_xlim(0, 1.25)

@@ -6,6 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Shapes = list[tuple[int, ...]]
+
+SHAPES: Shapes = [
+    (50257, 768),
+    (1024, 768),
+    *[
+        shape
+        for _ in range(12)
+        for shape in (
+            *((768,), (768,), (768, 2304), (2304,), (768, 768), (768,)),
+            *((768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)),
+        )
+    ],
+    (768,),
+    (768,),
+]
+
 
 @dataclass(frozen=True)
 class Size:

@@ -5,15 +5,15 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from benchmarks import report
-from benchmarks.peers import ADAMW
-
-if TYPE_CHECKING:
-    from benchmarks.cpu import Result
+from benchmarks.cpu.cases import IN_PLACE
+from benchmarks.cpu.measure import Result
+from benchmarks.cpu.peers import ADAMW, PLAIN
+from benchmarks.shared import origin, writing
+from benchmarks.shared.requirement import Requirement
 
 PLOTTED = {"float32": ("large", "GPT-2", "small"), "bfloat16": ("large, bf16", "GPT-2, bf16", "small, bf16")}
 Case = dict[str, Any]  # a measured case, as the JSON has it
@@ -36,9 +36,7 @@ class Row:
     first_call_seconds: float
 
 
-def rows(result: "Result") -> list[Row]:
-    from benchmarks.cpu import IN_PLACE
-
+def rows(result: Result) -> list[Row]:
     found: dict[str, Row] = {}
     for times in result.times:
         for name in times.rounds:
@@ -95,7 +93,51 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def record(result: "Result", host: Mapping[str, Any], verdicts: Sequence[Sequence[str]]) -> Case:
+REQUIREMENTS = (
+    Requirement(
+        "parameters/s, over the plain formula's under torch.compile",
+        "large",
+        lambda r: 1 / r.ratio("AdEMAMix", PLAIN),
+        at_least=1.0,
+    ),
+    Requirement(
+        "bytes/s, over fused AdamW's",
+        "large",
+        lambda r: r.traffic("AdEMAMix") / r.traffic(ADAMW) / r.ratio("AdEMAMix", ADAMW),
+        at_least=0.95,
+    ),
+    Requirement(
+        "parameters/s of AdEMAMix8bit, over fused AdamW's",
+        "large",
+        lambda r: 1 / r.ratio("AdEMAMix8bit", ADAMW),
+        at_least=0.5,
+    ),
+    Requirement("time, over fused AdamW's", "host 400 x 1000", lambda r: r.ratio("AdEMAMix", ADAMW), at_most=1.0),
+    Requirement("the host's time, over fused AdamW's", "host 400", lambda r: r.ratio("AdEMAMix", ADAMW), at_most=2.0),
+    *(
+        Requirement(
+            "the host's time, compiled over eager",
+            case,
+            lambda r: r.ratio("AdEMAMix, compiled", "AdEMAMix"),
+            at_most=3.0,
+        )
+        for case in ("host 400", "host 1000")
+    ),
+    Requirement(
+        "seconds to compile, caches cold",
+        "host 1000",
+        lambda r: r.times_of("AdEMAMix, compiled").first["AdEMAMix, compiled"],
+        at_most=60.0,
+    ),
+)
+
+
+def verdicts(name: str, result: Result) -> list[tuple[str, ...]]:
+    """What is required of a case."""
+    return [requirement.verdict(result) for requirement in REQUIREMENTS if requirement.case == name]
+
+
+def record(result: Result, host: Mapping[str, Any], verdicts: Sequence[Sequence[str]]) -> Case:
     """What the JSON holds of a case."""
     return {
         "title": result.case.title,
@@ -134,13 +176,13 @@ def lines(case: Case) -> Iterable[str]:
 
 def machine() -> dict[str, object]:
     return {
-        "processor": report.processor(),
+        "processor": origin.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        **report.versions("bitsandbytes", "torchao"),
-        "commit": report.commit(),
-        "date": report.now(),
+        **origin.versions("bitsandbytes", "torchao"),
+        "commit": origin.commit(),
+        "date": origin.now(),
     }
 
 
@@ -150,8 +192,8 @@ def write(folder: Path, measured: Mapping[str, Case], order: Iterable[str]) -> N
     cases = json.loads(file.read_text()) if file.exists() else {}
     cases |= measured
     cases = {name: cases[name] for name in order if name in cases}
-    report.write(file, json.dumps(cases, indent=1) + "\n")
-    report.write(folder / "README.md", markdown(cases.values()))
+    writing.write(file, json.dumps(cases, indent=1) + "\n")
+    writing.write(folder / "README.md", markdown(cases.values()))
     plot(folder / "speed.svg", cases)
 
 
@@ -168,11 +210,11 @@ def markdown(cases: Collection[Case]) -> str:
     ]
     for case in cases:
         rows_of_case = [cells(Row(**row)) for row in case["rows"]]
-        parts += [f"## {heading(case)}", report.markdown_table(HEADS, rows_of_case)]
+        parts += [f"## {heading(case)}", writing.markdown_table(HEADS, rows_of_case)]
         if case["absent"]:
             parts.append("\n".join(f"- absent: {name} ({reason})" for name, reason in case["absent"].items()))
     if required:
-        parts += ["## Required", report.markdown_table(("case", "what", "value", "bound", ""), required)]
+        parts += ["## Required", writing.markdown_table(("case", "what", "value", "bound", ""), required)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -188,16 +230,16 @@ def plot(path: Path, measured: Mapping[str, Case]) -> None:
         for case in cases
     }
     names = list(dict.fromkeys(name for of_case in speeds.values() for name, speed in of_case.items() if speed))
-    with report.figure(path, 13, 3.8 * len(panels)) as figure:
+    with writing.figure(path, 13, 3.8 * len(panels)) as figure:
         grid = figure.subplots(len(panels), max(map(len, panels)), sharex=True, sharey=True, squeeze=False)
         for axes_row, cases in zip(grid, panels, strict=True):
             for axes, case in zip(axes_row, cases, strict=False):
                 for y, name in enumerate(names):
                     speed = speeds[case["title"], case["dtype"]].get(name)
                     if speed is None:
-                        axes.text(1.2e6, y, "not measured", va="center", color=report.OTHERS)
+                        axes.text(1.2e6, y, "not measured", va="center", color=writing.OTHERS)
                         continue
-                    axes.barh(y, speed, color=report.OURS if name.startswith("AdEMAMix") else report.OTHERS)
+                    axes.barh(y, speed, color=writing.OURS if name.startswith("AdEMAMix") else writing.OTHERS)
                     axes.text(speed * 1.1, y, f"{speed / 1e6:,.0f}", va="center")
                 axes.set_xscale("log")
                 axes.set_xlim(1e6, 2e10)
