@@ -34,8 +34,8 @@ FORMATS = {dtype: format for format, dtype in CODE_DTYPES.items()}  # by the dty
 
 LARGEST_CODES: dict[Format, int] = {"signed_sqrt_int8": 127, "fourth_root_uint8": 255, "linear_int16": 32767}
 
-# Of a positive value in fourth_root_uint8. The optimizer divides by its root, so it may neither become 0 nor, by chance,
-# much smaller than it is: codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to it.
+# Of a positive value in fourth_root_uint8. The optimizer divides by its root, so it may neither become 0 nor, by
+# chance, much smaller than it is: codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to it.
 SMALLEST_FOURTH_ROOT = 4
 
 # Philox 4x32 (Salmon et al., SC 2011); 7 rounds are the fewest that pass BigCrush.
