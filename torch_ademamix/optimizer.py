@@ -179,8 +179,8 @@ class AdEMAMix(Optimizer):
         self._layout = Layout()
         self._checked = Checked()
         self._hyperparameters: list[Tensor] | None = None  # of each group, for whole steps as one graph
-        self._number = next(_numbers)
-        _optimizers[self._number] = self
+        self._key = str(next(_numbers))  # of an int that differs by optimizer, Dynamo would make a variable
+        _optimizers[self._key] = self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, OptimizerState):  # to reset an optimizer, people assign a new dict
@@ -252,7 +252,7 @@ class AdEMAMix(Optimizer):
 
     def _update(self) -> None:
         if torch.compiler.is_compiling():
-            _prepare_while_tracing(self._number)
+            _prepare_while_tracing(self._key)
         else:
             self._prepare()
         plan = self._layout.plan
@@ -409,12 +409,12 @@ class AdEMAMix(Optimizer):
 
 # What can't be traced is done by Python itself while a step is traced, so that the step finds its state's place.
 _numbers = itertools.count()
-_optimizers: "WeakValueDictionary[int, AdEMAMix]" = WeakValueDictionary()
+_optimizers: "WeakValueDictionary[str, AdEMAMix]" = WeakValueDictionary()
 
 
 @torch._dynamo.assume_constant_result
-def _prepare_while_tracing(number: int) -> None:
-    _optimizers[number]._prepare()
+def _prepare_while_tracing(key: str) -> None:
+    _optimizers[key]._prepare()
 
 
 def _is_trained(p: Tensor) -> bool:
