@@ -65,6 +65,11 @@ class Batch:
         if MASTER_REMAINDER in tensors:
             self.remainders.append(ref(tensors[MASTER_REMAINDER]))
 
+    def addresses(self) -> list[Any]:
+        """Where the state lies, for a graph that has this for good."""
+        tensors = [tensor() for refs in (*self.state, self.remainders) for tensor in refs]
+        return [*((t.dtype, t.data_ptr()) for t in tensors if t is not None), *self.places]
+
     def lists(
         self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool
     ) -> list[tuple[Sequence[Tensor], Lists, Options]]:
