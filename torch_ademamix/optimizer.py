@@ -167,7 +167,24 @@ class AdEMAMix(Optimizer):
             make_lr_tensor(group)
 
     def init_state(self) -> None:
-        """Makes the state of every parameter that requires a gradient now, not at the first step."""
+        """Makes the state of every parameter that requires a gradient now, not at the first step.
+
+        Where parameters are on a GPU, it also compiles and loads what a step needs whose gradients have the parameters'
+        dtypes: a CUDA graph may be captured afterwards.
+        """
+        self._make_state()
+        self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        with torch.no_grad():
+            self._layout.plan = Plan(self.param_groups, self.state)
+        for batch in self._layout.plan.batches:
+            if batch.params[0].device.type == "cuda":
+                grads = [p.detach() for p in batch.params]
+                for op, lists, options in self._calls(batch, range(len(grads)), grads, None):
+                    op(*lists, **options, dry_run=True)
+
+    def _make_state(self) -> None:
         self._init_grad_norm()
         members = []
         for number, group in enumerate(self.param_groups):
@@ -248,7 +265,7 @@ class AdEMAMix(Optimizer):
             return
         for number, group in enumerate(self.param_groups):  # a step that is refused makes no state either
             _check_grads(group, number, [p.grad for p in group["params"] if p.grad is not None])
-        self.init_state()
+        self._make_state()
         with torch.no_grad():
             self._layout.plan = Plan(self.param_groups, self.state)
 
