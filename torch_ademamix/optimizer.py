@@ -167,7 +167,16 @@ class AdEMAMix(Optimizer):
         settle_lrs(self.param_groups)
 
     def init_state(self) -> None:
-        """Makes the state of every parameter that requires a gradient now, not at the first step."""
+        """Makes the state of every parameter that requires a gradient now, not at the first step.
+
+        Where parameters are on a GPU, it also compiles and loads what a step needs whose gradients have the parameters'
+        dtypes: a CUDA graph may be captured afterwards.
+        """
+        self._make_state()
+        self._make_plan()
+        self._layout.plan.load_kernels()
+
+    def _make_state(self) -> None:
         self._init_grad_norm()
         make_state(self.state, without_state(self.state, self.param_groups))
 
@@ -241,7 +250,7 @@ class AdEMAMix(Optimizer):
             return
         for number, group in enumerate(self.param_groups):  # a step that is refused makes no state either
             check_grads(group, number)
-        self.init_state()
+        self._make_state()
         self._make_plan()
 
     @torch.no_grad()

@@ -209,6 +209,15 @@ class Plan:
         random = batch.quantized or stochastic
         return [(op, params, lists, {**options, **more}) for params, lists, more in batch.lists(chosen, grads, random)]
 
+    def load_kernels(self) -> None:
+        """On GPUs, for gradients of the parameters' dtypes: what is compiled and loaded at a first call, now."""
+        for batch in self.batches:
+            if batch.params[0].device.type == "cuda":
+                grads = [p.detach() for p in batch.params]
+                scaler = dict.fromkeys(ops.SCALER)
+                for op, _, lists, options in self.calls(batch, range(len(grads)), grads, None, scaler):
+                    op(*lists, **options, dry_run=True)
+
     def run(self, calls: Sequence[Call]) -> None:
         """Makes op calls; refuses before the first of them has written anything."""
         if torch.compiler.is_compiling():  # traced calls are checked when they are traced
