@@ -134,7 +134,7 @@ class CapturedTrainStep:
 
 def _one_cuda_device(loop: Loop) -> torch.device:
     params = [p for group in loop.optimizer.param_groups for p in group["params"]]
-    device = params[0].device
+    device: torch.device = params[0].device
     if device.type != "cuda" or any(p.device != device for p in params):
         raise ValueError("capture_train_step needs all parameters on one CUDA device; see compile_train_step")
     if any(map(sharding.is_dtensor, params)):

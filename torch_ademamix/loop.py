@@ -113,7 +113,7 @@ class Loop:
 
     def tell_of_step(self) -> None:
         """Lets schedulers and the scaler know that a step was made."""
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.optimizer._opt_called = True
         if self.scaler is not None and self._found_inf is not None:
             record = self.scaler._per_optimizer_states[id(self.optimizer)]
             record["found_inf_per_device"] = {self._found_inf.device: self._found_inf}
