@@ -136,6 +136,20 @@ def test_hooks_that_come_later(counter):
     assert_same_training(counter, {}, prepare, graphs=2)
 
 
+def test_another_model_after_one_with_hooks(counter):
+    """Nothing of the first is left in what Dynamo traces later."""
+    model, optimizer = make()
+    model[0].weight.register_hook(torch.zeros_like)
+    train(compile_train_step(model, optimizer, loss_fn, backend=counter), steps=2)
+    other = nn.Bilinear(8, 8, 1)
+    optimizer = AdEMAMix(other.parameters())
+    step = compile_train_step(
+        other, optimizer, lambda model, x, y: loss_fn(lambda x: model(x, x), x, y), backend=counter
+    )
+    train(step, steps=2)
+    assert optimizer.state[other.weight]["step"] == 2
+
+
 def test_step_hooks(counter):
     def prepare(model, optimizer):
         def clip(*_):

@@ -1,4 +1,4 @@
-"""What a whole training step does, in one place for compiled and captured steps: the plain loop, in its order.
+"""What a whole training step does, in one place for compiled and captured steps: the plain loop, in its order::
 
 optimizer.zero_grad()
 loss = loss_fn(model, *batch)
@@ -173,20 +173,23 @@ class Loop:
     def _backward(self, loss: Tensor, hooks: Sequence[ParamHooks]) -> None:
         if self.scaler is not None:
             loss = loss * self.optimizer.grad_scale  # type: ignore[attr-defined]
-        before = [self.params[i].grad for i, _, _ in hooks]
-        for i, _, _ in hooks:
-            self.params[i].grad = None
-        loss.backward()
-        for (i, of_grad, after), accumulated in zip(hooks, before, strict=True):
-            p = self.params[i]
-            grad = p.grad
+        if not hooks:
+            loss.backward()
+            return
+        # Gradients of their own, not p.grad with None stored in it: Dynamo, having read that again, takes None for this
+        # parameter's gradient in all that it traces later, of any model.
+        functions = {i: (of_grad, after) for i, of_grad, after in hooks}
+        numbers = [i for i, p in enumerate(self.params) if p.requires_grad]
+        grads = torch.autograd.grad(loss, [self.params[i] for i in numbers], allow_unused=True)
+        for i, grad in zip(numbers, grads, strict=True):
             if grad is None:
-                p.grad = accumulated
                 continue
+            p = self.params[i]
+            of_grad, after = functions.get(i, ((), ()))
             for hook in of_grad:
                 replaced = hook(grad)
                 grad = grad if replaced is None else replaced
-            p.grad = grad if accumulated is None else accumulated + grad
+            p.grad = grad if p.grad is None else p.grad + grad
             for hook in after:
                 hook(p)
 

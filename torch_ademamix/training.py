@@ -1,6 +1,6 @@
 """Whole training steps as one graph, compiled or captured on a GPU.
 
-Both do what this loop does, or refuse:
+Both do what this loop does, or refuse::
 
     optimizer.zero_grad()
     loss = loss_fn(model, *batch)
@@ -68,8 +68,9 @@ def compile_train_step(
     Raises:
         TypeError: the optimizer is another one, or a wrapper of one; in `step`, if `loss_fn` returns no loss.
         ValueError: gradients are reduced by `DistributedDataParallel`, `fully_shard` or FSDP1, in hooks that have no
-            place in a graph (tensor parallelism has none), or released by :func:`release_gradients`; the optimizer
-            has no parameter of the model; `fullgraph` is False.
+            place in a graph (tensor parallelism has none), or released by
+            :func:`torch_ademamix.release.release_gradients`; the optimizer has no parameter of the model; `fullgraph`
+            is False.
         RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model.
 
     >>> model = nn.Linear(8, 1)
