@@ -69,12 +69,15 @@ struct FourthRoot {
     return root * root;
   }
 
-  // ZERO is what code 0 is as a float: ROUNDING_MAGIC gives the nearest code, POSITION_ZERO a position. A positive
-  // value never becomes code 0, for the next step may divide by its root: what is below code 1 goes up to it.
+  // Of a positive value. The next step divides by its root, so it may neither become 0 nor, by chance, much smaller
+  // than it is: codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to it.
+  static constexpr int SMALLEST = 4;
+
+  // ZERO is what code 0 is as a float: ROUNDING_MAGIC gives the nearest code, POSITION_ZERO a position.
   template <int ZERO, class V>
   ADEMAMIX_INLINE static V encode(V sqrt_value, V inverse) {
     const V code = fma(unit_sqrt(at_most_one(sqrt_value * inverse)), V(MAX), V(ZERO));
-    return larger(code, if_positive(sqrt_value, V(ZERO + 1), V(ZERO)));
+    return larger(code, if_positive(sqrt_value, V(ZERO + SMALLEST), V(ZERO)));
   }
 
   // Positions are floats in [256, 512), whose ulps are 2^-15 codes.

@@ -194,6 +194,7 @@ def assert_within(actual: Tensor, expected: Interval, where: str) -> None:
 LARGEST_CODES = {"signed_sqrt_int8": 127, "fourth_root_uint8": 255, "linear_int16": 32767}
 CODE_DTYPES = {"signed_sqrt_int8": torch.int8, "fourth_root_uint8": torch.uint8, "linear_int16": torch.int16}
 BLOCK_SIZE = 256
+SMALLEST_CODE = 4  # of a positive value in fourth_root_uint8
 SMALLEST_SCALE = 2.0**-100  # below, the product of a scale and a constant loses digits, as documented
 CODE_ERROR = 0.01  # of a value in units of codes, by float32 arithmetic: 2^-22 of the largest, and 2^-16 positions
 
@@ -257,13 +258,13 @@ def assert_quantized(
         assert low <= scale <= high, f"{here}: absmax is {scale!r}, not in [{low!r}, {high!r}]"
         assert (code[gone] == 0).all(), f"{here}: values that aren't finite must be stored as 0"
         if unsigned:
-            assert (code[v > error] > 0).all(), f"{here}: a positive value is stored as 0"
+            assert (code[v > error] >= SMALLEST_CODE).all(), f"{here}: a positive value is stored as too small a code"
         if scale < SMALLEST_SCALE:
             continue
         low_code = in_codes(v - error, scale, format) - CODE_ERROR
         high_code = in_codes(v + error, scale, format) + CODE_ERROR
         least, most = (low_code - 0.5, high_code + 0.5) if nearest else (np.floor(low_code), np.ceil(high_code))
-        if unsigned:  # what is positive, or may be, may become code 1
-            most = np.where(v + error > 0, np.maximum(most, 1), most)
+        if unsigned:  # what is positive, or may be, may become the smallest code
+            most = np.where(v + error > 0, np.maximum(most, SMALLEST_CODE), most)
         bad = np.flatnonzero(~((least <= code) & (code <= most)))
         assert bad.size == 0, f"{here}: {v[bad[0]]!r} is stored as {code[bad[0]]!r}"

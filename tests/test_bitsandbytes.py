@@ -19,7 +19,7 @@ OPTIONS = dict(lr=3e-3, betas=(0.9, 0.99, 0.999), alpha=3.0)
 # Of parameters after 20 steps, relative to a tensor's largest element. With 8 bits a moment between two codes may be
 # rounded apart, a positive exp_avg_sq is never rounded to 0 here, and the ragged tensor goes on in 32 bits there.
 TOLERANCES = {32: 1e-5, 8: 1e-3}
-# Of a moment that is rounded to the signed map once more, relative to its largest element: half a step of that map.
+# Of a moment that is rounded to a map, relative to its largest element: half a step of the signed one.
 SIGNED_MAP_TOLERANCE = 0.008
 # bitsandbytes computes its maps in float32: up to 2 ulp from ours.
 MAP_TOLERANCE = 3e-7
@@ -106,18 +106,11 @@ def test_goes_on_as_before(direction, optim_bits, weight_decay, options):
 
 
 @pytest.mark.parametrize("cls", ["AdEMAMix8bit", "PagedAdEMAMix8bit", "AdEMAMix", "PagedAdEMAMix"])
-def test_reads_its_codes_and_scales(cls):
+def test_reads_its_values(cls):
     params = make_params()
     theirs = train(getattr(bnb.optim, cls)(groups_of(params)), range(10))
     ours = from_bitsandbytes(theirs.state_dict())
-    for i, saved in theirs.state_dict()["state"].items():
-        state, saved = ours["state"][i], nested(saved)
-        assert_identical([state["exp_avg"], state["exp_avg_slow"]], list(saved["state1"]))
-        assert_identical(state["exp_avg_sq"], saved["state2"])
-        assert ("exp_avg_absmax" in state) == (i in QUANTIZED and "8bit" in cls)
-        if "exp_avg_absmax" in state:
-            assert_identical([state["exp_avg_absmax"], state["exp_avg_slow_absmax"]], list(saved["absmax1"]))
-            assert_identical(state["exp_avg_sq_absmax"], saved["absmax2"])
+    assert all("exp_avg_absmax" not in state for state in ours["state"].values())
     for actual, expected in zip(moments_as_loaded(ours, params), moments(theirs), strict=True):
         torch.testing.assert_close(actual, expected, rtol=MAP_TOLERANCE, atol=0)
 
@@ -134,12 +127,11 @@ def test_is_read_as_the_same_values(cls, slow_ema_bits):
         assert state["step"] == 10
         assert state["state1"].dtype == (torch.uint8 if i in EXPORTED_IN_8_BITS else torch.float32)
     actual, expected = moments(theirs), moments_as_loaded(ours.state_dict(), params)
-    for i, ((m1, m2, nu), (e1, e2, enu)) in enumerate(zip(actual, expected, strict=True)):
-        assert_identical([m1, nu], [e1, enu])
-        if slow_ema_bits == 16 and i in EXPORTED_IN_8_BITS:
-            assert_near([m2], [e2], SIGNED_MAP_TOLERANCE)
+    for i, (values, exact) in enumerate(zip(actual, expected, strict=True)):
+        if i in EXPORTED_IN_8_BITS:
+            assert_near(values, exact, SIGNED_MAP_TOLERANCE)
         else:
-            assert_identical(m2, e2)
+            assert_identical(values, exact)
     train(theirs, range(10, 12))
 
 

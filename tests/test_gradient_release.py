@@ -1,6 +1,8 @@
 """Parameters that are updated during the backward pass end up as after ordinary steps."""
 
 import copy
+import gc
+from weakref import ref
 
 import pytest
 import torch
@@ -186,3 +188,26 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="eps"):
         model(torch.arange(4)).sum().backward()
     assert_identical(model.hidden.state_dict(), before)
+
+
+def test_keeps_nothing_alive():
+    """Without the garbage collector, and without remove()."""
+    gc.disable()
+    try:
+        model, optimizer = make()
+        release_gradients(model, optimizer)
+        train(model, optimizer, range(2))
+        refs = [ref(model), ref(optimizer), ref(model.hidden.weight)]
+        del model, optimizer
+        assert [r() for r in refs] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_gradients_stay_when_the_optimizer_is_gone():
+    model, optimizer = make()
+    release_gradients(model, optimizer)
+    del optimizer
+    gc.collect()
+    model(torch.arange(4)).sum().backward()
+    assert model.hidden.weight.grad is not None

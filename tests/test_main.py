@@ -19,8 +19,10 @@ def test_report(capsys):
     assert report["torch"].startswith(torch.__version__)
     assert f"{torch.get_num_threads()} threads" in report["CPU"]
     assert report["other devices"] == "reference kernels"
-    if not torch.cuda.is_available():
-        assert report["CUDA"] == "no device"
+    if ops.without_cuda is not None:
+        assert report["CUDA"] == f"reference kernels, because {ops.without_cuda}"
+    elif not torch.cuda.is_available():
+        assert report["CUDA"].startswith("no device; native kernels, compiled by ")
     if ops.native is not None:
         assert f"torch {ops.native.built_with_torch}" in report["native build"]
         assert report["CPU"].startswith(f"native kernels for {ops.cpu_capability(ops.native)}")

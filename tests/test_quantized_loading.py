@@ -218,7 +218,7 @@ def test_damaged_state_is_refused_and_nothing_changes(bend, text):
     before = copy.deepcopy(everything(params, optimizer))
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         optimizer.load_state_dict(saved)
-    assert str(raised.value).startswith("state_dict['state'][2]")
+    assert str(raised.value).startswith("param_groups[1]['params'][0]: state_dict['state'][2]")
     assert text in str(raised.value)
     assert_identical(everything(params, optimizer), before)
     train(params, optimizer, 1)

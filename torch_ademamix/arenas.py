@@ -2,17 +2,16 @@
 
 A step's cost outside its kernels goes by the number of tensors that it touches: with arenas that is two per parameter,
 itself and its gradient, and a handful besides. An arena has one flat tensor per kind of state, for parameters that
-have one device and one set of formats, and one for their steps. Nothing keeps it but its views: once others have taken
-the place of all of them, as when state is moved to the CPU, its memory is free.
+have one device and one set of formats, and one for their steps. Nothing keeps it but the state that lies there: once
+other tensors have taken the place of all of it, as when state is moved to the CPU, its memory is free.
 
 `optimizer.state` and its entries are dicts that hear when something in them is replaced. A parameter of which a tensor
 has been replaced leaves its arena, and is updated in the tensors that are there.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -43,12 +42,11 @@ class Storage(NamedTuple):
     entries: tuple[tuple[str, torch.dtype], ...]  # names and dtypes, but for the step
 
 
-class Arena:
-    """Flat tensors, held by nothing but their views."""
+class Arena(NamedTuple):
+    """The flat tensors of parameters of one kind of storage, by the names in state."""
 
-    def __init__(self, storage: Storage, flats: Mapping[str, Tensor]) -> None:
-        self.storage = storage
-        self.flats = {name: ref(flat) for name, flat in flats.items()}
+    storage: Storage
+    flats: dict[str, Tensor]
 
 
 class Part(NamedTuple):
@@ -61,26 +59,21 @@ class Part(NamedTuple):
 
     def is_of(self, p: Tensor) -> bool:
         """Whether it still is as `allocate` makes it for a parameter: in that shape and order, and in the arena."""
-        flats = {name: flat() for name, flat in self.arena.flats.items()}
+        flats = self.arena.flats
         for name, view in self.views.items():
-            flat = flats[name]
-            if flat is None:
+            expected = flats[name][self.number] if name == "step" else _view(name, flats, p, self.first)
+            if (view.shape, view.stride()) != (expected.shape, expected.stride()):
                 return False
-            expected = flat[self.number] if name == "step" else _view(name, flat, flats, p, self.first)
-            same = (view.shape, view.stride(), view.data_ptr()) == (
-                expected.shape,
-                expected.stride(),
-                expected.data_ptr(),
-            )
-            if not same:
+            if view.numel() > 0 and view.data_ptr() != expected.data_ptr():
                 return False
         return True
 
 
 def allocate(params: Sequence[Tensor], storage: Storage) -> list[Part]:
     """Zeros for parameters of one kind of storage, in an arena of their own."""
+    local = [sharding.local(p.detach()) for p in params]
     firsts, end = [], 0
-    for p in params:
+    for p in local:
         firsts.append(end)
         end += block_count(p.numel()) * BLOCK_SIZE
     flats = {"step": torch.zeros(len(params), dtype=torch.float32, device=storage.device)}
@@ -88,18 +81,31 @@ def allocate(params: Sequence[Tensor], storage: Storage) -> list[Part]:
         flats[name] = _zeros(end // BLOCK_SIZE if name.endswith(SCALES) else end, dtype, storage)
     for flat in flats.values():
         torch._dynamo.mark_static_address(flat)  # so that CUDA graphs of compiled steps may write to it
-    arena = Arena(storage, flats)
-    parts = []
-    for number, (p, first) in enumerate(zip(params, firsts, strict=True)):
-        views = {name: _view(name, flat, flats, p, first) for name, flat in flats.items() if name != "step"}
+    arena, parts = Arena(storage, flats), []
+    for number, (p, part, first) in enumerate(zip(params, local, firsts, strict=True)):
+        views = {name: _view(name, flats, part, first) for name, _ in storage.entries}
+        if sharding.is_dtensor(p):
+            views = {name: _apart(view) for name, view in views.items()}
         parts.append(Part(arena, first, number, {"step": flats["step"][number], **views}))
     return parts
 
 
-def _view(name: str, flat: Tensor, names: Container[str], p: Tensor, first: int) -> Tensor:
+def _view(name: str, flats: Mapping[str, Tensor], p: Tensor, first: int) -> Tensor:
     if name.endswith(SCALES):
-        return absmax_part(flat, p, first).view(sharding.scales_shape(p) or ())
-    return (code_part if name + SCALES in names else state_part)(flat, p, first)
+        return absmax_part(flats[name], p, first).view(sharding.scales_shape(p) or ())
+    return (code_part if name + SCALES in flats else state_part)(flats[name], p, first)
+
+
+def _apart(view: Tensor) -> Tensor:
+    """The same memory as a storage of its own, which keeps the whole.
+
+    A DTensor takes over its part's offset in a storage, and is then taken for one that has memory itself by
+    `torch.save` and deepcopy.
+    """
+    begin = view.storage_offset() * view.element_size()
+    storage = view.untyped_storage()[begin : begin + view.nbytes]
+    empty = torch.empty(0, dtype=view.dtype, device=view.device)
+    return empty.set_(storage, 0, view.shape, view.stride())
 
 
 def _zeros(numel: int, dtype: torch.dtype, storage: Storage) -> Tensor:

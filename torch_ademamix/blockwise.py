@@ -34,6 +34,10 @@ FORMATS = {dtype: format for format, dtype in CODE_DTYPES.items()}  # by the dty
 
 LARGEST_CODES: dict[Format, int] = {"signed_sqrt_int8": 127, "fourth_root_uint8": 255, "linear_int16": 32767}
 
+# Of a positive value in fourth_root_uint8. The optimizer divides by its root, so it may neither become 0 nor, by
+# chance, much smaller than it is: codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to it.
+SMALLEST_FOURTH_ROOT = 4
+
 # Philox 4x32 (Salmon et al., SC 2011); 7 rounds are the fewest that pass BigCrush.
 PHILOX_ROUNDS = 7
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -146,8 +150,8 @@ def quantize(
     largest square root; NaN and infinite elements are stored as 0, and in that format so are
     negative ones. Codes are rounded to the nearest: of x / absmax, or its signed square root, or of
     √x / absmax the square root. With a seed, ``fourth_root_uint8`` is rounded to one of the two codes
-    around, on average to what lies between them. In that format a positive value never becomes code
-    0, since the optimizer divides by its root.
+    around, on average to what lies between them. In that format a positive value becomes no code
+    below 4, since the optimizer divides by its root.
 
     Args:
         x: float32 tensor of any shape.
@@ -195,7 +199,7 @@ def quantize(
             positions = (roots * 2**POSITION_BITS).round().long()
             random = random_bits(blocks.numel(), seed=seed, step=step, stream=stream, device=x.device)
             codes = (2 * positions + random.view_as(blocks)) >> (POSITION_BITS + 1)
-        codes = torch.where(blocks > 0, codes.clamp_min(1), 0)
+        codes = torch.where(blocks > 0, codes.clamp_min(SMALLEST_FOURTH_ROOT), 0)
     return codes.to(CODE_DTYPES[format]).view(-1)[: x.numel()].view(x.shape), absmax
 
 

@@ -11,11 +11,12 @@ from torch_ademamix.sharding import is_dtensor
 _EPS = 1e-6
 
 
-def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients as one vector, of sharded ones over all ranks.
+def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of all gradients as one vector, of sharded ones over all ranks.
 
     Args:
         grads: at least one tensor; of any floating dtypes, devices and device meshes.
+        norm_type: of the p-norm the p.
 
     Returns:
         a float64 tensor without dimensions (float32 where the device has no float64), on the first gradient's device.
@@ -34,11 +35,11 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     norms = []
     for batch in batches.values():
         norm_dtype = torch.float32 if batch[0].dtype in (torch.bfloat16, torch.float16) else None
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(batch, 2, dtype=norm_dtype)))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(batch, norm_type, dtype=norm_dtype)), norm_type)
         if is_dtensor(norm):
             norm = norm.full_tensor()
         norms.append(norm.to(device, dtype))
-    return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)  # type: ignore[no-any-return]
 
 
 def check_max_norm(max_norm: float | None) -> None:

@@ -79,9 +79,9 @@ def managed_memory() -> tuple[int, int, int]:
     return (values[0], values[1], values[2])
 
 
-def has_managed_memory(device: torch.device) -> bool:
-    """Whether a GPU has it, and the CUDA library is in use; starts CUDA."""
-    if _loaded is None or not torch.cuda.is_available():
+def lacks_managed_memory(device: torch.device) -> bool:
+    """Whether that is a GPU that the library serves, without managed memory; starts CUDA."""
+    if _loaded is None or device.type != "cuda" or not torch.cuda.is_available():
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    return bool(_loaded.ademamix_has_managed_memory(index) == 1)
+    return bool(_loaded.ademamix_has_managed_memory(index) == 0)

@@ -153,6 +153,11 @@ def _warn_of_reference_on_cuda() -> None:
     )
 
 
+@cache
+def _warn_of_ordinary_memory(device: torch.device) -> None:
+    warnings.warn(f"{device} has no managed memory: paged state is ordinary memory there", stacklevel=3)
+
+
 def _fake_quantize(
     x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -255,7 +260,9 @@ def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any
 def _beside(scalar: Tensor, device: torch.device | None) -> Tensor:
     if device is None or scalar.device == device:
         return scalar
-    return scalar.to(device, non_blocking=device.type == "cuda")  # a copy to the GPU needn't be waited for
+    # A copy to the GPU needn't be waited for: of ordinary memory, the driver takes it before the call returns.
+    is_taken = device.type == "cuda" and scalar.device.type == "cpu" and not torch.compiler.is_compiling()
+    return scalar.to(device, non_blocking=is_taken and not scalar.is_pinned())
 
 
 def quantize_blockwise(
@@ -275,6 +282,8 @@ def paged_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
 
     Raises torch.OutOfMemoryError where neither the GPU nor the host has room for it.
     """
+    if cuda.lacks_managed_memory(beside.device):
+        _warn_of_ordinary_memory(beside.device)
     try:
         return _paged_empty(beside, numel, dtype)  # type: ignore[no-any-return]
     except RuntimeError as error:

@@ -167,7 +167,16 @@ class AdEMAMix(Optimizer):
         settle_lrs(self.param_groups)
 
     def init_state(self) -> None:
-        """Makes the state of every parameter that requires a gradient now, not at the first step."""
+        """Makes the state of every parameter that requires a gradient now, not at the first step.
+
+        Where parameters are on a GPU, it also compiles and loads what a step needs whose gradients have the parameters'
+        dtypes: a CUDA graph may be captured afterwards.
+        """
+        self._make_state()
+        self._make_plan()
+        self._layout.plan.load_kernels()
+
+    def _make_state(self) -> None:
         self._init_grad_norm()
         make_state(self.state, without_state(self.state, self.param_groups))
 
@@ -175,8 +184,8 @@ class AdEMAMix(Optimizer):
         self._layout = Layout()
         self._checked = Checked()
         self._hyperparameters: list[Tensor] | None = None  # of each group, for whole steps as one graph
-        self._number = next(_numbers)
-        _optimizers[self._number] = self
+        self._name = f"optimizer {next(_numbers)}"
+        _optimizers[self._name] = self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, OptimizerState):  # to reset an optimizer, people assign a new dict
@@ -241,13 +250,16 @@ class AdEMAMix(Optimizer):
             return
         for number, group in enumerate(self.param_groups):  # a step that is refused makes no state either
             check_grads(group, number)
-        self.init_state()
-        with torch.no_grad():
-            self._layout.plan = Plan(self.param_groups, self.state)
+        self._make_state()
+        self._make_plan()
+
+    @torch.no_grad()
+    def _make_plan(self) -> None:
+        self._layout.plan = Plan(self.param_groups, self.state)
 
     def _update(self) -> None:
         if torch.compiler.is_compiling():
-            _prepare_while_tracing(self._number)
+            _prepare_while_tracing(self._name)
         else:
             self._prepare()
         self._run(self._layout.plan.work())
@@ -310,6 +322,7 @@ class AdEMAMix(Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict is a {type(state_dict).__name__}, but must be {STATE_DICT}")
+        planned = self._layout.plan is not None
         handle = self.register_load_state_dict_pre_hook(  # called after any hook of the user's
             lambda _, given: checked_state_dict(given, self.param_groups)
         )
@@ -317,6 +330,8 @@ class AdEMAMix(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if planned:  # or compiled steps would find none, and be compiled anew
+            self._make_plan()
 
     def __getstate__(self) -> dict[str, Any]:  # for copy and pickle
         return {**super().__getstate__(), "state": self.state.plain(), "max_grad_norm": self.max_grad_norm}
@@ -340,11 +355,12 @@ class AdEMAMix(Optimizer):
         take_state(self.state, entries, self.param_groups)
 
 
-# What can't be traced is done by Python itself while a step is traced, so that the step finds its state's place.
+# What can't be traced is done by Python itself while a step is traced, so that the step finds its state's place. It is
+# called with a name, for Dynamo takes a text for a constant, and a number for one only at first.
 _numbers = itertools.count()
-_optimizers: "WeakValueDictionary[int, AdEMAMix]" = WeakValueDictionary()
+_optimizers: "WeakValueDictionary[str, AdEMAMix]" = WeakValueDictionary()
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare_while_tracing(number: int) -> None:
-    _optimizers[number]._prepare()
+def _prepare_while_tracing(name: str) -> None:
+    _optimizers[name]._prepare()

@@ -14,6 +14,9 @@ from torch_ademamix.check import floating_problem, in_place_problem
 
 Options = dict[str, Any]
 
+# What an update reads of a group beside hyperparameters(): part of a graph for good.
+CONSTANT_OPTIONS = ("maximize", "seed", "stochastic_rounding", "param_rounding")
+
 
 class Checked:
     """Refuses options out of their range; of those that haven't changed since the last time, without looking again."""
@@ -166,8 +169,10 @@ class HyperparameterTensors:
             if isinstance(lr, Tensor):  # it may have been written to, where others can't see it
                 numbers["lr"] = 0.0
             values = [0.0 if value is None else float(value) for value in numbers.values()]
+            device = next((p.device for p in group["params"]), torch.device("cpu"))
+            if number < len(self.tensors) and self.tensors[number].device != device:  # the parameters have been moved
+                del self.tensors[number:], self._written[number:]
             if number == len(self.tensors):
-                device = next((p.device for p in group["params"]), torch.device("cpu"))
                 tensor = torch.zeros(len(values), dtype=number_dtype(device), device=device)
                 torch._dynamo.mark_static_address(tensor)
                 self.tensors.append(tensor)

@@ -51,7 +51,7 @@ class Batch:
         self.params.append(p)
         self.streams.append(stream)
         if part is None:
-            self._append({name: ref(value) for name, value in state.items()})
+            self._append(state)
         else:
             arena = part.arena
             if id(arena) not in self._arenas:
@@ -59,11 +59,16 @@ class Batch:
                 self._append(arena.flats)
             self.places += (self._arenas[id(arena)], part.first, part.number)
 
-    def _append(self, tensors: "Mapping[str, ref[Tensor]]") -> None:
+    def _append(self, tensors: Mapping[str, Tensor]) -> None:
         for target, name in zip(self.state, self.names, strict=True):
-            target.append(tensors[name])
+            target.append(ref(tensors[name]))
         if MASTER_REMAINDER in tensors:
-            self.remainders.append(tensors[MASTER_REMAINDER])
+            self.remainders.append(ref(tensors[MASTER_REMAINDER]))
+
+    def addresses(self) -> list[Any]:
+        """Where the state lies, for a graph that has this for good."""
+        tensors = [tensor() for refs in (*self.state, self.remainders) for tensor in refs]
+        return [*((t.dtype, t.data_ptr()) for t in tensors if t is not None), *self.places]
 
     def lists(
         self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool
@@ -203,6 +208,15 @@ class Plan:
             options["stochastic_rounding"] = group["stochastic_rounding"]
         random = batch.quantized or stochastic
         return [(op, params, lists, {**options, **more}) for params, lists, more in batch.lists(chosen, grads, random)]
+
+    def load_kernels(self) -> None:
+        """On GPUs, for gradients of the parameters' dtypes: what is compiled and loaded at a first call, now."""
+        for batch in self.batches:
+            if batch.params[0].device.type == "cuda":
+                grads = [p.detach() for p in batch.params]
+                scaler = dict.fromkeys(ops.SCALER)
+                for op, _, lists, options in self.calls(batch, range(len(grads)), grads, None, scaler):
+                    op(*lists, **options, dry_run=True)
 
     def run(self, calls: Sequence[Call]) -> None:
         """Makes op calls; refuses before the first of them has written anything."""

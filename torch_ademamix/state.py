@@ -78,6 +78,5 @@ def make_state(state: OptimizerState, members: Sequence[tuple[Tensor, Storage]])
     for p, kind in members:
         by_storage.setdefault(kind, []).append(p)
     for kind, params in by_storage.items():
-        parts = allocate([sharding.local(p.detach()) for p in params], kind)
-        for p, part in zip(params, parts, strict=True):
+        for p, part in zip(params, allocate(params, kind), strict=True):
             state[p].place(part, sharding.sharded(part.views, p))

@@ -99,10 +99,15 @@ struct BlockwiseTypes {
 };
 
 // The CTAs that an SM's registers hold.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // reductions by shuffles take more
+constexpr int MOST_CTAS_PER_SM = 4;
+#else
+constexpr int MOST_CTAS_PER_SM = 5;
+#endif
 template <class P, ParamRounding ROUNDING>
 constexpr int BLOCKWISE_CTAS_PER_SM = std::is_same_v<P, double>               ? 3
                                       : ROUNDING == ParamRounding::STOCHASTIC ? 4
-                                                                              : 5;
+                                                                              : MOST_CTAS_PER_SM;
 
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }

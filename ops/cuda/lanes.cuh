@@ -42,20 +42,21 @@ class Lanes {
     }
   }
 
+  // By intrinsics: plain stores may be split into their words.
   __device__ __forceinline__ void store(S* p) const {
     if constexpr (BYTES < 16) {
       using Access = std::conditional_t<BYTES == 4, uint32_t, uint2>;
       Access v;
       memcpy(&v, words_, BYTES);
-      *reinterpret_cast<Access*>(p) = v;
+      __stwb(reinterpret_cast<Access*>(p), v);
     } else {
 #pragma unroll
       for (int i = 0; i < BYTES / 16; ++i) {
         if constexpr (sizeof(Word) == 8)
-          reinterpret_cast<ulonglong2*>(p)[i] = make_ulonglong2(words_[2 * i], words_[2 * i + 1]);
+          __stwb(reinterpret_cast<ulonglong2*>(p) + i, make_ulonglong2(words_[2 * i], words_[2 * i + 1]));
         else
-          reinterpret_cast<uint4*>(p)[i] =
-              make_uint4(words_[4 * i], words_[4 * i + 1], words_[4 * i + 2], words_[4 * i + 3]);
+          __stwb(reinterpret_cast<uint4*>(p) + i,
+                 make_uint4(words_[4 * i], words_[4 * i + 1], words_[4 * i + 2], words_[4 * i + 3]));
       }
     }
   }

@@ -49,6 +49,11 @@ inline T __ldg(const T* p) {
   return *p;
 }
 
+template <class T>
+inline void __stwb(T* p, T value) {
+  *p = value;
+}
+
 inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }  // 0 if NaN
 
 // Of the eight bytes of x and y those that the four lowest digits of the selector name.

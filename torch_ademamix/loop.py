@@ -1,0 +1,277 @@
+"""What a whole training step does, in one place for compiled and captured steps: the plain loop, in its order::
+
+optimizer.zero_grad()
+loss = loss_fn(model, *batch)
+loss.backward()
+optimizer.step()
+optimizer.zero_grad()
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from torch_ademamix.clipping import total_norm
+from torch_ademamix.ops import SCALER
+from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.options import HyperparameterTensors
+from torch_ademamix.release import GradientRelease, refuse_wrapped
+
+MicroBatch = tuple[Sequence[Any], Mapping[str, Any]]  # the arguments of loss_fn after the model
+
+# Of a parameter: its number in Loop.params, its gradient's hooks, and those after that has been accumulated.
+ParamHooks = tuple[int, tuple[Callable[..., Any], ...], tuple[Callable[..., Any], ...]]
+
+
+class Loop:
+    """A model, its optimizer and its loss, and one step with them.
+
+    Args:
+        accumulate: micro-batches per update.
+        average: whether an update's loss is the mean of theirs, else the sum.
+        scaler: scales the loss; None for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AdEMAMix,
+        loss_fn: Callable[..., Any],
+        accumulate: int,
+        average: bool,
+        scaler: GradScaler | None,
+    ) -> None:
+        refuse_wrapped(optimizer)
+        _refuse_reducing(model)
+        if not (isinstance(accumulate, int) and accumulate >= 1):
+            raise ValueError(f"accumulate is {accumulate!r}, but must be an int of at least 1")
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.accumulate, self.average = accumulate, average
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._tensors = HyperparameterTensors()
+        self._found_inf: Tensor | None = None
+        self._shared: set[Tensor] = set()  # the optimizer's parameters that are the model's
+        self._look()
+        if not any(p.requires_grad for p in self._shared):
+            raise ValueError("the optimizer has no parameter of the model that requires a gradient")
+
+    def _look(self) -> None:
+        """Finds the parameters there are.
+
+        Raises:
+            RuntimeError: some of the optimizer's aren't the model's any more.
+        """
+        of_model = dict.fromkeys(self.model.parameters())
+        of_optimizer = dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"])
+        if lost := sum(p in self._shared and p not in of_model for p in of_optimizer):
+            raise RuntimeError(
+                f"{lost} of the optimizer's parameters are no longer the model's, where others have taken their place "
+                "(load_state_dict(assign=True) does that, or assigning a module); make an optimizer of the "
+                "parameters that the model has now, and the step anew"
+            )
+        self._shared = {p for p in of_optimizer if p in of_model}
+        self._others = [p for p in of_model if p not in of_optimizer]
+        self.params = [*of_optimizer, *self._others]
+        self.modules = list(self.model.modules())
+        self._structure = _Structure(self.modules)
+        self._plan = self.optimizer._layout.plan
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """What a step does outside of its graph."""
+        with self.optimizer._reading(self._tensors):
+            if self.optimizer._layout.plan is not self._plan or not self._structure.holds():
+                self._look()
+            for p in self.params:
+                if p.grad is not None:
+                    p.grad = None
+            with self._scaling():
+                yield
+
+    def _scaling(self) -> AbstractContextManager[None]:
+        """The optimizer has what `scaler.step(optimizer)` gives it."""
+        if self.scaler is None:
+            return nullcontext()
+        if self.scaler._per_optimizer_states[id(self.optimizer)]["stage"] is not OptState.READY:
+            raise RuntimeError("scaler.update() must be called after each step")
+        if self._found_inf is None:
+            device = self.params[0].device
+            self.scaler.scale(torch.ones((), device=device))  # which makes the scaler's tensors
+            self._found_inf = torch.zeros((), device=device, dtype=torch.float32)
+            torch._dynamo.mark_static_address(self._found_inf)
+        return given_by_scaler(self.optimizer, self.scaler._scale, self._found_inf)
+
+    def tell_of_step(self) -> None:
+        """Lets schedulers and the scaler know that a step was made."""
+        self.optimizer._opt_called = True
+        if self.scaler is not None and self._found_inf is not None:
+            record = self.scaler._per_optimizer_states[id(self.optimizer)]
+            record["found_inf_per_device"] = {self._found_inf.device: self._found_inf}
+            record["stage"] = OptState.STEPPED
+
+    def micro_batches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[MicroBatch]:
+        """The parts of a batch, of which each tensor is split along its first dimension."""
+        n = self.accumulate
+        if n == 1:
+            return [(args, kwargs)]
+        leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+        split = []
+        for i, leaf in enumerate(leaves):
+            splits = isinstance(leaf, Tensor) and leaf.dim() > 0
+            if splits and leaf.shape[0] % n != 0:
+                raise ValueError(
+                    f"leaf {i} of the batch has shape {list(leaf.shape)}, whose first dimension isn't a multiple of "
+                    f"accumulate={n}"
+                )
+            split.append(leaf.tensor_split(n) if splits else [leaf] * n)
+        return [tree_unflatten(list(part), spec) for part in zip(*split, strict=True)]
+
+    def run(
+        self, micro_batches: Sequence[MicroBatch], step: Callable[[], Any], hooks: Sequence[ParamHooks] = ()
+    ) -> tuple[bool, Any]:
+        """What a step does inside of its graph.
+
+        Args:
+            step: updates the parameters by their gradients.
+            hooks: those that are called here, where autograd doesn't.
+
+        Returns:
+            True and what the step returns, or False and the type of what can't be a loss.
+        """
+        losses, more = [], []
+        for args, kwargs in micro_batches:
+            result = self.loss_fn(self.model, *args, **kwargs)
+            loss, *others = result if type(result) is tuple else (result,)
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                return False, type(result).__name__
+            if self.accumulate > 1 and self.average:
+                loss = loss / self.accumulate
+            self._backward(loss, hooks)
+            losses.append(loss.detach())
+            more.append(tree_map_only(Tensor, torch.Tensor.detach, others))
+        if self.scaler is not None:
+            self._look_for_inf()
+        step()
+        for params in (*self.optimizer._layout.plan.params, self._others):
+            for p in params:
+                p.grad = None
+        loss = sum(losses[1:], start=losses[0])
+        if not more[0]:
+            return True, loss
+        return True, (loss, *(more[0] if self.accumulate == 1 else map(list, zip(*more, strict=True))))
+
+    def _backward(self, loss: Tensor, hooks: Sequence[ParamHooks]) -> None:
+        if self.scaler is not None:
+            loss = loss * self.optimizer.grad_scale  # type: ignore[attr-defined]
+        if not hooks:
+            loss.backward()
+            return
+        # Gradients of their own, not p.grad with None stored in it: Dynamo, having read that again, takes None for this
+        # parameter's gradient in all that it traces later, of any model.
+        functions = {i: (of_grad, after) for i, of_grad, after in hooks}
+        numbers = [i for i, p in enumerate(self.params) if p.requires_grad]
+        grads = torch.autograd.grad(loss, [self.params[i] for i in numbers], allow_unused=True)
+        for i, grad in zip(numbers, grads, strict=True):
+            if grad is None:
+                continue
+            p = self.params[i]
+            of_grad, after = functions.get(i, ((), ()))
+            for hook in of_grad:
+                replaced = hook(grad)
+                grad = grad if replaced is None else replaced
+            p.grad = grad if p.grad is None else p.grad + grad
+            for hook in after:
+                hook(p)
+
+    def _look_for_inf(self) -> None:
+        """Tells the update whether to skip, as `scaler.step(optimizer)` does."""
+        grads = [p.grad for params in self.optimizer._layout.plan.params for p in params if p.grad is not None]
+        grads = [grad for grad in grads if grad.numel() > 0]
+        if grads:
+            self.optimizer.found_inf.copy_(~total_norm(grads, math.inf).isfinite())  # type: ignore[attr-defined]
+
+    def param_hooks(self) -> tuple[ParamHooks, ...]:
+        """The hooks of parameters, for a graph in which autograd doesn't call them."""
+        return tuple(
+            (i, _functions(p._backward_hooks), _functions(p._post_accumulate_grad_hooks))
+            for i, p in enumerate(self.params)
+            if p._backward_hooks or p._post_accumulate_grad_hooks
+        )
+
+    def step_hooks(self) -> list[Callable[..., Any]]:
+        optimizer = self.optimizer
+        return [
+            *optimizer._optimizer_step_pre_hooks.values(),
+            *optimizer._optimizer_step_post_hooks.values(),
+            *_global_optimizer_pre_hooks.values(),
+            *_global_optimizer_post_hooks.values(),
+        ]
+
+
+class _Structure:
+    """The modules and parameters of a model, by which to tell that one has been replaced."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        dicts = (d for module in modules for d in (module._modules, module._parameters))
+        self._members: list[tuple[dict[str, Any], list[Any]]] = [(d, list(d.values())) for d in dicts]
+
+    def holds(self) -> bool:
+        return all(len(d) == len(seen) and all(map(is_, d.values(), seen)) for d, seen in self._members)
+
+
+@contextmanager
+def given_by_scaler(optimizer: AdEMAMix, *values: Tensor | None) -> Iterator[None]:
+    """The optimizer has these values of SCALER, for a while."""
+    for name, value in zip(SCALER, values, strict=True):
+        setattr(optimizer, name, value)
+    try:
+        yield
+    finally:
+        for name in SCALER:
+            delattr(optimizer, name)
+
+
+def checked(outcome: tuple[bool, Any]) -> Any:
+    """What :meth:`Loop.run` returns for the step, if the loss was one.
+
+    Raises:
+        TypeError: it wasn't; nothing has been written then.
+    """
+    is_loss, result = outcome
+    if not is_loss:
+        raise TypeError(
+            "loss_fn must return the loss, a tensor of one element that requires a gradient, or a tuple that begins "
+            f"with it; it returned a {result}"
+        )
+    return result
+
+
+def _functions(hooks: Mapping[Any, Callable[..., Any]] | None) -> tuple[Callable[..., Any], ...]:
+    functions = tuple((hooks or {}).values())
+    if any(isinstance(getattr(function, "__self__", None), GradientRelease) for function in functions):
+        raise ValueError(
+            "release_gradients is in effect, whose updates can't be part of one graph; remove() its handle first"
+        )
+    return functions
+
+
+def _refuse_reducing(model: nn.Module) -> None:
+    kinds: list[type[nn.Module]] = [DistributedDataParallel]
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):  # seconds to import, for those who don't shard
+        kinds += [fsdp.FSDPModule, fsdp.FullyShardedDataParallel]
+    for kind in kinds:
+        if any(isinstance(module, kind) for module in model.modules()):
+            raise ValueError(
+                f"the model is a {kind.__name__}, whose hooks can't be part of one graph; compile the model, and the "
+                "optimizer's step, each by itself"
+            )
