@@ -1,18 +1,16 @@
 """The AdEMAMix optimizer (arXiv 2409.03137)."""
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import bfloat16, sharding
+from torch_ademamix import bfloat16, sharding, tracing
 from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
 from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, take_state
@@ -95,9 +93,6 @@ class AdEMAMix(Optimizer):
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
 
     state: OptimizerState
-
-    # Those of the arguments that are the optimizer's, not a group's.
-    _OWN_OPTIONS = ("max_grad_norm",)
 
     def __init__(
         self,
@@ -184,8 +179,7 @@ class AdEMAMix(Optimizer):
         self._layout = Layout()
         self._checked = Checked()
         self._hyperparameters: list[Tensor] | None = None  # of each group, for whole steps as one graph
-        self._name = f"optimizer {next(_numbers)}"
-        _optimizers[self._name] = self
+        self._name = tracing.enter(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, OptimizerState):  # to reset an optimizer, people assign a new dict
@@ -259,7 +253,7 @@ class AdEMAMix(Optimizer):
 
     def _update(self) -> None:
         if torch.compiler.is_compiling():
-            _prepare_while_tracing(self._name)
+            tracing.prepare(self._name)
         else:
             self._prepare()
         self._run(self._layout.plan.work())
@@ -343,24 +337,13 @@ class AdEMAMix(Optimizer):
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("grad_norm", None)
         super().__setstate__(state)
-        arguments = inspect.signature(AdEMAMix).parameters
-        for name, argument in [item for item in arguments.items() if item[0] not in ("params", *self._OWN_OPTIONS)]:
-            default = self.defaults.setdefault(name, argument.default)  # where a pickle is older than the option
-            for group in self.param_groups:
-                group.setdefault(name, default)
+        arguments = inspect.signature(AdEMAMix).parameters.items()
+        options = {name: argument.default for name, argument in arguments if name not in ("params", "max_grad_norm")}
+        for name, default in options.items():  # a pickle may be older than an option
+            for group in (self.defaults, *self.param_groups):
+                group.setdefault(name, self.defaults.get(name, default))
         settle_lrs(self.param_groups)
         self._layout.forget()
         entries = brought_out(self.__dict__["state"])
         self.state = OptimizerState(self._layout, {}) if before is None else before
         take_state(self.state, entries, self.param_groups)
-
-
-# What can't be traced is done by Python itself while a step is traced, so that the step finds its state's place. It is
-# called with a name, for Dynamo takes a text for a constant, and a number for one only at first.
-_numbers = itertools.count()
-_optimizers: "WeakValueDictionary[str, AdEMAMix]" = WeakValueDictionary()
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare_while_tracing(name: str) -> None:
-    _optimizers[name]._prepare()
