@@ -21,7 +21,8 @@ __device__ __forceinline__ Approximate fma(Approximate a, Approximate b, Approxi
   return Approximate(fma(a.value, b.value, c.value));
 }
 
-// Scaled, so that the instruction, which takes denormal numbers for 0, finds none; above 2^104 the root is infinite.
+// Scaled, so that the instruction, which takes denormal numbers for 0, finds none; above 2^104 the root is infinite,
+// which stores such an element as the largest of its block.
 __device__ __forceinline__ Approximate sqrt(Approximate a) {
 #if defined(__CUDA_ARCH__)
   float root;
