@@ -88,7 +88,27 @@ def test_registers(compiled: dict[tuple[int, int], Kernels]) -> None:
             row[architecture] = max(row[architecture], resources(code)["REG"])
     lines = [f"{'':34}" + "".join(f"{f'sm_{a}':>8}" for a in ARCHITECTURES)]
     lines += [f"{kind:34}" + "".join(f"{row[a]:8}" for a in ARCHITECTURES) for kind, row in sorted(most.items())]
-    expecttest.assert_expected_inline("\n".join(lines), """""")
+    expecttest.assert_expected_inline(
+        "\n".join(lines),
+        """\
+                                     sm_75   sm_80   sm_86   sm_90  sm_100  sm_120
+blockwise_step bfloat16                127      88      90      81      86      85
+blockwise_step bfloat16 remainder      128      94      95      90      95      95
+blockwise_step bfloat16 stochastic     128     111     116     112     107     105
+blockwise_step double                  167     166     164     164     168     168
+blockwise_step float                   128      96      93      90      94      95
+blockwise_step half                    128      88      91      81      86      85
+dequantize                              24      24      24      24      26      24
+prologue double                         60      56      56      58      58      54
+prologue float                          60      57      58      59      56      52
+quantize                                31      32      32      32      30      33
+step bfloat16                           51      52      52      48      48      54
+step bfloat16 remainder                 59      56      56      56      58      58
+step bfloat16 stochastic                64      54      54      54      58      58
+step double                             72      76      76      76      76      74
+step float                              60      55      55      55      56      56
+step half                               51      52      52      48      48      54""",
+    )
 
 
 @needs_cuobjdump
