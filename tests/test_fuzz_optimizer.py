@@ -160,7 +160,10 @@ class Training(RuleBasedStateMachine):
             for p in group["params"]:
                 old, old_state = before[p]
                 if p.grad is None:
-                    assert_identical((p.detach(), dict(self.optimizer.state.get(p, {}))), (old, old_state))
+                    state = dict(self.optimizer.state.get(p, {}))
+                    if not old_state:  # it may have been made, for those that have a gradient
+                        old_state = {name: torch.zeros_like(value) for name, value in state.items()}
+                    assert_identical((p.detach(), state), (old, old_state))
                 else:
                     self.assert_stepped(p, old, old_state, group, grad_scale=scale, grad_scale_error=scale_error)
 

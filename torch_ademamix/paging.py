@@ -42,6 +42,7 @@ def is_paged(p: Tensor, group: Mapping[str, Any]) -> bool:
 def page_out(tensor: Tensor) -> None:
     """Moves a paged state tensor to the host's memory now, for a phase without steps; ordinary ones stay.
 
+    >>> import torch
     >>> page_out(torch.zeros(3))
     """
     ops.page_out(tensor)

@@ -57,9 +57,9 @@ def step(*args: Any, **kwargs: Any) -> tuple[list[str], list[str], list[str], st
     return start(*args, **kwargs).get(timeout=120)  # type: ignore[no-any-return]
 
 
-COMPILED = ["compile-sm_90", "load", "launch"] * 2  # the prologue and the step
-CACHED = ["load", "launch"] * 2
-LOADED = ["launch"] * 2
+LOADED = ["launch"] * 2  # the prologue and the step
+COMPILED = ["compile-sm_90", "load"] * 2 + LOADED  # a kernel that can't be had is known before the first is launched
+CACHED = ["load"] * 2 + LOADED
 
 
 def test_compiled_once_and_kept(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_compiled_once_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_later_gpu_gets_the_latest_known_code(tmp_path: Path) -> None:
-    assert step(tmp_path, capability=121)[0] == ["compile-compute_90", "load", "launch"] * 2
+    assert step(tmp_path, capability=121)[0] == ["compile-compute_90", "load"] * 2 + LOADED
     assert step(tmp_path, capability=90)[0] == COMPILED  # another GPU's code isn't taken
 
 
@@ -122,7 +122,7 @@ def test_sources_are_part_of_the_key(tmp_path: Path) -> None:
 
 def test_the_compilers_log_is_in_the_error(tmp_path: Path) -> None:
     (error,) = step(tmp_path, failing="nvrtcCompileProgram")[2]
-    assert "NVRTC could not compile prologue_kernel<float, SHORT_LIST> for sm_90" in error
+    assert "NVRTC could not compile step_kernel<float, float, ParamRounding::NEAREST, SHORT_LIST> for sm_90" in error
     assert "error: as the test wants it" in error
 
 

@@ -58,8 +58,6 @@ inline void __stwb(T* p, T value) {
 inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }  // 0 if NaN
 
 // Of the eight bytes of x and y those that the four lowest digits of the selector name.
-inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0; }
-
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
   const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
   unsigned int result = 0;

@@ -343,7 +343,7 @@ def test_paged_state(kind: str, placed: bool) -> None:
     step(lists, ["launch"])
     driver.set_capturing(False)
     driver.set_free_bytes(1 << 40)
-    torch.ops.cuda_on_host.page_out(lists.exp_avgs[0][7:])
+    torch.ops.cuda_on_host.page_out(list(lists)[2][0][7:])
     assert take_log() == ["page-out"]
     step(lists, in_chunks)
     step(lists, ["launch"])

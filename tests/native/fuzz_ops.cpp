@@ -244,14 +244,16 @@ Sizes draw_sizes(Choices& choices) {
 }
 
 // What the lists of the ops hold.
-enum class Kind { PARAM, GRAD, STATE, CODES, SLOW_CODES, ABSMAX, STEP, REMAINDER };
+enum class Kind { PARAM, GRAD, STATE, CODES, SLOW_CODES, SQ_CODES, ABSMAX, STEP, REMAINDER };
 
 const std::vector<Kind> STEP_KINDS = {Kind::PARAM, Kind::GRAD, Kind::STATE,    Kind::STATE,
                                       Kind::STATE, Kind::STEP, Kind::REMAINDER};
-const std::vector<Kind> BLOCKWISE_KINDS = {Kind::PARAM,  Kind::GRAD,  Kind::CODES,  Kind::ABSMAX, Kind::SLOW_CODES,
-                                           Kind::ABSMAX, Kind::CODES, Kind::ABSMAX, Kind::STEP,   Kind::REMAINDER};
+const std::vector<Kind> BLOCKWISE_KINDS = {Kind::PARAM,  Kind::GRAD,     Kind::CODES,  Kind::ABSMAX, Kind::SLOW_CODES,
+                                           Kind::ABSMAX, Kind::SQ_CODES, Kind::ABSMAX, Kind::STEP,   Kind::REMAINDER};
 
-bool is_contiguous_kind(Kind kind) { return kind == Kind::CODES || kind == Kind::SLOW_CODES || kind == Kind::ABSMAX; }
+bool is_contiguous_kind(Kind kind) {
+  return kind == Kind::CODES || kind == Kind::SLOW_CODES || kind == Kind::SQ_CODES || kind == Kind::ABSMAX;
+}
 
 struct Call {
   bool blockwise;
@@ -370,13 +372,14 @@ Call draw_call(Choices& choices) {
   const bool rounded_otherwise = param_dtype == ScalarType::BFloat16 && choices.one_in(2);
   call.stochastic_param_rounding = rounded_otherwise && choices.one_in(2);
   const bool has_remainders = rounded_otherwise && !call.stochastic_param_rounding;
-  const ScalarType slow_dtype = choices.of({ScalarType::Short, ScalarType::Byte});
+  const ScalarType slow_dtype = choices.of({ScalarType::Short, ScalarType::Char});
   const auto dtype_of = [&](Kind kind) {
     switch (kind) {
       case Kind::PARAM: return param_dtype;
       case Kind::GRAD: return grad_dtype;
       case Kind::STATE: return compute_dtype(param_dtype);
-      case Kind::CODES: return ScalarType::Byte;
+      case Kind::CODES: return ScalarType::Char;
+      case Kind::SQ_CODES: return ScalarType::Byte;
       case Kind::SLOW_CODES: return slow_dtype;
       case Kind::REMAINDER: return ScalarType::Short;
       default: return ScalarType::Float;
