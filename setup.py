@@ -43,6 +43,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # the compiler's own intrinsics headers
 CXX_FLAGS += ["-Wno-psabi"]  # a note that gcc's calling convention was another one before 4.6
+# A compiler that links C++'s library statically would have the loader mix it with torch's, down to crashes.
+LINK_FLAGS = ["-Wl,--exclude-libs,libstdc++.a"] if platform.system() == "Linux" else []
 
 
 def libraries():
@@ -57,6 +59,7 @@ def library(name, folder, flags):
         sorted(str(path) for path in Path(folder).glob("*.cpp")),
         depends=["setup.py", *sorted(str(path) for path in Path("ops").rglob("*.h"))],
         extra_compile_args=[*CXX_FLAGS, *flags],
+        extra_link_args=LINK_FLAGS,
         py_limited_api=True,  # no symbol of Python's: these are libraries, not modules
     )
 

@@ -25,7 +25,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 from benchmarks.gpu import report, timing
 from benchmarks.shared import writing
 
-TESTS_AT_ONCE = 4
+TESTS_AT_ONCE = 8
 
 
 @dataclass

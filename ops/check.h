@@ -4,10 +4,11 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "ademamix.h"
 #include "blockwise.h"
@@ -16,11 +17,24 @@
 
 namespace ademamix {
 
+// A text or a number as messages have it. Without C++'s streams, whose locales another copy of the standard library
+// in the process may have mixed up.
+template <class Part>
+std::string text_of(const Part& part) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(part));
+    return text;
+  } else if constexpr (std::is_arithmetic_v<Part>) {
+    return std::to_string(part);
+  } else {
+    return part;
+  }
+}
+
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error((text_of(parts) + ...));
 }
 
 inline std::string dtype_name(ScalarType dtype) {
@@ -45,11 +59,9 @@ inline std::string dtype_name(ScalarType dtype) {
 }
 
 inline std::string shape_name(const TensorView& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < t.dims; ++d) text << (d ? ", " : "") << t.sizes[d];
-  text << ']';
-  return text.str();
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dims; ++d) text += (d ? ", " : "") + std::to_string(t.sizes[d]);
+  return text + "]";
 }
 
 inline std::string device_name(const TensorView& t) {

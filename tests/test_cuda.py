@@ -101,7 +101,24 @@ def check_step(kind: str, lists: Any, **options: Any) -> None:
         # exp and log of another library: beta3 differs by some units of 2**-53, and so do the moments.
         torch.testing.assert_close(others[:4], expected_others[:4], rtol=1e-12, atol=1e-14)
     else:
-        assert_identical(*(tree_map_only(Tensor, one_nan, lists) for lists in (others, expected_others)))
+        assert_same_state(*(tree_map_only(Tensor, one_nan, lists) for lists in (others, expected_others)))
+
+
+# Of codes that differ by one from the CPU's: their values lie where rounding turns, and the kernel's roots are right to
+# an ulp or two.
+MOST_OTHER_CODES = 1e-4
+
+
+def assert_same_state(actual: Any, expected: Any) -> None:
+    """Bit for bit, but for a few codes of blockwise state."""
+    for actual_list, expected_list in zip(actual, expected, strict=True):
+        for a, b in zip(actual_list, expected_list, strict=True):
+            if a.dtype in (torch.int8, torch.uint8, torch.int16):
+                difference = (a.int() - b.int()).abs()
+                assert difference.count_nonzero() <= 1 + MOST_OTHER_CODES * a.numel()
+                assert bool((difference <= 1).all())
+            else:
+                assert_identical(a, b)
 
 
 def one_nan(t: Tensor) -> Tensor:
@@ -143,7 +160,7 @@ def test_remainders(kind: str, grad_dtype: torch.dtype) -> None:
     take_step(lists, remainders=remainders)
     for i, (p, r) in enumerate(zip(to_cpu(actual).params, gpu_remainders, strict=True)):
         assert_near(bfloat16.join(p, r.cpu()), bfloat16.join(lists.params[i], remainders[i]), before[i])
-    assert_identical(list(to_cpu(actual))[2:], list(lists)[2:])
+    assert_same_state(list(to_cpu(actual))[2:], list(lists)[2:])
 
 
 @KINDS
@@ -157,7 +174,7 @@ def test_stochastic_parameters(kind: str, grad_dtype: torch.dtype) -> None:
     take_step(lists, **options)
     moved = [(a != b).flatten() for a, b in zip(to_cpu(actual).params, lists.params, strict=True)]
     assert torch.cat(moved).double().mean() < 1e-3
-    assert_identical(list(to_cpu(actual))[2:], list(lists)[2:])
+    assert_same_state(list(to_cpu(actual))[2:], list(lists)[2:])
 
 
 @KINDS
@@ -262,7 +279,7 @@ def test_current_stream(kind: str) -> None:
     for grad in expected.grads:
         grad.mul_(2)
     take_step(expected)
-    assert_identical(list(to_cpu(lists))[2:], list(expected)[2:])
+    assert_same_state(list(to_cpu(lists))[2:], list(expected)[2:])
 
 
 @KINDS
@@ -273,7 +290,7 @@ def test_another_device(kind: str) -> None:
     take_step(actual)
     take_step(lists)
     assert torch.cuda.current_device() == 0
-    assert_identical(list(to_cpu(actual))[2:], list(lists)[2:])
+    assert_same_state(list(to_cpu(actual))[2:], list(lists)[2:])
 
 
 @KINDS
@@ -502,28 +519,26 @@ def test_out_of_memory_leaves_everything_as_it_was() -> None:
 
 # ------------------------------------------------------------------------------------------------ paging
 
+PAGED_TENSORS = {"AdEMAMix": 3, "AdEMAMix32bit": 3, "AdEMAMix8bit": 6}  # the scales, too
 
-def paged_optimizer(name: str) -> tuple[Tensor, AdEMAMix]:
+
+def make_optimizer(name: str) -> tuple[Tensor, AdEMAMix]:
     """Each time of the same parameter, with the same gradient."""
     p, grad = torch.randn(2, PAGED_ELEMENTS, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     p = nn.Parameter(p)
     p.grad = grad
-    return p, getattr(torch_ademamix, name)([p])
+    return p, getattr(torch_ademamix, name)([p], capturable=True)
 
 
 @pytest.mark.parametrize("name", ["AdEMAMix", "AdEMAMix8bit"])
 def test_paged_state_behaves_as_other_state(name: str) -> None:
-    pytest.importorskip("torch_ademamix._native")
     assert paging.statistics().tensors == 0
     results = []
     for prefix in ("Paged", ""):
-        p, optimizer = paged_optimizer(prefix + name)
-        p.data.copy_(torch.linspace(-1, 1, PAGED_ELEMENTS))
-        p.grad = torch.linspace(1, -1, PAGED_ELEMENTS, device="cuda").square()
+        p, optimizer = make_optimizer(prefix + name)
         for _ in range(3):
             optimizer.step()
-        assert paging.statistics().tensors == (3 if prefix else 0)
-        assert (paging.statistics().prefetched_bytes > 0) or not prefix
+        assert paging.statistics().tensors == (PAGED_TENSORS[name] if prefix else 0)
         results.append([p.detach().cpu(), *(t.cpu() for t in optimizer.state[p].values())])
         del p, optimizer
         gc.collect()
@@ -531,15 +546,14 @@ def test_paged_state_behaves_as_other_state(name: str) -> None:
     assert paging.statistics()[:2] == (0, 0)  # freed with the tensors
 
 
-@pytest.mark.parametrize("name", ["PagedAdEMAMix32bit", "PagedAdEMAMix8bit"])
+@pytest.mark.parametrize("name", ["AdEMAMix32bit", "AdEMAMix8bit"])
 def test_paged_state_stays_paged(name: str) -> None:
-    pytest.importorskip("torch_ademamix._native")
-    p, optimizer = paged_optimizer(name)
+    p, optimizer = make_optimizer("Paged" + name)
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
-    assert paging.statistics().tensors == 3
+    assert paging.statistics().tensors == PAGED_TENSORS[name]
     copy = deepcopy(optimizer)
-    assert paging.statistics().tensors == 6
+    assert paging.statistics().tensors == 2 * PAGED_TENSORS[name]
     (q,) = copy.param_groups[0]["params"]
     q.grad = p.grad.clone()
     optimizer.step()
@@ -547,15 +561,27 @@ def test_paged_state_stays_paged(name: str) -> None:
     assert_identical(list(copy.state[q].values()), list(optimizer.state[p].values()))
 
 
-def test_paged_out_and_in() -> None:
-    """State that lies in the host's memory comes back, prefetched or page by page, as it was."""
-    pytest.importorskip("torch_ademamix._native")
-    p, optimizer = paged_optimizer("PagedAdEMAMix32bit")
-    q, ordinary = paged_optimizer("AdEMAMix32bit")
+@pytest.mark.parametrize("how", ["eager", "replayed"])
+@pytest.mark.parametrize("name", ["AdEMAMix32bit", "AdEMAMix8bit"])
+def test_paged_out_and_in(name: str, how: str) -> None:
+    """State that lies in the host's memory comes back, prefetched or (in a graph) page by page, as it was."""
+    p, optimizer = make_optimizer("Paged" + name)
+    q, ordinary = make_optimizer(name)
+    optimizer.init_state()
+    step = optimizer.step
+    if how == "replayed":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        step = graph.replay
+    fetched = paging.statistics().prefetched_bytes
     for _ in range(3):
-        optimizer.step()
+        step()
         ordinary.step()
         for tensor in optimizer.state[p].values():
             if tensor.numel() >= paging.MIN_PAGED_SIZE:
                 paging.page_out(tensor)
-    assert_identical(list(optimizer.state[p].values()), list(ordinary.state[q].values()))
+    step()
+    ordinary.step()
+    assert (paging.statistics().prefetched_bytes > fetched) == (how == "eager")
+    assert_identical([p.detach(), *optimizer.state[p].values()], [q.detach(), *ordinary.state[q].values()])

@@ -22,6 +22,7 @@ FLAGS = ["-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing"]  # vector accesses, which CUDA allows
 FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{TORCH}/include", "-DADEMAMIX_FETCH_BYTES=1000"]
+FLAGS += ["-DADEMAMIX_BLOCKWISE_WAVES=1"]
 
 
 def build(folder: Path) -> None:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu import timing
 from benchmarks.gpu.report import GPT2_124M, LARGE, SMALL
 from benchmarks.gpu.timing import Prepared, Step
-from benchmarks.shared import formula
+from benchmarks.shared import formula, writing
 from benchmarks.shared.gpt2 import SHAPES, Shapes
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix, PagedAdEMAMix8bit, paging
 
@@ -111,41 +111,45 @@ def bitsandbytes(name: str) -> Callable[[list[Tensor]], Step]:
     return make
 
 
-def check_bitsandbytes() -> None:
-    """Its CUDA errors end the process that they happen in, so another one makes the first step."""
-    if problem := _bitsandbytes_problem(timing.DEVICE):
+def check_bitsandbytes(paged: bool = False) -> None:
+    """Its CUDA errors end the process that they happen in, so another one makes the first steps."""
+    if problem := _bitsandbytes_problem(timing.DEVICE, paged):
         raise RuntimeError(problem)
 
 
 @cache
-def _bitsandbytes_problem(device: str) -> str | None:
+def _bitsandbytes_problem(device: str, paged: bool = False) -> str | None:
     program = f"""
 import torch, bitsandbytes.optim
-p = torch.nn.Parameter(torch.ones(5000, device="{device}"))
+from benchmarks.gpu.competitors import page_bitsandbytes_out
+p = torch.nn.Parameter(torch.ones(200_000, device="{device}"))
 p.grad = torch.ones_like(p)
-bitsandbytes.optim.AdEMAMix8bit([p]).step()
+optimizer = bitsandbytes.optim.{"Paged" if paged else ""}AdEMAMix8bit([p])
+for _ in range(2):
+    optimizer.step()
+    page_bitsandbytes_out(optimizer)
 print(p.sum().item())"""
-    tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=writing.ROOT)
     lines = (tried.stdout + tried.stderr).strip().splitlines()
     return None if tried.returncode == 0 else f"bitsandbytes can't make a step here: {lines[-1] if lines else ''}"
 
 
+def page_bitsandbytes_out(optimizer: torch.optim.Optimizer) -> None:
+    """By writing, as to the host it is a tensor of its own memory: bitsandbytes' own way fails with CUDA 13."""
+    torch.cuda.synchronize()
+    for state in optimizer.state.values():
+        for value in state.values():
+            if getattr(value, "is_paged", False):
+                value.copy_(value.clone())
+
+
 def bitsandbytes_paged_out(params: list[Tensor]) -> Step:
     """Its state is in managed memory, too, which its steps bring to the GPU parameter by parameter."""
-    import bitsandbytes.functional
     import bitsandbytes.optim
 
-    check_bitsandbytes()
+    check_bitsandbytes(paged=True)
     optimizer = bitsandbytes.optim.PagedAdEMAMix8bit(params)
-
-    def before() -> None:
-        for state in optimizer.state.values():
-            for value in state.values():
-                if getattr(value, "is_paged", False):
-                    bitsandbytes.functional.prefetch_tensor(value, to_cpu=True)
-        torch.cuda.synchronize()
-
-    return Prepared(before, optimizer.step)
+    return Prepared(partial(page_bitsandbytes_out, optimizer), optimizer.step)
 
 
 @dataclass(frozen=True)

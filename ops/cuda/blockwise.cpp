@@ -8,6 +8,13 @@ namespace {
 
 constexpr const char* HEADER = "blockwise_kernel.cuh";
 
+// As many CTAs go through a launch's blocks as the GPU holds at once, times so many: each loads a tensor's scalars once
+// for several blocks, and what is left at the end is little.
+#if !defined(ADEMAMIX_BLOCKWISE_WAVES)  // tests have few blocks
+#define ADEMAMIX_BLOCKWISE_WAVES 32
+#endif
+constexpr int WAVES = ADEMAMIX_BLOCKWISE_WAVES;
+
 uint32_t tiles_of(int64_t blocks) { return static_cast<uint32_t>((blocks + TILE_BLOCKS - 1) / TILE_BLOCKS); }
 
 const char* bool_name(bool value) { return value ? "true" : "false"; }
@@ -81,7 +88,7 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, numbers);
   const void* const on_device = scalars.data();
   for_each_launch(device, records, tiles_of_record, state_of, [&](const auto& table, uint32_t tiles) {
-    const auto ctas = static_cast<uint32_t>(device.gpu().multiprocessors * loaded.ctas_per_multiprocessor);
+    const auto ctas = static_cast<uint32_t>(WAVES * device.gpu().multiprocessors * loaded.ctas_per_multiprocessor);
     launch(loaded, device.stream(), std::min(tiles, ctas), BLOCKWISE_THREADS, table, on_device,
            static_cast<uint64_t>(options.seed), numbers.found_inf);
   });

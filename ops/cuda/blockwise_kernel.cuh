@@ -98,16 +98,17 @@ struct BlockwiseTypes {
   using V = std::conditional_t<std::is_same_v<P, double>, double, Approximate>;
 };
 
-// The CTAs that an SM's registers hold.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // reductions by shuffles take more
-constexpr int MOST_CTAS_PER_SM = 4;
-#else
-constexpr int MOST_CTAS_PER_SM = 5;
-#endif
+// The CTAs that an SM's registers hold: the more, the more loads are under way.
 template <class P, ParamRounding ROUNDING>
-constexpr int BLOCKWISE_CTAS_PER_SM = std::is_same_v<P, double>               ? 3
-                                      : ROUNDING == ParamRounding::STOCHASTIC ? 4
-                                                                              : MOST_CTAS_PER_SM;
+constexpr int blockwise_ctas_per_sm() {
+  if (std::is_same_v<P, double>) return 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // reductions by shuffles take more
+  return 4;
+#else
+  if (ROUNDING == ParamRounding::STOCHASTIC) return 4;
+  return sizeof(P) == 2 && ROUNDING == ParamRounding::NEAREST ? 6 : 5;
+#endif
+}
 
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
@@ -191,7 +192,7 @@ class BlockLanes {
 };
 
 template <class P, class G, class Slow, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
-__global__ void __launch_bounds__(BLOCKWISE_THREADS, BLOCKWISE_CTAS_PER_SM<P, ROUNDING>)
+__global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, ROUNDING>())
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord, CAPACITY> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
                           const float* found_inf) {

@@ -1,26 +1,68 @@
 #include "compiler.h"
 
+#include <dirent.h>
 #include <dlfcn.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
-#include <sstream>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
 namespace ademamix {
 namespace {
 
-namespace fs = std::filesystem;
-
 struct {
   std::string sources, cache, nvrtc;
 } settings;
+
+// ------------------------------------------------------------------------------------------------------------- files
+
+// By C's functions. Of C++'s files, streams and locales libtorch, or this library, may have copies of another
+// compiler's, and the loader mixes them.
+
+using File = std::unique_ptr<FILE, int (*)(FILE*)>;
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// The paths of what is in a folder, sorted; nothing where there is no such folder.
+std::vector<std::string> paths_in(const std::string& folder) {
+  std::vector<std::string> paths;
+  const std::unique_ptr<DIR, int (*)(DIR*)> open(opendir(folder.c_str()), closedir);
+  if (!open) return paths;
+  while (const dirent* entry = readdir(open.get())) paths.push_back(folder + "/" + entry->d_name);
+  std::sort(paths.begin(), paths.end());
+  return paths;
+}
+
+void make_folders(const std::string& path) {
+  for (size_t end = 1; end != std::string::npos;) {
+    end = path.find('/', end + 1);
+    mkdir(path.substr(0, end).c_str(), 0777);
+  }
+}
+
+// Nothing, where there is no such file.
+std::string read_file(const std::string& path) {
+  std::string text;
+  const File file(std::fopen(path.c_str(), "rb"), std::fclose);
+  char part[1 << 16];
+  while (const size_t bytes = file ? std::fread(part, 1, sizeof part, file.get()) : 0) text.append(part, bytes);
+  return text;
+}
+
+bool write_file(const std::string& path, const std::string& text) {
+  FILE* const file = std::fopen(path.c_str(), "wb");
+  if (!file) return false;
+  const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
+  return std::fclose(file) == 0 && written;
+}
 
 // ------------------------------------------------------------------------------------------------------------- NVRTC
 
@@ -50,9 +92,10 @@ struct Nvrtc {
 
 // NVRTC opens a second library by its name alone; where that isn't on the loader's path, it has to be there already.
 void open_builtins() {
-  std::error_code error;
-  for (const auto& entry : fs::directory_iterator(fs::path(settings.nvrtc).parent_path(), error))
-    if (entry.path().filename().string().rfind("libnvrtc-builtins.so", 0) == 0) dlopen(entry.path().c_str(), RTLD_LAZY);
+  const size_t end = settings.nvrtc.rfind('/');
+  if (end == std::string::npos) return;
+  for (const std::string& path : paths_in(settings.nvrtc.substr(0, end)))
+    if (path.find("/libnvrtc-builtins.so", end) == end) dlopen(path.c_str(), RTLD_LAZY);
 }
 
 Nvrtc open_nvrtc() {
@@ -142,8 +185,7 @@ DeviceCode compile_now(const KernelName& kernel, const std::string& architecture
   return {entry, image};
 }
 
-// ------------------------------------------------------------------------------------------------------------- the
-// cache
+// --------------------------------------------------------------------------------------------------------- the cache
 
 // FNV-1a.
 uint64_t hash(const std::string& text, uint64_t value = 0xcbf29ce484222325) {
@@ -151,37 +193,27 @@ uint64_t hash(const std::string& text, uint64_t value = 0xcbf29ce484222325) {
   return value;
 }
 
-std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  return text.str();
-}
-
 // Of all that device code may include.
 uint64_t hash_of_sources() {
-  std::vector<fs::path> files;
-  for (const char* folder : {"", "cuda"})
-    for (const auto& entry : fs::directory_iterator(fs::path(settings.sources) / folder))
-      if (const auto extension = entry.path().extension(); extension == ".h" || extension == ".cuh")
-        files.push_back(entry.path());
-  std::sort(files.begin(), files.end());
   uint64_t value = hash("");
-  for (const fs::path& file : files) value = hash(read_file(file), hash(file.filename(), value));
+  for (const char* folder : {"", "/cuda"})
+    for (const std::string& path : paths_in(settings.sources + folder))
+      if (ends_with(path, ".h") || ends_with(path, ".cuh"))
+        value = hash(read_file(path), hash(path.substr(settings.sources.size()), value));
   return value;
 }
 
-fs::path cache_file(const KernelName& kernel, const std::string& architecture) {
+std::string cache_file(const KernelName& kernel, const std::string& architecture) {
   static const uint64_t sources = hash_of_sources();
   int major, minor;
   check_nvrtc(nvrtc().nvrtcVersion(&major, &minor), "nvrtcVersion");
-  std::ostringstream key;
-  key << sources << ' ' << major << '.' << minor << ' ' << kernel.header << ' ' << kernel.expression;
-  for (const std::string& option : options(architecture)) key << ' ' << option;
+  std::string key = std::to_string(sources) + ' ' + std::to_string(major) + '.' + std::to_string(minor) + ' ' +
+                    kernel.header + ' ' + kernel.expression;
+  for (const std::string& option : options(architecture)) key += ' ' + option;
   char name[17];
-  std::snprintf(name, sizeof name, "%016llx", static_cast<unsigned long long>(hash(key.str())));
-  return fs::path(settings.cache) /
-         (kernel.expression.substr(0, kernel.expression.find('<')) + "-" + architecture + "-" + name + ".bin");
+  std::snprintf(name, sizeof name, "%016llx", static_cast<unsigned long long>(hash(key)));
+  return settings.cache + "/" + kernel.expression.substr(0, kernel.expression.find('<')) + "-" + architecture + "-" +
+         name + ".bin";
 }
 
 // A file has a line with the kernel's name, the number of bytes of code and their hash; and then these.
@@ -189,7 +221,7 @@ std::string header_line(const DeviceCode& code) {
   return code.entry + ' ' + std::to_string(code.image.size()) + ' ' + std::to_string(hash(code.image)) + '\n';
 }
 
-bool read_cache(const fs::path& path, DeviceCode& code) {
+bool read_cache(const std::string& path, DeviceCode& code) {
   const std::string text = read_file(path);
   const size_t end = text.find('\n');
   if (end == std::string::npos) return false;
@@ -198,27 +230,19 @@ bool read_cache(const fs::path& path, DeviceCode& code) {
 }
 
 // Whoever reads sees the whole file or none. A folder that can't be written to costs a compilation per process.
-void write_cache(const fs::path& path, const DeviceCode& code) {
+void write_cache(const std::string& path, const DeviceCode& code) {
   static std::atomic<int> number{0};
-  std::error_code error;
-  fs::create_directories(path.parent_path(), error);
-  fs::path written = path;
-  written += "." + std::to_string(getpid()) + "." + std::to_string(number++);
-  {
-    std::ofstream file(written, std::ios::binary);
-    file << header_line(code) << code.image;
-    file.close();
-    if (file) fs::rename(written, path, error);
-    if (file && !error) return;
-  }
-  fs::remove(written, error);
+  make_folders(settings.cache);
+  const std::string written = path + "." + std::to_string(getpid()) + "." + std::to_string(number++);
+  if (!write_file(written, header_line(code) + code.image) || std::rename(written.c_str(), path.c_str()) != 0)
+    std::remove(written.c_str());
 }
 
 }  // namespace
 
 DeviceCode compile(const KernelName& kernel, int compute_capability) {
   const std::string target = architecture(compute_capability);
-  const fs::path path = cache_file(kernel, target);
+  const std::string path = cache_file(kernel, target);
   DeviceCode code;
   if (read_cache(path, code)) return code;
   static const bool told = std::fprintf(stderr, "torch_ademamix: compiling CUDA kernels for %s, to be kept in %s\n",

@@ -134,7 +134,6 @@ constexpr int WARP = 32;
 constexpr int LANE_ELEMENTS = BLOCK_SIZE / WARP;
 static_assert(LANE_ELEMENTS == RANDOM_GROUP, "a lane draws the bits of its elements at once");
 
-// A fixed number of CTAs goes through all blocks, so that a tensor's scalars are loaded once per CTA.
 constexpr int BLOCKWISE_THREADS = 128;
 constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, one for each warp
 
