@@ -132,7 +132,7 @@ class Run:
             left.set_yticks(range(len(names)), names)
             left.invert_yaxis()
             left.set_xlabel("ms per step (dark: the optimizer's part)")
-            right.set_xlabel("GB at the peak (dark: the optimizer's state, of which the peak has what isn't paged)")
+            right.set_xlabel("GB at the peak (dark: state; paged, it isn't in the peak)")
             for axes in (left, right):
                 axes.margins(x=0.12)
                 axes.spines[["top", "right"]].set_visible(False)
