@@ -99,14 +99,14 @@ struct BlockwiseTypes {
 };
 
 // The CTAs that an SM's registers hold: the more, the more loads are under way.
-template <class P, ParamRounding ROUNDING>
+template <class P, class G, ParamRounding ROUNDING>
 constexpr int blockwise_ctas_per_sm() {
   if (std::is_same_v<P, double>) return 3;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // reductions by shuffles take more
   return 4;
 #else
   if (ROUNDING == ParamRounding::STOCHASTIC) return 4;
-  return sizeof(P) == 2 && ROUNDING == ParamRounding::NEAREST ? 6 : 5;
+  return sizeof(P) == 2 && sizeof(G) <= 4 && ROUNDING == ParamRounding::NEAREST ? 6 : 5;
 #endif
 }
 
@@ -192,7 +192,7 @@ class BlockLanes {
 };
 
 template <class P, class G, class Slow, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
-__global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, ROUNDING>())
+__global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G, ROUNDING>())
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord, CAPACITY> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
                           const float* found_inf) {
