@@ -92,7 +92,7 @@ cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU: the C
 	cp -r setup.py pyproject.toml README.md LICENSE conftest.py ops torch_ademamix tests compile_tests $(CUDA_CHECK)
 	rm -f $(CUDA_CHECK)/torch_ademamix/*.so
 	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
-	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py
+	cd $(CUDA_CHECK) && ALL_VARIANTS=1 $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py
 
 wheel: $(ENVIRONMENT)  ## dist/*.whl, for every Linux that its tag names
 	$(PY) -m tools.wheel

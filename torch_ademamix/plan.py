@@ -8,6 +8,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_ademamix import ops, sharding
 from torch_ademamix.arenas import (
@@ -144,7 +145,8 @@ class Plan:
                 stream += 1
         self.batches = list(batches.values())
         self.places = {id(p): (batch, i) for batch in self.batches for i, p in enumerate(batch.params)}
-        self._views, self._pointers = views, list(map(Tensor.data_ptr, views))
+        self._views = [view for view in views if not isinstance(view, FakeTensor)]  # which have no addresses
+        self._pointers = list(map(Tensor.data_ptr, self._views))
         planned = [p for batch in self.batches for p in batch.params]
         self._planned, self._dtypes, self._strides = planned, _dtypes(planned), list(map(Tensor.stride, planned))
 
