@@ -218,7 +218,7 @@ def test_replaced_state_frees_its_arena(cls):
 
 
 def test_replaced_state_frees_memory():
-    # 64 MiB of each moment: more than 32 is the kernel's at once when it is freed, and not the allocator's (mallopt(3)).
+    # 64 MiB of each moment: what is freed above 32 the system has back at once (mallopt(3)).
     params = [nn.Parameter(torch.zeros(1 << 21)) for _ in range(8)]
     optimizer = AdEMAMix(params)
     optimizer.init_state()

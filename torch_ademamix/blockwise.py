@@ -112,14 +112,14 @@ def random_bits(
         >>> random_bits(3, seed=1, step=1, stream=0).tolist()
         [53345, 31637, 451]
     """
-    first_group += (stream >> 32) & _WORD
+    first_group = first_group + ((stream >> 32) & _WORD)
     group = torch.arange((count + RANDOM_GROUP - 1) // RANDOM_GROUP, device=device) + first_group
     step = torch.as_tensor(step, device=device).long() & _WORD
     counter = [
         group & _WORD,
         (group >> 32) & _WORD,
         step.expand_as(group),
-        torch.full_like(group, stream & _WORD),
+        torch.as_tensor(stream & _WORD, device=device).expand_as(group),
     ]
     words = torch.stack(philox(counter, (seed & _WORD, (seed >> 32) & _WORD)), dim=1)
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[:count]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix import blockwise, cuda, places, reference
+from torch_ademamix import blockwise, cuda, fused, places, reference
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.check import (
     check_blockwise_step,
@@ -139,7 +139,7 @@ def _reference_step(
             lr = numbers.pop("lr")
             kwargs |= numbers
         views, remainders = places.one_for_each(parts, lists, kwargs["remainders"], kwargs.pop("places"))
-        step(*views, lr, **{**dict.fromkeys(SCALER), **kwargs, "remainders": remainders})
+        fused.run(step, views, lr, **{**dict.fromkeys(SCALER), **kwargs, "remainders": remainders})
 
     return kernel
 

@@ -20,6 +20,7 @@ Both do what this loop does, or refuse::
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -88,8 +89,6 @@ def compile_train_step(
             "fullgraph is False, but a whole step is one graph; where that can't be, compile the model, and the "
             "optimizer's step, each by itself"
         )
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
-        compile_options.setdefault("isolate_recompiles", True)
     loop = Loop(model, optimizer, loss_fn, accumulate, average, scaler)
     loop.param_hooks()
     optimizer.init_state()
@@ -104,6 +103,10 @@ def compile_train_step(
 
         return loop.run(micro_batches, update, hooks)
 
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
+        compile_options.setdefault("isolate_recompiles", True)
+    else:  # Dynamo counts by code, which all steps have in common
+        train_step = FunctionType(train_step.__code__.replace(), train_step.__globals__, closure=train_step.__closure__)
     compiled = torch.compile(train_step, **compile_options)
 
     def step(*batch: Any, **more: Any) -> Any:

@@ -1,0 +1,124 @@
+"""The reference kernels through torch.compile, for devices without native ones.
+
+In single tensor operations a step goes through memory some thirty times, compiled once. Parameters are taken one by
+one, flattened and with a dynamic length, so that one compilation serves every shape of the same dtypes.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ademamix.reference import HYPERPARAMETERS
+
+MIN_NUMEL = 2**16  # elements of a call, below which it isn't worth seconds of compiling
+
+# How many combinations of dtypes and options may be compiled; Dynamo's own limit is made for one model's code.
+RECOMPILE_LIMIT = 256
+
+_unable: set[str] = set()  # types of devices
+
+
+def run(
+    step: Callable[..., None],
+    lists: Sequence[Sequence[Tensor]],
+    lr: Tensor | float,
+    *,
+    remainders: Sequence[Tensor],
+    seed: int,
+    streams: Sequence[int],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **options: Any,
+) -> None:
+    """`step`, one of the reference kernels, compiled where that is worth it and torch.compile serves the device."""
+    params = lists[0]
+    call = {"grad_scale": grad_scale, "found_inf": found_inf, **options}
+    device = params[0].device if params else None
+    if device is None or device.type in _unable or sum(p.numel() for p in params) < MIN_NUMEL:
+        return step(*lists, lr, remainders=remainders, seed=seed, streams=streams, **call)
+
+    numbers = _in_one_tensor([lr, *(options.pop(name) for name in HYPERPARAMETERS[1:])], device)
+    integers = torch.tensor([[_signed(seed), stream] for stream in streams or [0] * len(params)], device=device)
+    for i, tensors in enumerate(zip(*lists, *([remainders] if remainders else []), strict=True)):
+        flat = _flat(tensors, in_order=bool(streams))
+        arguments = (step, flat or tensors, bool(remainders), numbers, integers[i], grad_scale, found_inf, options)
+        if flat is None or flat[0].numel() == 0 or device.type in _unable:
+            _update(*arguments)
+            continue
+        try:
+            with torch._dynamo.config.patch(
+                recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT
+            ):
+                _compiled()(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            _unable.add(device.type)  # nothing has run yet
+            warnings.warn(
+                f"torch.compile doesn't serve {device.type} here, so torch_ademamix's reference kernels run "
+                f"operation by operation, which takes several times as long ({str(error).splitlines()[0]})",
+                stacklevel=2,
+            )
+            _update(*arguments)
+
+
+def _update(
+    step: Callable[..., None],
+    tensors: Sequence[Tensor],
+    has_remainder: bool,
+    numbers: Tensor,
+    integers: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    """A step of one parameter, whose numbers are in tensors: as numbers, they would be compiled in."""
+    hyperparameters = dict(zip(HYPERPARAMETERS, numbers.unbind(), strict=True))
+    lr = hyperparameters.pop("lr")
+    lists = [[t] for t in tensors]
+    remainders = lists.pop() if has_remainder else []
+    seed, stream = integers.unbind()
+    scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
+    step(*lists, lr, remainders=remainders, seed=seed, streams=[stream], **scaler, **options, **hyperparameters)
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(_update, dynamic=True, fullgraph=True)
+
+
+def _in_one_tensor(numbers: Sequence[Tensor | float | None], device: torch.device) -> Tensor:
+    if not any(isinstance(x, Tensor) for x in numbers):
+        return torch.tensor([x or 0.0 for x in numbers], dtype=torch.float64, device=device)
+    tensors = [torch.as_tensor(x or 0.0 if x is None else x, dtype=torch.float64) for x in numbers]
+    return torch.stack([t.to(device).reshape(()) for t in tensors])
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as an int64."""
+    return (seed & (2**64 - 1)) - (2**64 if seed & 2**63 else 0)
+
+
+def _flat(tensors: Sequence[Tensor], in_order: bool) -> list[Tensor] | None:
+    """The same memory in one dimension, as tensors that are no views; None where that isn't one order for all.
+
+    Args:
+        in_order: whether the order must be row-major, as random bits are drawn.
+    """
+    p = tensors[0]
+    for t in tensors:
+        as_p = t.shape == p.shape and t.stride() == p.stride() and not in_order and _is_dense(t)
+        if not (as_p or (t.is_contiguous() and (p.is_contiguous() or t.shape != p.shape))):
+            return None
+    return [_in_one_dimension(t) for t in tensors]
+
+
+def _in_one_dimension(t: Tensor) -> Tensor:
+    flat = torch.empty(0, dtype=t.dtype, device=t.device)
+    return flat.set_(t.untyped_storage(), t.storage_offset(), (t.numel(),), (1,))
+
+
+def _is_dense(t: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(t))
