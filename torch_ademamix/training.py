@@ -19,6 +19,7 @@ Both do what this loop does, or refuse::
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ def compile_train_step(
             place in a graph (tensor parallelism has none), or released by
             :func:`torch_ademamix.release.release_gradients`; the optimizer has no parameter of the model; `fullgraph`
             is False.
-        RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model.
+        RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model, or in
+            :func:`torch.autograd.detect_anomaly`.
 
     >>> model = nn.Linear(8, 1)
     >>> optimizer = AdEMAMix(model.parameters(), lr=1e-2)
@@ -105,16 +107,25 @@ def compile_train_step(
         return loop.run(micro_batches, update, hooks)
 
     compiled = torch.compile(train_step, **compile_options)
+    config = {
+        "trace_autograd_ops": True,  # .backward() is inside the graph
+        "ignore_logger_methods": {*torch._dynamo.config.ignore_logger_methods, *_logging_methods()},
+    }
 
     def step(*batch: Any, **more: Any) -> Any:
         micro_batches = loop.micro_batches(batch, more)
-        # .backward() is inside the graph
-        with loop.around(), torch._dynamo.config.patch(trace_autograd_ops=True):
+        with loop.around(), torch._dynamo.config.patch(config):
             result = checked(compiled(micro_batches, bool(loop.step_hooks()), loop.param_hooks()))
         loop.tell_of_step()
         return result
 
     return step
+
+
+def _logging_methods() -> set[Callable[..., Any]]:
+    """Those that log, which would break a graph: also what others have added, as transformers' warning_once."""
+    levels = ("debug", "info", "warning", "error", "critical", "exception", "log")
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}
 
 
 def capture_train_step(
