@@ -170,6 +170,42 @@ def test_checkpointing_and_micro_batches(counter):
         trained(lambda: Model(Block(ORDINARY)), partial(compile_train_step, backend=counter, accumulate=2))
 
 
+def on_forward(linear):
+    linear.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def on_tensor(linear):
+    linear.register_forward_hook(lambda module, inputs, output: output.register_hook(lambda grad: 2 * grad) and None)
+
+
+def on_backward(linear):
+    linear.register_full_backward_hook(lambda module, of_input, of_output: (2 * of_input[0],))
+
+
+def hooked(register):
+    def make():
+        model = Model(Block(None))
+        if register is not None:
+            register(model.block.linear)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("register", [on_forward, on_tensor])
+def test_hooks_of_modules(counter, register):
+    compiled = trained(hooked(register), partial(compile_train_step, backend=counter))
+    assert_identical(compiled, trained(hooked(register), plain_step))
+    unhooked, _ = trained(hooked(None), plain_step)
+    assert compiled[0][-1] != unhooked[-1]
+
+
+def test_backward_hooks_of_modules(counter):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Module-level backwards hooks"):
+        trained(hooked(on_backward), partial(compile_train_step, backend=counter))
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_anomaly_detection_is_refused(counter, compiled_before):
