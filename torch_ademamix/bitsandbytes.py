@@ -11,14 +11,15 @@ from torch_ademamix import dynamic_map
 from torch_ademamix.arenas import MOMENTS, NAMES
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.conversion import StateDict, check_entries, convert, renamed
-from torch_ademamix.loading import BITSANDBYTES_STATE, checked, checked_step, loaded_state
+from torch_ademamix.loading import BITSANDBYTES_STATE, checked, checked_step, loaded_state, tells_format
 from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.options import refusals_of
 
 # Our options and what they are called there.
 OPTIONS = {name: name for name in ("lr", "betas", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")}
 
 # Options that it doesn't have, or that are its own affair.
-_ADEMAMIX_ONLY = inspect.signature(AdEMAMix).parameters.keys() - {"params", *OPTIONS}
+_ADEMAMIX_ONLY = {*inspect.signature(AdEMAMix).parameters, "state_format"} - {"params", *OPTIONS}
 
 
 def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
@@ -144,7 +145,8 @@ def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], w
         raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
     quantized = "exp_avg_absmax" in saved and m1.numel() % BLOCK_SIZE == 0
     storage = dict(optim_bits=32, slow_ema_bits=8, min_8bit_size=0, is_paged=False, master_weights=None)
-    state = loaded_state(m1, saved, storage, where)  # m1 stands for the parameter: it has its shape
+    # m1 stands for the parameter: it has its shape.
+    state = loaded_state(m1, saved, storage, where, tells_format(group))
 
     moments = [state[name].float() for name in MOMENTS]
     converted = {}
@@ -165,6 +167,8 @@ def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], w
 
 def _group_to_bitsandbytes(group: Mapping[str, Any], where: str) -> StateDict:
     options = renamed(group, where, OPTIONS, dropped=_ADEMAMIX_ONLY)
+    with refusals_of(where):
+        tells_format(group)
     if group.get("maximize"):
         raise ValueError(f"{where}['maximize'] is True, but must be False: bitsandbytes only minimizes")
     start = group.get("schedule_start", 0)
