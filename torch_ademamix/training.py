@@ -91,8 +91,12 @@ def compile_train_step(
             "fullgraph is False, but a whole step is one graph; where that can't be, compile the model, and the "
             "optimizer's step, each by itself"
         )
+    config: dict[str, Any] = {"trace_autograd_ops": True}  # .backward() is inside the graph
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
         compile_options.setdefault("isolate_recompiles", True)
+        # Before, Dynamo couldn't put such a configuration into its metrics, and said so at each compilation.
+        ignored = torch._dynamo.config.ignore_logging_functions
+        config["ignore_logging_functions"] = {*ignored, *_logging_methods()}
     loop = Loop(model, optimizer, loss_fn, accumulate, average, scaler)
     loop.param_hooks()
     optimizer.init_state()
@@ -108,10 +112,6 @@ def compile_train_step(
         return loop.run(micro_batches, update, hooks)
 
     compiled = torch.compile(train_step, **compile_options)
-    config = {
-        "trace_autograd_ops": True,  # .backward() is inside the graph
-        "ignore_logger_methods": {*torch._dynamo.config.ignore_logger_methods, *_logging_methods()},
-    }
 
     def step(*batch: Any, **more: Any) -> Any:
         micro_batches = loop.micro_batches(batch, more)
