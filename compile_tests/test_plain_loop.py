@@ -125,6 +125,19 @@ def test_parameter_hooks(counter, accumulate):
     assert_same_training(counter, {}, prepare, accumulate=accumulate)
 
 
+def test_hooks_of_accumulation_nodes_are_not_seen(counter):
+    """A known limit: Python can't ask a node for its hooks."""
+    model, optimizer = make()
+    calls = []
+    weight = model[0].weight
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: calls.append("called"))
+    train(compile_train_step(model, optimizer, loss_fn, backend=counter), steps=1)
+    assert not calls
+    train(plain(model, optimizer, loss_fn), steps=1)
+    assert calls == ["called"]
+
+
 def test_hooks_that_come_later(counter):
     def prepare(model, optimizer):
         def after(i):

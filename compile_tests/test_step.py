@@ -1,6 +1,7 @@
 """torch.compile of the optimizer's step: the graph, the generated code, and what compiles it again."""
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -366,3 +367,25 @@ def test_compile_1000_parameters():
     """
     caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     subprocess.run([sys.executable, "-c", COMPILE_1000], env={**os.environ, **caches}, check=True)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_ninth_optimizer(isolated):
+    """All optimizers' steps count towards one limit, unless they are isolated."""
+    if isolated and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("came with torch 2.13")
+    options = {"isolate_recompiles": True} if isolated else {}
+
+    def step():
+        params, optimizer = make()
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager", **options)()
+        assert optimizer.state[params[0]]["step"] == 1
+
+    for _ in range(8):
+        step()
+    if isolated:
+        return step()
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        step()
+    with torch._dynamo.config.patch(recompile_limit=9):
+        step()

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from places import in_arenas
 from quantized import SEED, BlockwiseLists, make_blockwise
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 import torch_ademamix
 from benchmarks.shared.gpt2 import SHAPES
@@ -370,7 +372,7 @@ def train(name: str, steps: int, make_step: Any, **options: Any) -> tuple[list[T
     return losses, [t.detach() for t in (*model.parameters(), *model.buffers())], optimizer
 
 
-def eager(model: nn.Module, optimizer: AdEMAMix) -> Any:
+def eager(model: nn.Module, optimizer: AdEMAMix, loss_fn: Any = loss_fn) -> Any:
     def step(*batch: Tensor) -> Tensor:
         optimizer.zero_grad()
         loss = loss_fn(model, *batch)
@@ -381,7 +383,7 @@ def eager(model: nn.Module, optimizer: AdEMAMix) -> Any:
     return step
 
 
-def captured(model: nn.Module, optimizer: AdEMAMix) -> Any:
+def captured(model: nn.Module, optimizer: AdEMAMix, loss_fn: Any = loss_fn) -> Any:
     return capture_train_step(model, optimizer, loss_fn, make_batch(99))
 
 
@@ -396,6 +398,16 @@ def test_replays_equal_eager_steps(name: str, options: dict[str, Any]) -> None:
     ):
         for a, b in zip(actual, expected, strict=True):
             assert torch.equal(bits(a), bits(b))
+
+
+def test_replays_of_what_is_checkpointed() -> None:
+    """Recomputed within the graph."""
+
+    def loss_fn(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        return (model[2:](checkpoint(model[:2], x, use_reentrant=False)) - y).square().mean()
+
+    actual, expected = (train("AdEMAMix", 5, partial(step, loss_fn=loss_fn))[:2] for step in (captured, eager))
+    assert_identical(actual, expected)
 
 
 def test_capture_trains_nothing_by_itself() -> None:

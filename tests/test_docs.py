@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def tokens(page: Path) -> Iterator[markdown_it.token.Token]:
 
 def run_code(page: Path) -> dict[str, object]:
     """Runs the page's Python blocks; errors tell the page's own lines."""
-    names: dict[str, object] = {"__name__": page.stem}
+    module = ModuleType(f"page_{page.stem}")
+    sys.modules[module.__name__] = module  # where Dynamo looks for what a function finds in its globals
+    names = vars(module)
     fences = [token for token in tokens(page) if token.type == "fence"]
     for fence, following in pairwise([*fences, None]):
         if fence.info != "python":

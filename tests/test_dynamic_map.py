@@ -57,6 +57,8 @@ def test_zeros(signed):
 def saved_by_0_1(optimizer):
     """The state dict with quantized state as 0.1.0 had it."""
     saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["state_format"]
     for state in saved["state"].values():
         for name in MOMENTS:
             if "exp_avg_absmax" in state and state[name].dtype != torch.int16:

@@ -11,6 +11,7 @@ from quantized import ABSMAXS, MOMENTS, everything, make_optimizer, stored, trai
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix8bit
 from torch_ademamix.blockwise import dequantize, quantize
+from torch_ademamix.checkpoint import to_bitsandbytes
 from torch_ademamix.reference import compute_dtype
 
 
@@ -134,6 +135,45 @@ def test_state_stored_otherwise_is_converted(source, target, dtype):
                 expected = quantize(values.float(), format)
                 assert_identical((new[name], new[f"{name}_absmax"]), expected)
     train(new_params, new_optimizer, 1)
+
+
+@pytest.mark.parametrize("other", [1, 3, "2", None])
+def test_other_formats_are_refused(other):
+    """Those of a later version, whose dtypes may be the same."""
+    params, optimizer = make_optimizer()
+    train(params, optimizer, 2)
+    before = copy.deepcopy(everything(params, optimizer))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert [group["state_format"] for group in saved["param_groups"]] == [2, 2]
+    saved["param_groups"][1]["state_format"] = other
+    message = rf"param_groups'\]\[1\]: state_format is {other!r}, but must be 2: another version of torch_ademamix"
+    for read in (optimizer.load_state_dict, to_bitsandbytes):
+        with pytest.raises(ValueError, match=message):
+            read(saved)
+    assert_identical(everything(params, optimizer), before)
+
+
+def test_codes_of_another_format_are_refused():
+    """uint8 codes of exp_avg are version 0.1.0's only in what doesn't say otherwise."""
+    params, optimizer = make_optimizer()
+    train(params, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].byte()
+    with pytest.raises(ValueError, match=r"\['exp_avg'\] has dtype torch.uint8, but must be torch.int8"):
+        optimizer.load_state_dict(saved)
+
+
+def test_state_dicts_and_pickles_without_a_format():
+    """The dtypes tell what they are, and from then on the groups do."""
+    params, optimizer = make_optimizer()
+    train(params, optimizer, 2)
+    before = copy.deepcopy(everything(params, optimizer))
+    for group in optimizer.param_groups:
+        del group["state_format"]
+    older = copy.deepcopy(optimizer)
+    train(older.param_groups[0]["params"], older, 1)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_identical(everything(params, optimizer), before)
 
 
 def without(name):

@@ -1,6 +1,6 @@
-"""What arguments the ops accept: for fake tensors and the reference kernels.
+"""What the ops ask of tensors and numbers, and in which words they refuse them.
 
-The native kernels ask the same, in the same words and order (ops/check.h).
+The native kernels ask the same, in the same words (ops/check.h). arguments.py has what each op asks of which argument.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, Format, block_count
+from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.places import PLACE_NUMBERS
 from torch_ademamix.reference import HYPERPARAMETERS, compute_dtype
 
@@ -299,114 +299,3 @@ class Checker:
     def _on_params_device(self, name: str, tensor: Tensor) -> None:
         if self._params and tensor.device != self._params[0].device:
             self.refuse(f"{name} is on {tensor.device}, but params are on {self._params[0].device}")
-
-
-def check_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_slows: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: Tensor | float,
-    *,
-    maximize: bool,
-    remainders: Sequence[Tensor],
-    stochastic_param_rounding: bool,
-    seed: int,
-    streams: Sequence[int],
-    places: Sequence[int],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    dry_run: bool = False,
-    **hyperparameters: Any,
-) -> None:
-    """Without `hyperparameters`, lr is the tensor of all of them."""
-    check = Checker("ademamix_step_", params, places)
-    check.grads(grads)
-    check.state("exp_avgs", exp_avgs)
-    check.state("exp_avg_slows", exp_avg_slows)
-    check.state("exp_avg_sqs", exp_avg_sqs)
-    check.steps(steps)
-    check.param_rounding(remainders, stochastic_param_rounding)
-    check.places(steps)
-    if stochastic_param_rounding:
-        check.length("streams", streams)
-    check.numbers(lr, **hyperparameters)
-    check.scaler(grad_scale, found_inf)
-
-
-def check_blockwise_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_absmaxs: Sequence[Tensor],
-    exp_avg_slows: Sequence[Tensor],
-    exp_avg_slow_absmaxs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_sq_absmaxs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: Tensor | float,
-    *,
-    maximize: bool,
-    stochastic_rounding: bool,
-    remainders: Sequence[Tensor],
-    stochastic_param_rounding: bool,
-    seed: int,
-    streams: Sequence[int],
-    places: Sequence[int],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    dry_run: bool = False,
-    **hyperparameters: Any,
-) -> None:
-    """Without `hyperparameters`, lr is the tensor of all of them."""
-    check = Checker("ademamix_blockwise_step_", params, places)
-    check.grads(grads)
-    check.codes("exp_avgs", exp_avgs, torch.int8)
-    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
-    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.int8)
-    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
-    check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
-    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
-    check.steps(steps)
-    check.param_rounding(remainders, stochastic_param_rounding)
-    check.places(steps)
-    check.length("streams", streams)
-    check.numbers(lr, **hyperparameters)
-    check.scaler(grad_scale, found_inf)
-
-
-def checked_format(op: str, format: int) -> Format:
-    formats = tuple(CODE_DTYPES)
-    if not 0 <= format < len(formats):
-        allowed = "0 (signed_sqrt_int8), 1 (fourth_root_uint8) or 2 (linear_int16)"
-        raise RuntimeError(f"{op}: format is {format}, but must be {allowed}")
-    return formats[format]
-
-
-def check_quantize(x: Tensor, format: int, stochastic: bool) -> Format:
-    op = "quantize_blockwise"
-    checked = checked_format(op, format)
-    if x.dtype != torch.float32:
-        raise RuntimeError(f"{op}: x has dtype {x.dtype}, but must be torch.float32")
-    if stochastic and checked != "fourth_root_uint8":
-        raise RuntimeError(f"{op}: seed is given, but only fourth_root_uint8 is rounded stochastically")
-    return checked
-
-
-def check_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Format:
-    op = "dequantize_blockwise"
-    checked = checked_format(op, format)
-    if codes.dtype != CODE_DTYPES[checked]:
-        raise RuntimeError(f"{op}: codes has dtype {codes.dtype}, but must be {CODE_DTYPES[checked]}")
-    if absmax.dtype != torch.float32:
-        raise RuntimeError(f"{op}: absmax has dtype {absmax.dtype}, but must be torch.float32")
-    if absmax.device != codes.device:
-        raise RuntimeError(f"{op}: absmax is on {absmax.device}, but codes is on {codes.device}")
-    blocks = block_count(codes.numel())
-    if absmax.shape != (blocks,):
-        raise RuntimeError(
-            f"{op}: absmax has shape {list(absmax.shape)}, but must have shape [{blocks}], one per block of codes"
-        )
-    return checked

@@ -39,6 +39,9 @@ class LoadPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         entries = self.metadata.state_dict_metadata
         hint = "load it with the optim_bits, slow_ema_bits, min_8bit_size and master_weights that it was saved with"
+        # Version 0.1.0 doesn't tell the format. What it has in the same dtypes means the same.
+        for name in [name for name in self.state_dict if name.endswith(".state_format") and name not in entries]:
+            del self.state_dict[name]
         for name, value in self.state_dict.items():
             saved = entries.get(name)
             if not (isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata)):

@@ -21,7 +21,7 @@ from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import check_options, param_name, refusals_of
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import ALLOWED_FORMATS, formats, has_remainder, make_state, storage
+from torch_ademamix.state import ALLOWED_FORMATS, STATE_FORMAT, formats, has_remainder, make_state, storage
 
 STATE_DICT = "what an optimizer's state_dict() returns, with 'state' and 'param_groups'"
 
@@ -61,18 +61,33 @@ def checked_state_dict(state_dict: Mapping[str, Any], own_groups: Sequence[Mappi
     for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
         with refusals_of(f"state_dict['param_groups'][{number}]"):
             check_options({**group, **saved})
+            tells_format(saved)
     for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
         for place, (i, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             if i not in state:
                 continue
             where = f"state_dict['state'][{i!r}]"
             with refusals_of(param_name(group, number, place)):
-                loaded = loaded_state(p, state[i], group, where)
+                loaded = loaded_state(p, state[i], group, where, tells_format(saved))
                 check_precision(state[i], saved, where)
             others = {name: value for name, value in state[i].items() if name not in NAMES}
             state[i] = {**others, **{name: _Hidden(value) for name, value in loaded.items()}}
-    stored = ({name: group[name] for name in STORAGE_OPTIONS} for group in own_groups)
+    stored = [{name: group[name] for name in STORAGE_OPTIONS} | {"state_format": STATE_FORMAT} for group in own_groups]
     return {"state": state, "param_groups": [{**saved, **own} for saved, own in zip(groups, stored, strict=True)]}
+
+
+def tells_format(saved: Mapping[str, Any]) -> bool:
+    """Whether a saved group tells that its state is in this version's formats; 0.1.0's tells nothing.
+
+    Raises:
+        ValueError: it tells of others.
+    """
+    if saved.get("state_format", STATE_FORMAT) != STATE_FORMAT:
+        raise ValueError(
+            f"state_format is {saved['state_format']!r}, but must be {STATE_FORMAT}: another version of torch_ademamix "
+            "has saved this, whose formats of state this one doesn't know"
+        )
+    return "state_format" in saved
 
 
 def check_is_state_dict(state_dict: Any) -> None:
@@ -145,8 +160,12 @@ def _fits(own: Mapping[str, Any], p: Tensor, kind: Storage) -> bool:
     )
 
 
-def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+def loaded_state(
+    p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str, is_current: bool
+) -> dict[str, Tensor]:
     """A parameter's saved state in the formats in which the optimizer keeps it, on the devices where it was saved.
+
+    `is_current` is what its saved group says (:func:`tells_format`), else codes may be those of version 0.1.0.
 
     What was stored in another format is converted, rounding to nearest; a parameter without a saved remainder is its
     own master weight. A DTensor parameter takes DTensors that are placed as it is, and the whole state as plain
@@ -162,11 +181,11 @@ def loaded_state(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], 
     target = formats(p, group)
     if any(sharding.is_dtensor(value) for value in saved.values()):
         part = sharding.parts(saved, p, where)
-        return sharding.sharded(_converted(sharding.local(p), part, target, group, where), p)
+        return sharding.sharded(_converted(sharding.local(p), part, target, group, where, is_current), p)
     if sharding.is_dtensor(p):
-        whole = _converted(sharding.whole(p), saved, target, group, where)
+        whole = _converted(sharding.whole(p), saved, target, group, where, is_current)
         return sharding.shard({name: value.to(p.device) for name, value in whole.items()}, p)
-    return _converted(p, saved, target, group, where)
+    return _converted(p, saved, target, group, where, is_current)
 
 
 def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
@@ -196,13 +215,14 @@ def _converted(
     target: Mapping[str, Format | None],
     group: Mapping[str, Any],
     where: str,
+    is_current: bool,
 ) -> dict[str, Tensor]:
     """:func:`loaded_state` of plain tensors, in the formats of `target`."""
     hints = [hint for entry, hint in FOREIGN_STATE.items() if entry in saved]
     saved = {name: saved[name] for name in NAMES if name in saved} if not hints else dict(saved)
     saved_remainder = saved.pop(MASTER_REMAINDER, None)
     quantized = "exp_avg_absmax" in saved
-    is_0_1 = quantized and getattr(saved.get("exp_avg"), "dtype", None) == torch.uint8
+    is_0_1 = quantized and not is_current and getattr(saved.get("exp_avg"), "dtype", None) == torch.uint8
     expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
     if saved.keys() != expected:
         raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{''.join(hints[:1])}")

@@ -88,7 +88,16 @@ class Loop:
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        """What a step does outside of its graph."""
+        """What a step does outside of its graph.
+
+        Raises:
+            RuntimeError: what a graph can't do is asked of it.
+        """
+        if torch.is_anomaly_enabled():
+            raise RuntimeError(
+                "anomaly detection is on, which watches a backward pass op by op, where a whole step is one graph; "
+                "look for the anomaly with the plain loop, and make steps outside of detect_anomaly"
+            )
         with self.optimizer._reading(self._tensors):
             if self.optimizer._layout.plan is not self._plan or not self._structure.holds():
                 self._look()

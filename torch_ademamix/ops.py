@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import blockwise, cuda, fused, places, reference
+from torch_ademamix.arguments import check_blockwise_step, check_dequantize, check_quantize, check_step
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
-from torch_ademamix.check import (
-    check_blockwise_step,
-    check_dequantize,
-    check_quantize,
-    check_step,
-)
 
 FORMATS = tuple(CODE_DTYPES)
 

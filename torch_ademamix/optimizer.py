@@ -25,7 +25,7 @@ from torch_ademamix.options import (
     settle_lrs,
 )
 from torch_ademamix.plan import Plan, Work
-from torch_ademamix.state import make_state, without_state
+from torch_ademamix.state import STATE_FORMAT, make_state, without_state
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 
@@ -137,6 +137,7 @@ class AdEMAMix(Optimizer):
             param_rounding=param_rounding,
             maximize=maximize,
             capturable=capturable,
+            state_format=STATE_FORMAT,
         )
         check_options(defaults, first=True)
         self._init_internals()

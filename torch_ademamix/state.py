@@ -27,6 +27,10 @@ ALLOWED_FORMATS: dict[str, tuple[Format, ...]] = {
     "exp_avg_sq": ("fourth_root_uint8",),
 }
 
+# The number of these formats: a group's "state_format", by which a state dict tells what its codes mean, also where
+# their dtypes don't. Version 0.1.0 had other ones, and no such entry.
+STATE_FORMAT = 2
+
 
 def formats(p: Tensor, group: Mapping[str, Any]) -> dict[str, Format | None]:
     """How each moment of a parameter is stored: None is unquantized."""

@@ -10,7 +10,8 @@ Both do what this loop does, or refuse::
 
 - Gradients of all parameters of the model and of the optimizer are cleared before and after, as if by `zero_grad` with
   `set_to_none=True`. So several steps over one model, as a generator's and a discriminator's, don't see each other's.
-- Hooks of parameters, modules and the optimizer's steps are called.
+- Hooks of parameters, modules and the optimizer's steps are called; a compiled step with a module's backward hook is
+  refused by Dynamo.
 - Learning rates, betas, α, the warm-ups, eps and weight decay are read anew at each step, so that schedulers, made
   before or after, change them: call `scheduler.step()` after the step as ever. Other options are noticed too.
 - Parameters that are frozen, moved or added to the optimizer are noticed at the next step. Where the model has other
@@ -19,6 +20,7 @@ Both do what this loop does, or refuse::
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -72,7 +74,8 @@ def compile_train_step(
             place in a graph (tensor parallelism has none), or released by
             :func:`torch_ademamix.release.release_gradients`; the optimizer has no parameter of the model; `fullgraph`
             is False.
-        RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model.
+        RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model, or in
+            :func:`torch.autograd.detect_anomaly`.
 
     >>> model = nn.Linear(8, 1)
     >>> optimizer = AdEMAMix(model.parameters(), lr=1e-2)
@@ -89,6 +92,13 @@ def compile_train_step(
             "fullgraph is False, but a whole step is one graph; where that can't be, compile the model, and the "
             "optimizer's step, each by itself"
         )
+    config: dict[str, Any] = {"trace_autograd_ops": True}  # .backward() is inside the graph
+    isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # since torch 2.13
+    if isolates:
+        compile_options.setdefault("isolate_recompiles", True)
+        # Before, Dynamo couldn't put such a configuration into its metrics, and said so at each compilation.
+        ignored = torch._dynamo.config.ignore_logging_functions
+        config["ignore_logging_functions"] = {*ignored, *_logging_methods()}
     loop = Loop(model, optimizer, loss_fn, accumulate, average, scaler)
     loop.param_hooks()
     optimizer.init_state()
@@ -103,21 +113,24 @@ def compile_train_step(
 
         return loop.run(micro_batches, update, hooks)
 
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
-        compile_options.setdefault("isolate_recompiles", True)
-    else:  # Dynamo counts by code, which all steps have in common
+    if not isolates:  # Dynamo counts by code, which all steps would have in common
         train_step = FunctionType(train_step.__code__.replace(), train_step.__globals__, closure=train_step.__closure__)
     compiled = torch.compile(train_step, **compile_options)
 
     def step(*batch: Any, **more: Any) -> Any:
         micro_batches = loop.micro_batches(batch, more)
-        # .backward() is inside the graph
-        with loop.around(), torch._dynamo.config.patch(trace_autograd_ops=True):
+        with loop.around(), torch._dynamo.config.patch(config):
             result = checked(compiled(micro_batches, bool(loop.step_hooks()), loop.param_hooks()))
         loop.tell_of_step()
         return result
 
     return step
+
+
+def _logging_methods() -> set[Callable[..., Any]]:
+    """Those that log, which would break a graph: also what others have added, as transformers' warning_once."""
+    levels = ("debug", "info", "warning", "error", "critical", "exception", "log")
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}
 
 
 def capture_train_step(

@@ -1,0 +1,56 @@
+"""What conversions of state dicts have in common: each goes over its groups and the state of its parameters."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch_ademamix.loading import check_is_state_dict
+
+StateDict = dict[str, Any]
+
+
+def convert(
+    state_dict: Mapping[str, Any],
+    convert_state: Callable[[Mapping[str, Any], Mapping[str, Any], str], StateDict],
+    convert_group: Callable[[Mapping[str, Any], str], StateDict],
+) -> StateDict:
+    """The state dict with each parameter's state, given with its group, and each group converted."""
+    check_is_state_dict(state_dict)
+    groups = state_dict["param_groups"]
+    converted_groups = [
+        convert_group(copy.deepcopy(group), f"state_dict['param_groups'][{k}]") for k, group in enumerate(groups)
+    ]
+    group_of = {i: group for group in groups for i in group["params"]}
+    state = {}
+    for i, saved in state_dict["state"].items():
+        where = f"state_dict['state'][{i!r}]"
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"{where} is a {type(saved).__name__}, but must be a dict")
+        if i not in group_of:
+            raise ValueError(f"{where} belongs to no parameter in state_dict['param_groups']")
+        state[i] = convert_state(saved, group_of[i], where)
+    return {"state": state, "param_groups": converted_groups}
+
+
+def renamed(
+    group: Mapping[str, Any],
+    where: str,
+    names: Mapping[str, str],
+    *,
+    dropped: Collection[str] = (),
+    betas: int = 3,
+) -> StateDict:
+    """The group with its options under the new names, their keys in `names`."""
+    for theirs in names.values():
+        if theirs not in group:
+            raise ValueError(f"{where} has no {theirs!r}, but must have {sorted(names.values())}")
+    values = tuple(float(beta) for beta in group["betas"])
+    if len(values) != betas:
+        raise ValueError(f"{where}['betas'] is {values}, but must be {betas} numbers")
+    others = {name: value for name, value in group.items() if name not in {*names.values(), *dropped}}
+    return {**others, **{ours: group[theirs] for ours, theirs in names.items()}, "betas": values}
+
+
+def check_entries(saved: Mapping[str, Any], where: str, expected: set[str]) -> None:
+    if saved.keys() != expected:
+        raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}")
