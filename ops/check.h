@@ -1,5 +1,5 @@
-// What arguments the ops accept. torch_ademamix/check.py asks the same of fake tensors and of the reference kernels,
-// in the same words and order (tests/test_errors.py compares them).
+// What arguments the ops accept. torch_ademamix/check.py and arguments.py ask the same of fake tensors and of the
+// reference kernels, in the same words and order (tests/test_errors.py compares them).
 #pragma once
 
 #include <algorithm>
