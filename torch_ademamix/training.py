@@ -11,7 +11,7 @@ Both do what this loop does, or refuse::
 - Gradients of all parameters of the model and of the optimizer are cleared before and after, as if by `zero_grad` with
   `set_to_none=True`. So several steps over one model, as a generator's and a discriminator's, don't see each other's.
 - Hooks of parameters, modules and the optimizer's steps are called; a compiled step with a module's backward hook is
-  refused by Dynamo.
+  refused by Dynamo. What a model logs is left out of a compiled step, which it would break (with torch 2.13).
 - Learning rates, betas, α, the warm-ups, eps and weight decay are read anew at each step, so that schedulers, made
   before or after, change them: call `scheduler.step()` after the step as ever. Other options are noticed too.
 - Parameters that are frozen, moved or added to the optimizer are noticed at the next step. Where the model has other
@@ -172,6 +172,7 @@ def capture_train_step(
             :func:`compile_train_step` refuses.
         TypeError: the optimizer is another one, or a wrapper of one; `loss_fn` returns no loss; or a batch has
             something in it that is neither a tensor, nor a dict, list or tuple, nor plain.
+        RuntimeError: as of :func:`compile_train_step`, here and in `step`.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
