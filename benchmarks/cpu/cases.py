@@ -27,6 +27,7 @@ EAGER_8BIT = ("AdEMAMix8bit", "AdEMAMix8bit, slow 8")
 QUANTIZED = tuple(name + how for name in EAGER_8BIT for how in ("", ", compiled"))
 SLOW = ("torchao AdamW8bit", "bitsandbytes AdEMAMix", "bitsandbytes AdEMAMix8bit")
 GROUPS = (Group(FLOAT32_STATE, rounds=15), Group(QUANTIZED, rounds=10), Group(SLOW, rounds=2))
+HOST_8BIT = (Group(("AdEMAMix", "AdEMAMix8bit, any size"), rounds=200, calls=5, references=(ADAMW,)),)
 HOST = (Group(("AdEMAMix", "AdEMAMix, compiled"), rounds=200, calls=5, references=(ADAMW,)),)
 
 
@@ -40,10 +41,11 @@ class Case:
 
 
 COMPILED = ("AdEMAMix, compiled", *(name for name in QUANTIZED if name.endswith(", compiled")), PLAIN)
-LONG_LIST = dict.fromkeys(COMPILED[1:], "takes minutes to compile for 1000 tensors")
+LONG_LIST = {PLAIN: "takes minutes to compile for 1000 tensors"}
 AS_IN_FLOAT32 = dict.fromkeys(COMPILED, "compiled in the float32 case only, to save time")
 
 CASES = {
+    "host 148": Case("148 tensors of 8", [(8,)] * 148, HOST_8BIT),
     "host 400": Case("400 tensors of 1", [(1,)] * 400, HOST),
     "host 400 x 1000": Case("400 tensors of 1000", [(1000,)] * 400, HOST),
     "large": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS),

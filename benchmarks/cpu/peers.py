@@ -41,6 +41,10 @@ def ademamix_8bit_slow_8(params: list[Tensor]) -> AdEMAMix:
     return AdEMAMix8bit(params, slow_ema_bits=8)
 
 
+def ademamix_8bit_of_any_size(params: list[Tensor]) -> AdEMAMix:
+    return AdEMAMix8bit(params, min_8bit_size=1)
+
+
 def bitsandbytes_32bit(params: list[Tensor]) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdEMAMix as Other
 
@@ -118,6 +122,7 @@ PEERS: dict[str, Make] = {
     "AdEMAMix": stepping(AdEMAMix),
     "AdEMAMix, compiled": compiled(AdEMAMix),
     "AdEMAMix8bit": stepping(AdEMAMix8bit),
+    "AdEMAMix8bit, any size": stepping(ademamix_8bit_of_any_size),
     "AdEMAMix8bit, compiled": compiled(AdEMAMix8bit),
     "AdEMAMix8bit, slow 8": stepping(ademamix_8bit_slow_8),
     "AdEMAMix8bit, slow 8, compiled": compiled(ademamix_8bit_slow_8),
