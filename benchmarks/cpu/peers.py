@@ -28,11 +28,11 @@ def stepping(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Make:
     return peer
 
 
-def compiled(make: Callable[[list[Tensor]], AdEMAMix]) -> Make:
+def compiled(make: Callable[[list[Tensor]], AdEMAMix], **options: bool) -> Make:
     def peer(params: list[Tensor]) -> Peer:
         optimizer = make(params)
         optimizer.init_state()
-        return Peer(torch.compile(optimizer.step, fullgraph=True), optimizer.state)
+        return Peer(torch.compile(optimizer.step, fullgraph=True, options=options), optimizer.state)
 
     return peer
 
@@ -121,6 +121,7 @@ PLAIN = "plain formula, compiled"
 PEERS: dict[str, Make] = {
     "AdEMAMix": stepping(AdEMAMix),
     "AdEMAMix, compiled": compiled(AdEMAMix),
+    "AdEMAMix, compiled without size_asserts": compiled(AdEMAMix, size_asserts=False),
     "AdEMAMix8bit": stepping(AdEMAMix8bit),
     "AdEMAMix8bit, any size": stepping(ademamix_8bit_of_any_size),
     "AdEMAMix8bit, compiled": compiled(AdEMAMix8bit),
