@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from torch_ademamix import sharding
 from torch_ademamix.clipping import total_norm
 from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix
@@ -125,15 +126,25 @@ class Loop:
         if n == 1:
             return [(args, kwargs)]
         leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
-        split = []
+        split: list[Sequence[Any]] = []
+        rows: tuple[int, object] | None = None  # a leaf, and how its rows are divided over processes
         for i, leaf in enumerate(leaves):
-            splits = isinstance(leaf, Tensor) and leaf.dim() > 0
-            if splits and leaf.shape[0] % n != 0:
+            if not (isinstance(leaf, Tensor) and leaf.dim() > 0):
+                split.append([leaf] * n)
+                continue
+            shards, division = sharding.rows(leaf)
+            if leaf.shape[0] % (n * shards) != 0:
                 raise ValueError(
                     f"leaf {i} of the batch has shape {list(leaf.shape)}, whose first dimension isn't a multiple of "
-                    f"accumulate={n}"
+                    f"accumulate={n}" + (f" times its {shards} shards" if shards > 1 else "")
                 )
-            split.append(leaf.tensor_split(n) if splits else [leaf] * n)
+            rows = rows or (i, division)
+            if division != rows[1]:
+                raise ValueError(
+                    f"leaves {rows[0]} and {i} of the batch are sharded differently along their first dimension, but "
+                    f"with accumulate={n} each process splits the rows that it has"
+                )
+            split.append(sharding.split_rows(leaf, n))
         return [tree_unflatten(list(part), spec) for part in zip(*split, strict=True)]
 
     def run(
@@ -195,10 +206,16 @@ class Loop:
 
     def _look_for_inf(self) -> None:
         """Tells the update whether to skip, as `scaler.step(optimizer)` does."""
-        grads = [p.grad for params in self.optimizer._layout.plan.params for p in params if p.grad is not None]
-        grads = [grad for grad in grads if grad.numel() > 0]
-        if grads:
-            self.optimizer.found_inf.copy_(~total_norm(grads, math.inf).isfinite())  # type: ignore[attr-defined]
+        plan = self.optimizer._layout.plan
+        work = plan.work()
+        plan.check(work)
+        grads = [grad for _, _, grads in plan.placed(work) for grad in grads]
+        found_inf: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
+        found = torch.zeros_like(found_inf)
+        # A process's part of a gradient may be empty, which has no greatest element.
+        if parts := [part for part in map(sharding.local_grad, grads) if part.numel() > 0]:
+            found = (~total_norm(parts, math.inf).isfinite()).to(found)
+        found_inf.copy_(sharding.greatest(found, grads))
 
     def param_hooks(self) -> tuple[ParamHooks, ...]:
         """The hooks of parameters, for a graph in which autograd doesn't call them."""

@@ -1,0 +1,170 @@
+"""Data parallelism in compile_train_step: one graph with its collectives, by DTensors or by parametrizations."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from config import TOLERANCES, assert_identical
+from sharded import BITS, OPTIONS, full, full_state, make_model
+from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.utils.parametrize import register_parametrization
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from torch_ademamix import AdEMAMix, compile_train_step
+
+pytestmark = pytest.mark.distributed
+
+PARAMS = 6  # of the model
+GATHER, SCATTER, REDUCE = "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
+
+# Ways to train on parts of a batch: the collectives in the graph of a step.
+WAYS = {
+    "dtensors": {REDUCE: PARAMS},  # replicated, with sharded batches
+    "replicate": {REDUCE: PARAMS},  # the others are parametrizations, named as SimpleFSDP names its modes
+    "fully_shard": {GATHER: PARAMS, SCATTER: PARAMS},
+    "hybrid_shard": {GATHER: PARAMS, SCATTER: PARAMS, REDUCE: PARAMS},
+}
+EVERY_WAY = pytest.mark.parametrize(
+    ("world_size", "way"), [(2, "dtensors"), (2, "replicate"), (2, "fully_shard"), *((4, way) for way in WAYS)]
+)
+
+
+class Gathered(nn.Module):
+    """A parameter's whole values, whose gradient is averaged over the processes and sharded again."""
+
+    def forward(self, p):
+        dims = p.device_mesh.ndim
+        return p.redistribute(placements=[Replicate()] * dims).to_local(grad_placements=[Partial("avg")] * dims)
+
+
+def make(way, dtype=torch.float32, **options):
+    """A model, plain where there is no way to train it on several processes, and its optimizer."""
+    model = make_model(hidden=64, dtype=dtype)
+    size = dist.get_world_size()
+    if way == "dtensors":
+        distribute_module(model, init_device_mesh("cpu", (size,)))
+    elif way is not None:
+        placements = [Replicate() if way == "replicate" else Shard(0)]
+        mesh = init_device_mesh("cpu", (size,))
+        if way == "hybrid_shard":
+            mesh, placements = init_device_mesh("cpu", (size // 2, 2)), [Replicate(), Shard(0)]
+        for module in list(model.modules()):
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, placements)))
+                register_parametrization(module, name, Gathered())
+    return model, AdEMAMix(model.parameters(), **{**OPTIONS, "lr": 1e-3, **options})
+
+
+def batch(number, way, dtype=torch.float32, rows=16):
+    """This process's part of it, if there are several."""
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(number)).to(dtype)
+    if way is None:
+        return x
+    if way == "dtensors":
+        return distribute_tensor(x, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def loss_fn(model, x):
+    return model(x).square().mean()
+
+
+def plain_step(model, optimizer):
+    def step(x):
+        loss = loss_fn(model, x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def train(step, optimizer, way, dtype=torch.float32, steps=5):
+    """The losses of whole batches."""
+    scheduler = CosineAnnealingLR(optimizer, 2 * steps)
+    losses = []
+    for number in range(steps):
+        loss = full(step(batch(number, way, dtype)))
+        if way not in (None, "dtensors"):
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        losses.append(loss)
+        scheduler.step()
+    return losses
+
+
+def collectives(backend):
+    """Of the one graph that was compiled, which has the backward pass and the update in it too."""
+    (graph,) = backend.fw_graphs
+    assert not backend.bw_graphs
+    assert "torch_ademamix.ademamix" in graph.code
+    names = (node.target._opname for node in graph.graph.nodes if "c10d" in str(node.target))
+    return {name: n for name, n in Counter(names).items() if name != "wait_tensor"}
+
+
+def difference(actual, expected):
+    """The largest, relative to a tensor's largest element."""
+    pairs = zip(actual, expected, strict=True)
+    return max(float((full(a.detach()) - e).abs().max() / e.detach().abs().max()) for a, e in pairs)
+
+
+def whole_steps(way, dtype, options, bound):
+    """As the plain loop on as many processes bit for bit, and as one process within a bound."""
+    options = {**options}
+    models, optimizers = zip(*(make(w, dtype, **options) for w in (way, way, None)), strict=True)
+    backend = AotEagerAndRecordGraphs()
+    steps = [
+        compile_train_step(models[0], optimizers[0], loss_fn, backend=backend),
+        *map(plain_step, models[1:], optimizers[1:]),
+    ]
+    losses, plain, single = [
+        train(step, optimizer, w, dtype)
+        for step, optimizer, w in zip(steps, optimizers, (way, way, None), strict=True)
+    ]
+    expected = Counter(WAYS[way])
+    if "max_grad_norm" in options:
+        assert_identical(optimizers[0].grad_norm, optimizers[1].grad_norm)
+        torch.testing.assert_close(optimizers[0].grad_norm, optimizers[2].grad_norm, rtol=1e-6, atol=0)
+        assert optimizers[0].grad_norm > options["max_grad_norm"]
+        expected[REDUCE] += "shard" in way  # of the norm
+    assert collectives(backend) == dict(expected)
+
+    assert_identical(losses, plain)
+    params, plain_params = ([full(p.detach()) for p in model.parameters()] for model in models[:2])
+    assert_identical(params, plain_params)
+    ours, theirs = (full_state(o, m.parameters()) for o, m in zip(optimizers[:2], models[:2], strict=True))
+    assert_identical(ours, theirs)
+    assert all(p.grad is None for p in models[0].parameters())
+    if bound is not None:
+        assert difference(losses, single) < bound
+        assert difference(params, models[2].parameters()) < bound
+    else:
+        assert any("exp_avg_absmax" in state for state in ours)
+
+
+# Of eps, see test_sharding.test_training.
+CASES = {
+    "float32": (torch.float32, {"eps": 1e-3}, 1e-6),
+    "float64": (torch.float64, {}, 1e-10),
+    "clipped": (torch.float32, {"eps": 1e-3, "max_grad_norm": 1e-2}, 1e-6),
+    "8-bit": (torch.float32, BITS[8], None),  # a code turns over at the last bit of a gradient
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@EVERY_WAY
+def test_whole_steps(workers, world_size, way, case):
+    workers.run(world_size, whole_steps, way, *CASES[case])
