@@ -83,6 +83,7 @@ class Loop:
         self._shared = {p for p in of_optimizer if p in of_model}
         self._others = [p for p in of_model if p not in of_optimizer]
         self.params = [*of_optimizer, *self._others]
+        self._sharded = any(map(sharding.is_dtensor, self.params))
         self.modules = list(self.model.modules())
         self._structure = _Structure(self.modules)
         self._plan = self.optimizer._layout.plan
@@ -184,7 +185,8 @@ class Loop:
     def _backward(self, loss: Tensor, hooks: Sequence[ParamHooks]) -> None:
         if self.scaler is not None:
             loss = loss * self.optimizer.grad_scale  # type: ignore[attr-defined]
-        if not hooks:
+        # Dynamo's backward() places a gradient as its parameter: replicated ones would be reduced at each micro-batch.
+        if not hooks and not (self._sharded and torch.compiler.is_compiling()):
             loss.backward()
             return
         # Gradients of their own, not p.grad with None stored in it: Dynamo, having read that again, takes None for this
@@ -209,7 +211,12 @@ class Loop:
         plan = self.optimizer._layout.plan
         work = plan.work()
         plan.check(work)
-        grads = [grad for _, _, grads in plan.placed(work) for grad in grads]
+        grads = []
+        for batch, chosen, placed in plan.placed(work):
+            grads += placed
+            if batch.sharded:  # the update finds them communicated already
+                for i, grad in zip(chosen, placed, strict=True):
+                    batch.params[i].grad = grad
         found_inf: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
         found = torch.zeros_like(found_inf)
         # A process's part of a gradient may be empty, which has no greatest element.

@@ -37,7 +37,7 @@ WAYS = {
     "hybrid_shard": {GATHER: PARAMS, SCATTER: PARAMS, REDUCE: PARAMS},
 }
 EVERY_WAY = pytest.mark.parametrize(
-    ("world_size", "way"), [(2, "dtensors"), (2, "replicate"), (2, "fully_shard"), *((4, way) for way in WAYS)]
+    ("world_size", "way"), [(2, "dtensors"), (2, "fully_shard"), *((4, way) for way in WAYS)]
 )
 
 
@@ -131,8 +131,7 @@ def whole_steps(way, dtype, options, bound):
         *map(plain_step, models[1:], optimizers[1:]),
     ]
     losses, plain, single = [
-        train(step, optimizer, w, dtype)
-        for step, optimizer, w in zip(steps, optimizers, (way, way, None), strict=True)
+        train(step, optimizer, w, dtype) for step, optimizer, w in zip(steps, optimizers, (way, way, None), strict=True)
     ]
     expected = Counter(WAYS[way])
     if "max_grad_norm" in options:
@@ -157,7 +156,6 @@ def whole_steps(way, dtype, options, bound):
 
 # Of eps, see test_sharding.test_training.
 CASES = {
-    "float32": (torch.float32, {"eps": 1e-3}, 1e-6),
     "float64": (torch.float64, {}, 1e-10),
     "clipped": (torch.float32, {"eps": 1e-3, "max_grad_norm": 1e-2}, 1e-6),
     "8-bit": (torch.float32, BITS[8], None),  # a code turns over at the last bit of a gradient
@@ -168,3 +166,83 @@ CASES = {
 @EVERY_WAY
 def test_whole_steps(workers, world_size, way, case):
     workers.run(world_size, whole_steps, way, *CASES[case])
+
+
+def accumulated(way):
+    """Each process splits its own rows; replicated DTensors are reduced once an update."""
+    (model, optimizer), (single, single_optimizer) = (make(w, eps=1e-3) for w in (way, None))
+    backend = AotEagerAndRecordGraphs()
+    step = compile_train_step(model, optimizer, loss_fn, accumulate=2, backend=backend)
+    losses = train(step, optimizer, way)
+    assert difference(losses, train(plain_step(single, single_optimizer), single_optimizer, None)) < 1e-6
+    assert difference(model.parameters(), single.parameters()) < 1e-6
+    times = 1 if way == "dtensors" else 2
+    assert collectives(backend) == {name: times * n for name, n in WAYS[way].items()}
+
+
+@pytest.mark.parametrize("way", ["dtensors", "fully_shard"])
+def test_accumulation(workers, way):
+    workers.run(2, accumulated, way)
+
+
+def what_cannot_be_split():
+    """Rows of one process that aren't as many, or aren't the same, as another's: before anything is computed."""
+    model, optimizer = make("dtensors")
+    step = compile_train_step(model, optimizer, lambda model, x, y: (model(x) - y).square().mean(), accumulate=2)
+    x, y = batch(0, "dtensors"), torch.zeros(16, 3)
+    for other in (y, distribute_tensor(y, x.device_mesh, [Replicate()])):
+        with pytest.raises(ValueError, match="leaves 0 and 1 of the batch are sharded differently along their first"):
+            step(x, other)
+    with pytest.raises(ValueError, match=r"shape \[6, 256\], .* isn't a multiple of accumulate=2 times its 2 shards"):
+        step(batch(0, "dtensors", rows=6), y)
+
+
+def reduced_once():
+    """The norm and the update of a plain step read the same gradients, which are reduced for both."""
+    model, optimizer = make("dtensors", max_grad_norm=1e-2)
+    loss_fn(model, batch(0, "dtensors")).backward()
+    assert {p.grad.placements for p in model.parameters()} == {(Partial(),)}
+    with CommDebugMode() as communication:
+        optimizer.step()
+    assert communication.get_total_counts() == PARAMS
+
+
+def inductor():
+    """As one process, but for the last bits."""
+    (model, optimizer), (single, single_optimizer) = (make(w, eps=1e-3) for w in ("fully_shard", None))
+    losses = train(compile_train_step(model, optimizer, loss_fn), optimizer, "fully_shard")
+    expected = train(plain_step(single, single_optimizer), single_optimizer, None)
+    assert difference(losses, expected) < TOLERANCES["inductor"]
+    assert difference(model.parameters(), single.parameters()) < TOLERANCES["inductor"]
+
+
+@pytest.mark.parametrize("case", [what_cannot_be_split, reduced_once, inductor], ids=lambda case: case.__name__)
+def test_on_two(workers, case):
+    workers.run(2, case)
+
+
+def one_infinite_gradient(way):
+    """Where one process finds one, all skip the step, as a plain loop does; one of four has nothing of the head."""
+    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0) for _ in range(2)]
+    (model, optimizer), (plain, plain_optimizer) = (make(way) for _ in range(2))
+    backend = AotEagerAndRecordGraphs()
+    step = compile_train_step(model, optimizer, loss_fn, scaler=scalers[0], backend=backend)
+    for number in range(3):
+        x = batch(number, way)
+        if number == 1 and dist.get_rank() == 0:
+            (x.to_local() if isinstance(x, DTensor) else x)[0] = float("inf")
+        step(x)
+        scalers[1].scale(loss_fn(plain, x)).backward()
+        scalers[1].step(plain_optimizer)
+        plain_optimizer.zero_grad()
+        for scaler in scalers:
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale() == (8.0 if number == 0 else 4.0)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+    assert_identical(*[[full(p.detach()) for p in m.parameters()] for m in (model, plain)])
+    assert collectives(backend)[REDUCE] == WAYS[way].get(REDUCE, 0) + 1  # whether there was one
+
+
+@pytest.mark.parametrize("way", ["dtensors", "fully_shard"])
+def test_scaler(workers, way):
+    workers.run(4, one_infinite_gradient, way)
