@@ -297,5 +297,6 @@ def _refuse_reducing(model: nn.Module) -> None:
         if any(isinstance(module, kind) for module in model.modules()):
             raise ValueError(
                 f"the model is a {kind.__name__}, whose hooks can't be part of one graph; compile the model, and the "
-                "optimizer's step, each by itself"
+                "optimizer's step, each by itself, or make the parameters DTensors: docs/distributed.md, "
+                '"Data parallelism in one graph"'
             )

@@ -1,14 +1,21 @@
 """Data parallelism in compile_train_step: one graph with its collectives, by DTensors or by parametrizations."""
 
+import re
 from collections import Counter
 
+import data_parallel
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from config import TOLERANCES, assert_identical
+from graphs import op_calls
 from sharded import BITS, OPTIONS, full, full_state, make_model
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch._dynamo.utils import ReinplaceCounters
+from torch._inductor.utils import run_and_get_code
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -23,6 +30,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from torch_ademamix import AdEMAMix, compile_train_step
+from torch_ademamix.distributed import LoadPlanner
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +45,8 @@ WAYS = {
     "hybrid_shard": {GATHER: PARAMS, SCATTER: PARAMS, REDUCE: PARAMS},
 }
 EVERY_WAY = pytest.mark.parametrize(
-    ("world_size", "way"), [(2, "dtensors"), (2, "fully_shard"), *((4, way) for way in WAYS)]
+    ("world_size", "way"),
+    [(2, "dtensors"), (2, "replicate"), (2, "fully_shard"), (4, "dtensors"), (4, "fully_shard"), (4, "hybrid_shard")],
 )
 
 
@@ -208,9 +217,16 @@ def reduced_once():
 
 
 def inductor():
-    """As one process, but for the last bits."""
+    """As one process, but for the last bits; one op call updates the shards themselves."""
     (model, optimizer), (single, single_optimizer) = (make(w, eps=1e-3) for w in ("fully_shard", None))
-    losses = train(compile_train_step(model, optimizer, loss_fn), optimizer, "fully_shard")
+    step = compile_train_step(model, optimizer, loss_fn)
+    losses, (code,) = run_and_get_code(train, step, optimizer, "fully_shard")
+    call = code[code.index("def call(") :]
+    for name in (GATHER, SCATTER):
+        assert len(re.findall(rf"= torch\.ops\._c10d_functional\.{name}\.", call)) == PARAMS, call
+    assert len(op_calls(call)) == 1
+    assert "copy_(" not in call, call
+    assert not ReinplaceCounters.get_total_missed()
     expected = train(plain_step(single, single_optimizer), single_optimizer, None)
     assert difference(losses, expected) < TOLERANCES["inductor"]
     assert difference(model.parameters(), single.parameters()) < TOLERANCES["inductor"]
@@ -219,6 +235,50 @@ def inductor():
 @pytest.mark.parametrize("case", [what_cannot_be_split, reduced_once, inductor], ids=lambda case: case.__name__)
 def test_on_two(workers, case):
     workers.run(2, case)
+
+
+def resumed(folder):
+    """A distributed checkpoint of parametrized parameters; the steps after it are the same."""
+
+    def make_all():
+        model, optimizer = make("fully_shard", **BITS[8])
+        optimizer.init_state()
+        return model, optimizer, compile_train_step(model, optimizer, loss_fn, backend="aot_eager")
+
+    def state_of(model, optimizer):
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    def steps(step, numbers):
+        return [step(batch(number, "fully_shard")) for number in numbers]
+
+    model, optimizer, step = make_all()
+    steps(step, range(2))
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+    expected = steps(step, range(2, 4))
+
+    model, optimizer, step = make_all()
+    state = state_of(model, optimizer)
+    assert "up.parametrizations.weight.original" in state["model"]
+    dcp.load(state, checkpoint_id=folder, planner=LoadPlanner())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert_identical(steps(step, range(2, 4)), expected)
+
+
+def test_checkpoint(workers, tmp_path):
+    workers.run(2, resumed, tmp_path)
+
+
+def run_example():
+    return data_parallel.main(["--size", "nano", "--steps", "6", "--compiler", "aot_eager"])
+
+
+def test_example(workers):
+    """The loss of the whole batch, and the same on any number of processes."""
+    (single,) = workers.run(1, run_example)
+    losses, same = workers.run(2, run_example)
+    assert losses == same == pytest.approx(single, rel=1e-4)
+    assert losses[-1] < losses[0] - 0.5
 
 
 def one_infinite_gradient(way):
