@@ -28,6 +28,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.checkpoint import checkpoint
 
 from torch_ademamix import AdEMAMix, compile_train_step
 from torch_ademamix.distributed import LoadPlanner
@@ -90,7 +91,7 @@ def loss_fn(model, x):
     return model(x).square().mean()
 
 
-def plain_step(model, optimizer):
+def plain_step(model, optimizer, loss_fn=loss_fn):
     def step(x):
         loss = loss_fn(model, x)
         loss.backward()
@@ -216,6 +217,22 @@ def reduced_once():
     assert communication.get_total_counts() == PARAMS
 
 
+def gathered_again():
+    """Of a layer with activation checkpointing, by the backward pass, as in a plain loop; its output is kept."""
+
+    def loss_fn(model, x):
+        x = torch.tanh(model.up(x))
+        x = checkpoint(lambda x: torch.tanh(model.down(x)), x, use_reentrant=False)
+        return model.head(x).square().mean()
+
+    (model, optimizer), (plain, plain_optimizer) = (make("fully_shard") for _ in range(2))
+    backend = AotEagerAndRecordGraphs()
+    step = compile_train_step(model, optimizer, loss_fn, backend=backend)
+    losses = train(step, optimizer, "fully_shard")
+    assert_identical(losses, train(plain_step(plain, plain_optimizer, loss_fn), plain_optimizer, "fully_shard"))
+    assert collectives(backend) == {GATHER: PARAMS + 2, SCATTER: PARAMS}  # weight and bias
+
+
 def inductor():
     """As one process, but for the last bits; one op call updates the shards themselves."""
     (model, optimizer), (single, single_optimizer) = (make(w, eps=1e-3) for w in ("fully_shard", None))
@@ -232,7 +249,10 @@ def inductor():
     assert difference(model.parameters(), single.parameters()) < TOLERANCES["inductor"]
 
 
-@pytest.mark.parametrize("case", [what_cannot_be_split, reduced_once, inductor], ids=lambda case: case.__name__)
+ON_TWO = [what_cannot_be_split, reduced_once, gathered_again, inductor]
+
+
+@pytest.mark.parametrize("case", ON_TWO, ids=lambda case: case.__name__)
 def test_on_two(workers, case):
     workers.run(2, case)
 
