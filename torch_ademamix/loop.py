@@ -218,11 +218,10 @@ class Loop:
                 for i, grad in zip(chosen, placed, strict=True):
                     batch.params[i].grad = grad
         found_inf: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
-        found = torch.zeros_like(found_inf)
         # A process's part of a gradient may be empty, which has no greatest element.
-        if parts := [part for part in map(sharding.local_grad, grads) if part.numel() > 0]:
-            found = (~total_norm(parts, math.inf).isfinite()).to(found)
-        found_inf.copy_(sharding.greatest(found, grads))
+        parts = [part for part in map(sharding.local_grad, grads) if part.numel() > 0]
+        found = ~total_norm(parts, math.inf).isfinite() if parts else torch.zeros_like(found_inf)
+        found_inf.copy_(sharding.greatest(found.to(found_inf), grads))
 
     def param_hooks(self) -> tuple[ParamHooks, ...]:
         """The hooks of parameters, for a graph in which autograd doesn't call them."""

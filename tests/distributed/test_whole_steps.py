@@ -133,7 +133,6 @@ def difference(actual, expected):
 
 def whole_steps(way, dtype, options, bound):
     """As the plain loop on as many processes bit for bit, and as one process within a bound."""
-    options = {**options}
     models, optimizers = zip(*(make(w, dtype, **options) for w in (way, way, None)), strict=True)
     backend = AotEagerAndRecordGraphs()
     steps = [
