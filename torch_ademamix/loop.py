@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from torch_ademamix import sharding
 from torch_ademamix.clipping import total_norm
 from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix
@@ -82,6 +83,7 @@ class Loop:
         self._shared = {p for p in of_optimizer if p in of_model}
         self._others = [p for p in of_model if p not in of_optimizer]
         self.params = [*of_optimizer, *self._others]
+        self._sharded = any(map(sharding.is_dtensor, self.params))
         self.modules = list(self.model.modules())
         self._structure = _Structure(self.modules)
         self._plan = self.optimizer._layout.plan
@@ -134,15 +136,25 @@ class Loop:
         if n == 1:
             return [(args, kwargs)]
         leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
-        split = []
+        split: list[Sequence[Any]] = []
+        rows: tuple[int, object] | None = None  # a leaf, and how its rows are divided over processes
         for i, leaf in enumerate(leaves):
-            splits = isinstance(leaf, Tensor) and leaf.dim() > 0
-            if splits and leaf.shape[0] % n != 0:
+            if not (isinstance(leaf, Tensor) and leaf.dim() > 0):
+                split.append([leaf] * n)
+                continue
+            shards, division = sharding.rows(leaf)
+            if leaf.shape[0] % (n * shards) != 0:
                 raise ValueError(
                     f"leaf {i} of the batch has shape {list(leaf.shape)}, whose first dimension isn't a multiple of "
-                    f"accumulate={n}"
+                    f"accumulate={n}" + (f" times its {shards} shards" if shards > 1 else "")
                 )
-            split.append(leaf.tensor_split(n) if splits else [leaf] * n)
+            rows = rows or (i, division)
+            if division != rows[1]:
+                raise ValueError(
+                    f"leaves {rows[0]} and {i} of the batch are sharded differently along their first dimension, but "
+                    f"with accumulate={n} each process splits the rows that it has"
+                )
+            split.append(sharding.split_rows(leaf, n))
         return [tree_unflatten(list(part), spec) for part in zip(*split, strict=True)]
 
     def run(
@@ -182,7 +194,8 @@ class Loop:
     def _backward(self, loss: Tensor, hooks: Sequence[ParamHooks]) -> None:
         if self.scaler is not None:
             loss = loss * self.optimizer.grad_scale  # type: ignore[attr-defined]
-        if not hooks:
+        # Dynamo's backward() places a gradient as its parameter: replicated ones would be reduced at each micro-batch.
+        if not hooks and not (self._sharded and torch.compiler.is_compiling()):
             loss.backward()
             return
         # Gradients of their own, not p.grad with None stored in it: Dynamo, having read that again, takes None for this
@@ -204,10 +217,20 @@ class Loop:
 
     def _look_for_inf(self) -> None:
         """Tells the update whether to skip, as `scaler.step(optimizer)` does."""
-        grads = [p.grad for params in self.optimizer._layout.plan.params for p in params if p.grad is not None]
-        grads = [grad for grad in grads if grad.numel() > 0]
-        if grads:
-            self.optimizer.found_inf.copy_(~total_norm(grads, math.inf).isfinite())  # type: ignore[attr-defined]
+        plan = self.optimizer._layout.plan
+        work = plan.work()
+        plan.check(work)
+        grads = []
+        for batch, chosen, placed in plan.placed(work):
+            grads += placed
+            if batch.sharded:  # the update finds them communicated already
+                for i, grad in zip(chosen, placed, strict=True):
+                    batch.params[i].grad = grad
+        found_inf: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
+        # A process's part of a gradient may be empty, which has no greatest element.
+        parts = [part for part in map(sharding.local_grad, grads) if part.numel() > 0]
+        found = ~total_norm(parts, math.inf).isfinite() if parts else torch.zeros_like(found_inf)
+        found_inf.copy_(sharding.greatest(found.to(found_inf), grads))
 
     def param_hooks(self) -> tuple[ParamHooks, ...]:
         """The hooks of parameters, for a graph in which autograd doesn't call them."""
@@ -282,5 +305,6 @@ def _refuse_reducing(model: nn.Module) -> None:
         if any(isinstance(module, kind) for module in model.modules()):
             raise ValueError(
                 f"the model is a {kind.__name__}, whose hooks can't be part of one graph; compile the model, and the "
-                "optimizer's step, each by itself"
+                "optimizer's step, each by itself, or make the parameters DTensors: docs/distributed.md, "
+                '"Data parallelism in one graph"'
             )

@@ -281,6 +281,7 @@ class AdEMAMix(Optimizer):
         """Updates those parameters of batches that have gradients; refuses before the first is changed."""
         plan = self._layout.plan
         plan.check(work)
+        work = plan.placed(work)
         scaler = {
             "grad_scale": self._grad_scale([grad for _, _, grads in work for grad in grads]),
             "found_inf": getattr(self, "found_inf", None),

@@ -71,6 +71,12 @@ class Batch:
         tensors = [tensor() for refs in (*self.state, self.remainders) for tensor in refs]
         return [*((t.dtype, t.data_ptr()) for t in tensors if t is not None), *self.places]
 
+    def placed(self, chosen: Sequence[int], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradients of the chosen parameters, placed as these."""
+        if not self.sharded:
+            return grads
+        return [sharding.placed_grad(self.params[i], grad) for i, grad in zip(chosen, grads, strict=True)]
+
     def lists(
         self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool
     ) -> list[tuple[Sequence[Tensor], Lists, Options]]:
@@ -78,7 +84,7 @@ class Batch:
 
         Args:
             chosen: which of the parameters have a gradient.
-            grads: these gradients.
+            grads: these gradients, placed as their parameters.
             random: whether the op draws random bits.
         """
         dtypes = list(dict.fromkeys(grad.dtype for grad in grads))
@@ -97,7 +103,7 @@ class Batch:
         whole = len(chosen) == len(self.params)
         params = local = self.params if whole else [self.params[i] for i in chosen]
         if self.sharded:
-            grads = [sharding.local_grad(p, grad) for p, grad in zip(params, grads, strict=True)]
+            grads = [sharding.local_grad(grad) for grad in grads]
             local = [sharding.local_param(p) for p in params]
         state, remainders = self.state, self.remainders
         if not (whole or self.places):
@@ -180,6 +186,10 @@ class Plan:
         for batch, _, grads in work:
             if batch.sharded or not are_floating(grads):
                 check_grads(self.groups[batch.group], batch.group)
+
+    def placed(self, work: Sequence[Work]) -> Sequence[Work]:
+        """The same with gradients that are placed as their parameters: communicated once, for norm and update."""
+        return [(batch, chosen, batch.placed(chosen, grads)) for batch, chosen, grads in work]
 
     def calls(
         self,

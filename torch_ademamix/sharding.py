@@ -12,7 +12,7 @@ another number of processes exactly. Where a shard would cut a block, the parame
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -45,14 +45,49 @@ def local_param(p: Tensor) -> Tensor:
     return local(p)  # type: ignore[no-any-return]
 
 
-def local_grad(p: Tensor, grad: Tensor) -> Tensor:
-    """This process's part of a parameter's gradient, which is communicated if it is placed otherwise."""
+def placed_grad(p: Tensor, grad: Tensor) -> Tensor:
+    """A parameter's gradient, placed as the parameter: it is communicated if it was placed otherwise."""
     assert is_dtensor(p)
     assert is_dtensor(grad)
-    if grad.placements != p.placements:
-        grad = grad.redistribute(p.device_mesh, p.placements)
-    grad = grad.to_local()
+    return grad if grad.placements == p.placements else grad.redistribute(p.device_mesh, p.placements)
+
+
+def local_grad(grad: Tensor) -> Tensor:
+    """This process's part of a gradient that is placed as its parameter."""
+    grad = local(grad)
     return grad.wait() if hasattr(grad, "wait") else grad  # for what is still being communicated
+
+
+def greatest(number: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """The greatest of a number that each process has, over the processes that share any of these tensors."""
+    if meshes := dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor)):
+        from torch.distributed.tensor import DTensor, Partial
+
+        for mesh in meshes:
+            number = DTensor.from_local(number, mesh, [Partial("max")] * mesh.ndim).full_tensor()
+    return number
+
+
+def rows(tensor: Tensor) -> tuple[int, object]:
+    """Into how many shards a tensor's first dimension is divided, and what is equal where that is done alike."""
+    if not is_dtensor(tensor):
+        return 1, None
+    mesh = tensor.device_mesh
+    shards = {i: placement for i, placement in enumerate(tensor.placements) if getattr(placement, "dim", None) == 0}
+    return math.prod(map(mesh.size, shards)), (mesh, shards) if shards else None
+
+
+def split_rows(tensor: Tensor, n: int) -> Sequence[Tensor]:
+    """Equal parts along the first dimension; of a DTensor, each process splits the rows that it has."""
+    if not is_dtensor(tensor):
+        return tensor.tensor_split(n)
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((tensor.shape[0] // n, *tensor.shape[1:]))
+    return [
+        DTensor.from_local(part, tensor.device_mesh, tensor.placements, shape=shape, stride=tensor.stride())
+        for part in tensor.to_local().tensor_split(n)
+    ]
 
 
 def scales_shape(p: Tensor) -> tuple[int, ...] | None:

@@ -58,7 +58,8 @@ def compile_train_step(
         loss_fn: `loss_fn(model, *batch, **more)` returns the loss, a tensor of one element, or a tuple that begins
             with it.
         accumulate: micro-batches per update: each tensor of a batch is split along its first dimension into so many
-            equal parts; other arguments, and tensors without dimensions, go to each.
+            equal parts, of a DTensor the rows that each process has; other arguments, and tensors without dimensions,
+            go to each.
         average: whether their losses are averaged, else summed, for a `loss_fn` that divides by a number of the whole
             batch, such as that of its tokens.
         scaler: scales the loss, for float16; call `scaler.update()` after the step as ever.
@@ -71,9 +72,9 @@ def compile_train_step(
     Raises:
         TypeError: the optimizer is another one, or a wrapper of one; in `step`, if `loss_fn` returns no loss.
         ValueError: gradients are reduced by `DistributedDataParallel`, `fully_shard` or FSDP1, in hooks that have no
-            place in a graph (tensor parallelism has none), or released by
+            place in a graph (docs/distributed.md, "Data parallelism in one graph", has what does), or released by
             :func:`torch_ademamix.release.release_gradients`; the optimizer has no parameter of the model; `fullgraph`
-            is False.
+            is False; in `step`, if `accumulate` doesn't divide a batch.
         RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model, or in
             :func:`torch.autograd.detect_anomaly`.
 
