@@ -282,10 +282,8 @@ class AdEMAMix(Optimizer):
         plan = self._layout.plan
         plan.check(work)
         work = plan.placed(work)
-        scaler = {
-            "grad_scale": self._grad_scale([grad for _, _, grads in work for grad in grads]),
-            "found_inf": getattr(self, "found_inf", None),
-        }
+        grad_scale = self._grad_scale([grad for _, _, grads in work for grad in grads])
+        scaler = {"grad_scale": grad_scale, "found_inf": getattr(self, "found_inf", None)}
         plan.run([call for item in work for call in plan.calls(*item, self._hyperparameters, scaler)])
 
     def _grad_scale(self, grads: list[Tensor]) -> Tensor | None:
