@@ -6,13 +6,13 @@ one, flattened and with a dynamic length, so that one compilation serves every s
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ademamix.reference import HYPERPARAMETERS
+from torch_ademamix.reference import HYPERPARAMETERS, ademamix_blockwise_step_
 
 MIN_NUMEL = 2**16  # elements of a call, below which it isn't worth seconds of compiling
 
@@ -36,32 +36,40 @@ def run(
 ) -> None:
     """`step`, one of the reference kernels, compiled where that is worth it and torch.compile serves the device."""
     params = lists[0]
-    call = {"grad_scale": grad_scale, "found_inf": found_inf, **options}
     device = params[0].device if params else None
     if device is None or device.type in _unable or sum(p.numel() for p in params) < MIN_NUMEL:
-        return step(*lists, lr, remainders=remainders, seed=seed, streams=streams, **call)
+        rest = {"remainders": remainders, "seed": seed, "streams": streams, **options}
+        return step(*lists, lr, grad_scale=grad_scale, found_inf=found_inf, **rest)
 
     numbers = _in_one_tensor([lr, *(options.pop(name) for name in HYPERPARAMETERS[1:])], device)
     integers = torch.tensor([[_signed(seed), stream] for stream in streams or [0] * len(params)], device=device)
+    call = partial(_call, device.type)
     for i, tensors in enumerate(zip(*lists, *([remainders] if remainders else []), strict=True)):
         flat = _flat(tensors, in_order=bool(streams))
-        arguments = (step, flat or tensors, bool(remainders), numbers, integers[i], grad_scale, found_inf, options)
-        if flat is None or flat[0].numel() == 0 or device.type in _unable:
-            _update(*arguments)
-            continue
+        arguments = (step, flat or tensors, bool(remainders), numbers, integers[i].clone(), grad_scale, found_inf)
+        if flat is None or flat[0].numel() == 0:
+            _update(*arguments, **options)
+        elif step is ademamix_blockwise_step_:  # in stages: of all at once, Inductor makes slower code
+            _update(*arguments, **options, call=call)
+        else:
+            call(_update, *arguments, **options)
+
+
+def _call(device_type: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls what torch.compile makes of a function, or the function itself where that fails."""
+    if device_type not in _unable:
+        limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), RECOMPILE_LIMIT)
         try:
-            with torch._dynamo.config.patch(
-                recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT
-            ):
-                _compiled()(*arguments)
+            with torch._dynamo.config.patch(limits):
+                return _compiled(function)(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            _unable.add(device.type)  # nothing has run yet
+            _unable.add(device_type)  # nothing has run yet
             warnings.warn(
-                f"torch.compile doesn't serve {device.type} here, so torch_ademamix's reference kernels run "
+                f"torch.compile doesn't serve {device_type} here, so torch_ademamix's reference kernels run "
                 f"operation by operation, which takes several times as long ({str(error).splitlines()[0]})",
                 stacklevel=2,
             )
-            _update(*arguments)
+    return function(*args, **kwargs)
 
 
 def _update(
@@ -72,7 +80,7 @@ def _update(
     integers: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    options: dict[str, Any],
+    **options: Any,
 ) -> None:
     """A step of one parameter, whose numbers are in tensors: as numbers, they would be compiled in."""
     hyperparameters = dict(zip(HYPERPARAMETERS, numbers.unbind(), strict=True))
@@ -85,8 +93,8 @@ def _update(
 
 
 @cache
-def _compiled() -> Callable[..., None]:
-    return torch.compile(_update, dynamic=True, fullgraph=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def _in_one_tensor(numbers: Sequence[Tensor | float | None], device: torch.device) -> Tensor:

@@ -152,6 +152,10 @@ def ademamix_step_(
             old.copy_(value)
 
 
+def _plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
 def ademamix_blockwise_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -169,9 +173,14 @@ def ademamix_blockwise_step_(
     seed: int,
     streams: Sequence[int],
     found_inf: Tensor | None,
+    call: Callable[..., Any] = _plainly,
     **options: Any,
 ) -> None:
-    """The op `ademamix_blockwise_step_`, of any device: a step on the dequantized state."""
+    """The op `ademamix_blockwise_step_`, of any device: a step on the dequantized state.
+
+    Args:
+        call: calls a stage of it, which is a function, with its arguments (torch_ademamix/fused.py).
+    """
     lists = zip(
         params,
         grads,
@@ -186,33 +195,43 @@ def ademamix_blockwise_step_(
         strict=True,
     )
     for i, (p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, stream) in enumerate(lists):
-        quantized = [
-            (codes, absmax, FORMATS[codes.dtype])
-            for codes, absmax in ((m1, m1_absmax), (m2, m2_absmax), (nu, nu_absmax))
-        ]
-        moments = [
-            dequantize(codes, absmax.view(-1), format).to(compute_dtype(p.dtype)) for codes, absmax, format in quantized
-        ]
-        a, b, c = moments
+        quantized = [(m1, m1_absmax), (m2, m2_absmax), (nu, nu_absmax)]
+        moments = [call(_moment, codes, absmax, compute_dtype(p.dtype)) for codes, absmax in quantized]
+        a, b, c = ([m] for m in moments)
         rounding: dict[str, Any] = {"remainders": remainders[i : i + 1], "seed": seed, "streams": [stream]}
-        ademamix_step_([p], [g], [a], [b], [c], [step], lr, **rounding, found_inf=found_inf, **options)
-        # An element of which one moment isn't finite loses all three, and no more than that.
-        finite = torch.stack([m.float().isfinite() for m in moments]).all(0)
-        for (codes, absmax, format), m in zip(quantized, moments, strict=True):
-            stochastic = stochastic_rounding and format == "fourth_root_uint8"
-            new_codes, new_absmax = quantize(
-                torch.where(finite, m.float(), 0),
-                format,
-                seed=seed if stochastic else None,
-                step=step,
-                stream=stream,
-            )
-            if found_inf is not None:
-                skip = found_inf.bool().reshape(())
-                new_codes = torch.where(skip, codes, new_codes)
-                new_absmax = torch.where(skip, absmax.view(-1), new_absmax)
-            codes.copy_(new_codes)
-            absmax.copy_(new_absmax.view_as(absmax))
+        call(ademamix_step_, [p], [g], a, b, c, [step], lr, **rounding, found_inf=found_inf, **options)
+        moments = call(_finite, *moments)
+        for (codes, absmax), m in zip(quantized, moments, strict=True):
+            stochastic = stochastic_rounding and FORMATS[codes.dtype] == "fourth_root_uint8"
+            call(_store, codes, absmax, m, found_inf, seed if stochastic else None, step, stream)
+
+
+def _moment(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize(codes, absmax.view(-1), FORMATS[codes.dtype]).to(dtype)
+
+
+def _finite(*moments: Tensor) -> list[Tensor]:
+    """In float32. An element of which one moment isn't finite loses all three, and no more than that."""
+    finite = torch.stack([m.float().isfinite() for m in moments]).all(0)
+    return [torch.where(finite, m.float(), 0) for m in moments]
+
+
+def _store(
+    codes: Tensor,
+    absmax: Tensor,
+    moment: Tensor,
+    found_inf: Tensor | None,
+    seed: int | None,
+    step: Tensor,
+    stream: int,
+) -> None:
+    new_codes, new_absmax = quantize(moment, FORMATS[codes.dtype], seed=seed, step=step, stream=stream)
+    if found_inf is not None:
+        skip = found_inf.bool().reshape(())
+        new_codes = torch.where(skip, codes, new_codes)
+        new_absmax = torch.where(skip, absmax.view(-1), new_absmax)
+    codes.copy_(new_codes)
+    absmax.copy_(new_absmax.view_as(absmax))
 
 
 class ReferenceAdEMAMix(torch.optim.Optimizer):
