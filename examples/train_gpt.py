@@ -198,7 +198,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--context", type=int, default=128, help="bytes the model sees")
-    parser.add_argument("--device", default="cpu")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=gpu, help="the GPU, where there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/gpt"), help="output folder")
     args = parser.parse_args()
