@@ -1,12 +1,14 @@
 """capture_train_step on a stand-in for CUDA's graphs; tests/test_cuda.py has real ones."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from config import assert_identical
-from cuda_graphs import Graphs, stand_in
+from cuda_graphs import CUDAGraph, Graphs, stand_in
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -252,3 +254,27 @@ def test_replaced_parameters_are_refused(graphs: Graphs) -> None:
     model[3] = nn.Linear(16, 1)
     with pytest.raises(RuntimeError, match="no longer the model's"):
         step(*batch(0))
+
+
+def test_the_warm_up_leaves_the_gradients_norm(graphs: Graphs) -> None:
+    model, optimizer = make(max_grad_norm=0.05)
+    plain(model, optimizer)(*batch(0))
+    before = optimizer.grad_norm.clone()
+    step = captured(model, optimizer)
+    assert torch.equal(optimizer.grad_norm, before)
+    step(*batch(1))
+    assert not torch.equal(optimizer.grad_norm, before)
+
+
+def test_the_graph_is_free_with_the_step(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model and optimizer live on."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(graph := CUDAGraph(graphs)) or graph)
+    model, optimizer = make()
+    step = captured(model, optimizer)
+    step(*batch(0))
+    graph = weakref.ref(made.pop())
+    del step
+    gc.collect()
+    assert graph() is None
+    plain(model, optimizer)(*batch(1))
