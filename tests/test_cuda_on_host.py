@@ -46,6 +46,7 @@ def build(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+@pytest.mark.slow
 def test_on_host(tmp_path: Path) -> None:
     build(tmp_path)
     runtimes = [
