@@ -47,6 +47,13 @@ ADEMAMIX_INLINE double beta3_schedule(double step, const Hyperparameters& h) {
   return ::fmin(::exp(1 / ((1 - s) * start + s * end)), h.beta3);
 }
 
+// The step after one. float32 has every integer up to 2^24 only; from there on it is the next number that there is, so
+// that warm-ups go on, if faster, and random bits are others.
+ADEMAMIX_INLINE float next_step(float step) {
+  const float next = step + 1;
+  return next > step ? next : float_from_bits(float_bits(step) + 1);
+}
+
 // What the update of a tensor's elements needs, fixed for one step.
 template <class V>
 struct StepScalars {

@@ -138,7 +138,7 @@ def step_lists(draw: st.DrawFn, *, most: int = 4, finite: bool = True, plain_sta
                 target.append(x)
             else:
                 target.append(draw(laid_out(x, expanded=j == 1)))
-        lists.steps.append(torch.tensor(float(draw(st.sampled_from([0, 0, 1, 2, 49, 1000, 2**24 - 2])))))
+        lists.steps.append(torch.tensor(float(draw(st.sampled_from([0, 0, 1, 2, 49, 1000, 2**24 - 2, 2**24])))))
     return lists
 
 

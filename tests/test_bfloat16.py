@@ -1,6 +1,7 @@
 """bfloat16 parameters that don't lose their updates: with remainders, and rounded stochastically."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -354,3 +355,24 @@ def test_parameters_draw_bits_of_their_own():
         for i in range(3):
             assert 0 < moved[i].count_nonzero() < 4096
             assert not torch.equal(moved[i], moved[i - 1])
+
+
+def test_steps_beyond_those_that_float32_counts() -> None:
+    """Each draws other bits than the one before."""
+    p = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    optimizer = AdEMAMix([p], lr=1e-3, param_rounding="stochastic")
+    optimizer.init_state()
+    state = optimizer.state[p]
+    state["step"].fill_(2**24 - 2)
+    steps, drawn = [], []
+    for _ in range(5):
+        with torch.no_grad():
+            for tensor in (state["exp_avg"], state["exp_avg_slow"], state["exp_avg_sq"]):
+                tensor.zero_()
+            p.fill_(1)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        steps.append(state["step"].item() - 2**24)
+        drawn.append(p.detach().clone())
+    assert steps == [-1, 0, 2, 4, 6]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(drawn))

@@ -45,8 +45,9 @@ def assert_stepped(lists: StepLists, before: StepLists, lr, grad_scale, options,
     for i, (p, g, m1, m2, nu, t) in enumerate(zip(*before, strict=True)):
         moments = (float64.exactly(float64.float64(m)) for m in (m1, m2, nu))
         old, remainder = (r["remainders"][i] if "remainders" in r else None for r in (before_rounding, rounding))
+        following = float(t) + 1 if t < 2**24 else float(np.nextafter(np.float32(t), np.float32(np.inf)))
         weight, *expected = float64.step(
-            weight_of(p, old), p.dtype, g, *moments, float(t) + 1, float(lr), grad_scale=scale, **options
+            weight_of(p, old), p.dtype, g, *moments, following, float(lr), grad_scale=scale, **options
         )
         new = lists.params[i]
         ulps = 1.0 if "stochastic_param_rounding" in rounding else 0.5
@@ -57,7 +58,7 @@ def assert_stepped(lists: StepLists, before: StepLists, lr, grad_scale, options,
         for name, tensor, interval in zip(names, actual, expected, strict=True):
             float64.assert_within(tensor, interval, f"{name}[{i}]")
         assert not (new.isfinite() & ~g.isfinite()).any()
-        assert lists.steps[i] == t + 1
+        assert lists.steps[i] == following
     assert_identical(lists.grads, before.grads)
 
 

@@ -33,6 +33,15 @@ HYPERPARAMETERS = (
 Number = Tensor | float  # a tensor: float64, without dimensions
 
 
+def next_step(step: Tensor) -> Tensor:
+    """The step after one, in float32, which has every integer up to 2^24 only: then the next number that there is.
+
+    >>> next_step(torch.tensor([0.0, 2**24 - 1, 2**24])).tolist()
+    [1.0, 16777216.0, 16777218.0]
+    """
+    return torch.where(step + 1 > step, step + 1, torch.nextafter(step, torch.full_like(step, torch.inf)))
+
+
 def step_scalars(
     step: Tensor,
     lr: Number,
@@ -131,21 +140,22 @@ def ademamix_step_(
     """The op `ademamix_step_`, of any device; it reads no value back to the host."""
     lists = zip(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, strict=True)
     for i, (param, grad, m1, m2, nu, step) in enumerate(lists):
+        t = next_step(step)
         p = bfloat16.join(param, remainders[i]) if remainders else param.to(compute_dtype(param.dtype))
         g = grad.to(p.dtype)
         if grad_scale is not None:
             g = (g / grad_scale.reshape(())).to(p.dtype)  # of no dimensions both, g would become float64
         if maximize:
             g = -g
-        weight, *moments = ademamix_update(p, g, m1, m2, nu, step + 1, lr, **hyperparameters)
+        weight, *moments = ademamix_update(p, g, m1, m2, nu, t, lr, **hyperparameters)
         rounded = [weight]
         if remainders:
             rounded = [*bfloat16.split(weight)]
         elif stochastic_param_rounding:
-            key: dict[str, Any] = {"seed": seed, "step": step + 1, "stream": streams[i], "device": p.device}
+            key: dict[str, Any] = {"seed": seed, "step": t, "stream": streams[i], "device": p.device}
             random = random_bits(p.numel(), first_group=FIRST_PARAM_GROUP, **key)
             rounded = [bfloat16.round_stochastically(weight, random.view(p.shape))]
-        new = (*moments, step + 1, *rounded)
+        new = (*moments, t, *rounded)
         for old, value in zip((m1, m2, nu, step, param, *remainders[i : i + 1]), new, strict=True):
             if found_inf is not None:
                 value = torch.where(found_inf.bool().reshape(()), old.to(value.dtype), value)

@@ -63,7 +63,7 @@ std::vector<StepScalars<T>> advance(const std::vector<TensorView>& steps, const 
   float last = 0;  // no step is 0 after its increment
   for (size_t i = 0; i < steps.size(); ++i) {
     float& step = *static_cast<float*>(steps[i].data);
-    step += 1;
+    step = next_step(step);
     scalars[i] = i > 0 && step == last ? scalars[i - 1] : StepScalars<T>(h, step, lr, grad_scale);
     last = step;
   }

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(PROLOGUE_THREADS)
                     const __grid_constant__ StepNumbers numbers, TensorScalars<T>* scalars) {
   const int i = static_cast<int>(blockIdx.x) * PROLOGUE_THREADS + static_cast<int>(threadIdx.x);
   if (i >= pointers.count || skipped(numbers.found_inf)) return;
-  const float step = *pointers.steps[i] + 1;
+  const float step = next_step(*pointers.steps[i]);
   *pointers.steps[i] = step;
   scalars[i].scalars = StepScalars<T>(numbers.hyperparameters(), step, numbers.lr.get(), numbers.grad_scale.get());
   scalars[i].step = static_cast<uint32_t>(step);
