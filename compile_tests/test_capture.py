@@ -3,23 +3,18 @@
 import copy
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from config import assert_identical
 from cuda_graphs import CUDAGraph, Graphs, stand_in
+from loops import OPTIONS, batch, loss_fn, plain
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from torch_ademamix import AdEMAMix, capture_train_step
-
-OPTIONS = {
-    "32-bit": {},
-    "8-bit": {"optim_bits": 8, "min_8bit_size": 16},
-    "clipped": {"max_grad_norm": 0.05},
-    "8-bit, clipped": {"optim_bits": 8, "min_8bit_size": 16, "max_grad_norm": 0.05},
-}
 
 
 @pytest.fixture
@@ -34,27 +29,6 @@ def make(**options: Any) -> tuple[nn.Module, AdEMAMix]:
     return model, AdEMAMix(
         model.parameters(), **{"lr": 1e-2, "t_alpha": 15, "t_beta3": 15, "capturable": True, **options}
     )
-
-
-def batch(i: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(i)
-    return torch.randn(12, 8, generator=generator), torch.randn(12, 1, generator=generator)
-
-
-def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return (model(x) - y).square().mean()
-
-
-def plain(model: nn.Module, optimizer: AdEMAMix) -> Any:
-    def step(*args: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_fn(model, *args)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
 
 
 def captured(model: nn.Module, optimizer: AdEMAMix, **more: Any) -> Any:
@@ -86,7 +60,7 @@ def test_order_of_calls(graphs: Graphs) -> None:
 def test_equals_the_plain_loop(graphs: Graphs, options: dict[str, Any]) -> None:
     """Bit for bit, with buffers, dropout, and a scheduler that writes lr and betas; captured once."""
     results = []
-    for make_step in (plain, captured):
+    for make_step in (partial(plain, loss_fn=loss_fn), captured):
         model, optimizer = make(**options)
         step = make_step(model, optimizer)
         torch.manual_seed(1)
@@ -150,7 +124,7 @@ def reset_state(model: nn.Module, optimizer: AdEMAMix) -> None:
 def test_what_a_graph_has_for_good_is_captured_anew(graphs: Graphs, change: Any) -> None:
     """And once: the step then is the plain loop's."""
     results = []
-    for make_step in (plain, captured):
+    for make_step in (partial(plain, loss_fn=loss_fn), captured):
         model, optimizer = make()
         step = make_step(model, optimizer)
         torch.manual_seed(1)
@@ -258,7 +232,7 @@ def test_replaced_parameters_are_refused(graphs: Graphs) -> None:
 
 def test_the_warm_up_leaves_the_gradients_norm(graphs: Graphs) -> None:
     model, optimizer = make(max_grad_norm=0.05)
-    plain(model, optimizer)(*batch(0))
+    plain(model, optimizer, loss_fn)(*batch(0))
     before = optimizer.grad_norm.clone()
     step = captured(model, optimizer)
     assert torch.equal(optimizer.grad_norm, before)
@@ -277,4 +251,4 @@ def test_the_graph_is_free_with_the_step(graphs: Graphs, monkeypatch: pytest.Mon
     del step
     gc.collect()
     assert graph() is None
-    plain(model, optimizer)(*batch(1))
+    plain(model, optimizer, loss_fn)(*batch(1))

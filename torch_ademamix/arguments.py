@@ -21,31 +21,14 @@ def check_step(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     lr: Tensor | float,
-    *,
-    maximize: bool,
-    remainders: Sequence[Tensor],
-    stochastic_param_rounding: bool,
-    seed: int,
-    streams: Sequence[int],
-    places: Sequence[int],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    dry_run: bool = False,
-    **hyperparameters: Any,
+    **options: Any,
 ) -> None:
-    """Without `hyperparameters`, lr is the tensor of all of them."""
-    check = Checker("ademamix_step_", params, places)
+    check = Checker("ademamix_step_", params, options["places"])
     check.grads(grads)
     check.state("exp_avgs", exp_avgs)
     check.state("exp_avg_slows", exp_avg_slows)
     check.state("exp_avg_sqs", exp_avg_sqs)
-    check.steps(steps)
-    check.param_rounding(remainders, stochastic_param_rounding)
-    check.places(steps)
-    if stochastic_param_rounding:
-        check.length("streams", streams)
-    check.numbers(lr, **hyperparameters)
-    check.scaler(grad_scale, found_inf)
+    _check_options(check, steps, lr, draws=options["stochastic_param_rounding"], **options)
 
 
 def check_blockwise_step(
@@ -60,8 +43,27 @@ def check_blockwise_step(
     steps: Sequence[Tensor],
     lr: Tensor | float,
     *,
-    maximize: bool,
     stochastic_rounding: bool,
+    **options: Any,
+) -> None:
+    check = Checker("ademamix_blockwise_step_", params, options["places"])
+    check.grads(grads)
+    check.codes("exp_avgs", exp_avgs, torch.int8)
+    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
+    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.int8)
+    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
+    check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
+    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
+    _check_options(check, steps, lr, draws=True, **options)
+
+
+def _check_options(
+    check: Checker,
+    steps: Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    draws: bool,
+    maximize: bool,
     remainders: Sequence[Tensor],
     stochastic_param_rounding: bool,
     seed: int,
@@ -72,19 +74,17 @@ def check_blockwise_step(
     dry_run: bool = False,
     **hyperparameters: Any,
 ) -> None:
-    """Without `hyperparameters`, lr is the tensor of all of them."""
-    check = Checker("ademamix_blockwise_step_", params, places)
-    check.grads(grads)
-    check.codes("exp_avgs", exp_avgs, torch.int8)
-    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
-    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.int8)
-    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
-    check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
-    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
+    """What both ops have.
+
+    Args:
+        draws: whether each parameter must have a stream of random bits.
+        hyperparameters: without them, lr is the tensor of all.
+    """
     check.steps(steps)
     check.param_rounding(remainders, stochastic_param_rounding)
     check.places(steps)
-    check.length("streams", streams)
+    if draws:
+        check.length("streams", streams)
     check.numbers(lr, **hyperparameters)
     check.scaler(grad_scale, found_inf)
 

@@ -128,20 +128,19 @@ class BlockLanes {
     const Place at(r, block, lane);
     if (at.wide) {
       p.load(at.param, at.remainder);
-      if (r.wide_grad)
-        g.load(at.grad);
-      else
-        g.load(at.grad, LANE_ELEMENTS, G(0));
       m1.load(at.m1);
       m2.load(at.m2);
       nu.load(at.nu);
     } else {  // zeros after the end change no scale
       p.load(at.param, at.remainder, at.count);
-      g.load(at.grad, at.count, G(0));
       m1.load(at.m1, at.count, 0);
       m2.load(at.m2, at.count, 0);
       nu.load(at.nu, at.count, 0);
     }
+    if (at.wide && r.wide_grad)
+      g.load(at.grad);
+    else
+      g.load(at.grad, at.count, G(0));
     absmax = at.absmax ? *at.absmax : 0;
   }
 
