@@ -4,14 +4,15 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from config import KERNELS, MIXED, StepLists, make_lists, step, step_call
 from torch import Tensor, nn
 from torch._C import DispatchKeySet
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit
-from torch_ademamix.blockwise import BLOCK_SIZE, dequantize, quantize
+from torch_ademamix import AdEMAMix, AdEMAMix8bit, blockwise
+from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, dequantize, quantize
 from torch_ademamix.reference import compute_dtype
 
 PACKET = torch.ops.torch_ademamix.ademamix_blockwise_step_
@@ -137,6 +138,22 @@ def expected_blockwise_step(
             codes.copy_(new_codes)
             absmax.copy_(new_absmax)
     return after
+
+
+def code_bounds(before: BlockwiseLists, ulps: int = 4, **options: Any) -> tuple[BlockwiseLists, BlockwiseLists]:
+    """What a step gives where the roots that codes are made of are so many units of float32 too small, or too large."""
+    root, results = blockwise._sqrt, []
+    for error in (-ulps, ulps):
+        with patch.object(blockwise, "_sqrt", lambda x, factor=1 + error * 2**-24: root(x) * factor):
+            results.append(expected_blockwise_step("native", before, **copy.deepcopy(options)))
+    return results[0], results[1]
+
+
+def assert_codes_within(lists: BlockwiseLists, bounds: tuple[BlockwiseLists, BlockwiseLists]) -> None:
+    for actual, low, high in zip(lists, *bounds, strict=True):
+        for a, b, c in zip(actual, low, high, strict=True):
+            if a.dtype in CODE_DTYPES.values():
+                assert bool(((torch.minimum(b, c) <= a) & (a <= torch.maximum(b, c))).all())
 
 
 def with_absmax_one(values: Tensor) -> tuple[Tensor, Tensor]:

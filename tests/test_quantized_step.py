@@ -1,5 +1,7 @@
 """The blockwise step's numbers: every kernel against its 32-bit step and the formats, to the bit."""
 
+import copy
+
 import pytest
 import torch
 from config import (
@@ -14,7 +16,9 @@ from config import (
 )
 from quantized import (
     SMALL,
+    assert_codes_within,
     blockwise_step,
+    code_bounds,
     dequantized,
     expected_blockwise_step,
     make_blockwise,
@@ -195,3 +199,22 @@ def test_function_splits_lists_by_dtype():
         streams = list(range(first, first + 4))
         blockwise_step("native" if native_built() else "reference", half, seed=5, streams=streams)
     assert_identical(mixed, [a + b for a, b in zip(*halves, strict=True)])
+
+
+@pytest.mark.parametrize("slow_ema_bits", [8, 16])
+def test_bounds_of_codes(slow_ema_bits: int) -> None:
+    """What kernels with approximate roots are held to: few codes have two values, one beside the other."""
+    before = make_blockwise(slow_ema_bits=slow_ema_bits)
+    bounds = code_bounds(before)
+    assert_codes_within(expected_blockwise_step("native", before), bounds)
+    for low, high in zip(*bounds, strict=True):
+        for a, b in zip(low, high, strict=True):
+            if a.dtype in (torch.int8, torch.uint8, torch.int16):
+                difference = (a.int() - b.int()).abs()
+                assert bool((difference <= 1).all())
+                assert difference.count_nonzero() <= 1 + 1e-3 * a.numel()
+    beside = copy.deepcopy(before)
+    blockwise_step("native", beside)
+    max(beside.exp_avgs, key=torch.numel).view(-1)[5] += 1
+    with pytest.raises(AssertionError):
+        assert_codes_within(beside, bounds)
