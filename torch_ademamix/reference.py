@@ -1,6 +1,7 @@
 """AdEMAMix in plain PyTorch: the oracle of the tests, and the kernel for devices without a native one."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -222,7 +223,7 @@ def _moment(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _finite(*moments: Tensor) -> list[Tensor]:
     """In float32. An element of which one moment isn't finite loses all three, and no more than that."""
-    finite = torch.stack([m.float().isfinite() for m in moments]).all(0)
+    finite = reduce(torch.logical_and, [m.float().isfinite() for m in moments])
     return [torch.where(finite, m.float(), 0) for m in moments]
 
 
