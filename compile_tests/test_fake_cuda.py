@@ -18,12 +18,12 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is bui
 
 CLASSES = ("AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix", "PagedAdEMAMix8bit")
 OPS = (
-    "ademamix_step_",
-    "ademamix_step_.tensor_lr",
-    "ademamix_step_.tensor_hyperparameters",
-    "ademamix_blockwise_step_",
-    "ademamix_blockwise_step_.tensor_lr",
-    "ademamix_blockwise_step_.tensor_hyperparameters",
+    "_ademamix_step_",
+    "_ademamix_step_.tensor_lr",
+    "_ademamix_step_.tensor_hyperparameters",
+    "_ademamix_blockwise_step_",
+    "_ademamix_blockwise_step_.tensor_lr",
+    "_ademamix_blockwise_step_.tensor_hyperparameters",
     "quantize_blockwise",
     "dequantize_blockwise",
     "paged_empty",

@@ -49,7 +49,7 @@ def test_graph():
         """\
 _set_grad_enabled(
     False)
-ademamix_blockwise_step_.tensor_lr(
+_ademamix_blockwise_step_.tensor_lr(
     [f32[70, 60], f32[4096]]
     [f32[70, 60], f32[4096]]
     [i8[8448]]
@@ -78,7 +78,9 @@ ademamix_blockwise_step_.tensor_lr(
     remainders=[]
     streams=[0, 2]
     places=[0, 0, 0, 0, 4352, 1])
-ademamix_step_.tensor_lr(
+increment_version(
+    [f32[70, 60], f32[4096], i8[8448], f32[33], i16[8448], f32[33], u8[8448], f32[33], f32[2]])
+_ademamix_step_.tensor_lr(
     [f32[4], f32[3, 5]]
     [f32[4], f32[3, 5]]
     [f32[512]]
@@ -103,6 +105,8 @@ ademamix_step_.tensor_lr(
     remainders=[]
     streams=[]
     places=[0, 0, 0, 0, 256, 1])
+increment_version(
+    [f32[4], f32[3, 5], f32[512], f32[512], f32[512], f32[2]])
 _set_grad_enabled(
     True)""",
     )

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -57,7 +58,7 @@ def test_graph():
         """\
 _set_grad_enabled(
     False)
-ademamix_step_.tensor_lr(
+_ademamix_step_.tensor_lr(
     [f32[5, 3], f32[4], f32[], f32[70, 60]]
     [f32[5, 3], f32[4], f32[], f32[70, 60]]
     [f32[5120]]
@@ -82,6 +83,8 @@ ademamix_step_.tensor_lr(
     remainders=[]
     streams=[]
     places=[0, 0, 0, 0, 256, 1, 0, 512, 2, 0, 768, 3])
+increment_version(
+    [f32[5, 3], f32[4], f32[], f32[70, 60], f32[5120], f32[5120], f32[5120], f32[4]])
 _set_grad_enabled(
     True)""",
     )
@@ -97,7 +100,7 @@ def test_graph_of_two_dtypes():
         """\
 _set_grad_enabled(
     False)
-ademamix_step_.default(
+_ademamix_step_.default(
     [f32[2], f32[4]]
     [f32[2], f32[4]]
     [f32[768]]
@@ -122,7 +125,9 @@ ademamix_step_.default(
     remainders=[]
     streams=[]
     places=[0, 0, 0, 0, 512, 2])
-ademamix_step_.default(
+increment_version(
+    [f32[2], f32[4], f32[768], f32[768], f32[768], f32[3]])
+_ademamix_step_.default(
     [bf16[3]]
     [bf16[3]]
     [f32[768]]
@@ -147,6 +152,8 @@ ademamix_step_.default(
     remainders=[]
     streams=[]
     places=[0, 256, 1])
+increment_version(
+    [bf16[3], f32[768], f32[768], f32[768], f32[3]])
 _set_grad_enabled(
     True)""",
     )
@@ -389,3 +396,35 @@ def test_ninth_optimizer(isolated):
         step()
     with torch._dynamo.config.patch(recompile_limit=9):
         step()
+
+
+@pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_version_counters(backend, cls):
+    """A compiled step counts as eager ones do: backward through what it has changed is refused."""
+    p = nn.Parameter(torch.randn(70, 60))
+    optimizer = cls([p])
+    loss = p.square().sum()
+    loss.backward(retain_graph=True)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=backend)
+    compiled()
+    changed = [p, *optimizer.state[p].values()]
+    before = [t._version for t in changed]
+    compiled()
+    assert all(t._version > version for t, version in zip(changed, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_numbers_are_not_guarded_one_by_one():
+    """A compiled call looks at parameters and gradients, but not at each number of their places and streams."""
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(5)]
+    optimizer = AdEMAMix8bit(params, min_8bit_size=1)
+    optimizer.init_state()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    names = set()
+    options = {"guard_filter_fn": lambda guards: [names.add(guard.name) or True for guard in guards]}
+    torch.compile(optimizer.step, fullgraph=True, options=options)()
+    assert any(name.endswith("params'][4].grad") for name in names)
+    assert not [name for name in names if re.search(r"(places|streams)\[", name)]

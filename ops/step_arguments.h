@@ -140,9 +140,9 @@ template <auto STEP>
 void register_step(torch::stable::detail::StableLibrary& m) {
   using WithLr = StepOp<STEP, double>;
   using WithTensorLr = StepOp<STEP, Tensor>;
-  m.impl("ademamix_step_", TORCH_BOX(&WithLr::with_numbers));
-  m.impl("ademamix_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
-  m.impl("ademamix_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
+  m.impl("_ademamix_step_", TORCH_BOX(&WithLr::with_numbers));
+  m.impl("_ademamix_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
+  m.impl("_ademamix_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
 }
 
 // The overloads of ademamix_blockwise_step_, where STEP is a device's void(BlockwiseLists&, const StepOptions&).
@@ -189,9 +189,9 @@ template <auto STEP>
 void register_blockwise_step(torch::stable::detail::StableLibrary& m) {
   using WithLr = BlockwiseStepOp<STEP, double>;
   using WithTensorLr = BlockwiseStepOp<STEP, Tensor>;
-  m.impl("ademamix_blockwise_step_", TORCH_BOX(&WithLr::with_numbers));
-  m.impl("ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
-  m.impl("ademamix_blockwise_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
+  m.impl("_ademamix_blockwise_step_", TORCH_BOX(&WithLr::with_numbers));
+  m.impl("_ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
+  m.impl("_ademamix_blockwise_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
 }
 
 }  // namespace ademamix

@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.utils import ReinplaceCounters
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-OP_CALL = re.compile(r"torch\.ops\.torch_ademamix\.ademamix_\w*step_\.\w+\(")
+OP_CALL = re.compile(r"torch\.ops\.torch_ademamix\._ademamix_\w*step_\.\w+\(")
 # What else a line of the generated function may be: no clone, no copy, no kernel, no new buffer.
 HARMLESS = re.compile(r"def call|args\.clear|return \(\)|#|del arg|assert_size_stride\(|arg\w+(, arg\w+)* = args$")
 

@@ -124,7 +124,7 @@ def one_nan(t: Tensor) -> Tensor:
 
 
 def test_native_kernels_serve_cuda() -> None:
-    for op in ("ademamix_step_", "ademamix_blockwise_step_", "quantize_blockwise", "paged_empty"):
+    for op in ("_ademamix_step_", "_ademamix_blockwise_step_", "quantize_blockwise", "paged_empty"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_ademamix::{op}", "CUDA")
 
 

@@ -41,7 +41,7 @@ def _cuda() -> str:
 def _kernels(dispatch_key: str) -> str:
     """Asks the dispatcher, which knows what has been loaded."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not has_kernel("torch_ademamix::ademamix_step_", dispatch_key):
+    if not has_kernel("torch_ademamix::_ademamix_step_", dispatch_key):
         return "reference kernels"
     if dispatch_key == "CPU" and ops.native is not None:
         return f"native kernels for {ops.cpu_capability(ops.native)}"

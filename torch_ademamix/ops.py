@@ -1,14 +1,15 @@
 """The custom ops: their schemas, the libraries that serve them, fakes and the in-place rule.
 
 By dispatch key, an op has: native kernels (CPU, and CUDA where there is a GPU); the reference for any other
-device, and for every device of a build without native parts; a fake, for tracing; and, above them all, the
-in-place rule.
+device, and for every device of a build without native parts; and a fake, for tracing. One that writes in place is made
+of two: the kernels', and the in-place rule that calls it.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,33 +79,32 @@ def cpu_capability(native: ModuleType) -> str:
 def _define_in_place(
     schema: str, *, mutated: Sequence[int], fake: Callable[..., None], kernel: Callable[..., None]
 ) -> Callable[..., None]:
-    """Registers an in-place op; `mutated` are the positions of the lists that it changes, beside `remainders`.
+    """Registers an in-place op, and returns it without the dispatcher's way to it.
 
-    Returns the op as eager code calls it: its in-place rule, without the dispatcher's way to that, which takes
-    longer than the rule.
+    The kernels are those of a second op, by the same name with an underscore before, which leaves the version counters
+    of what it changes as they were: a backward after it would silently use the new values where torch's own optimizers
+    make it raise. A traced graph has that one: what AOTAutograd compiles counts versions itself, and would go through
+    Python, with all its tensors, for a rule at the dispatch key ADInplaceOrView.
+
+    Args:
+        mutated: the positions of the lists that it changes, beside `remainders`.
     """
-    op = _define(schema, fake, kernel)
+    kernels = _define(f"_{schema}", fake, kernel)
 
-    # A raw op leaves the version counters of what it changes as they were, and a backward after it would
-    # silently use the new values where torch's own optimizers make it raise.
-    def in_place_rule(keyset: Any, *args: Any, **kwargs: Any) -> None:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            op(*args, **kwargs)
+    def op(*args: Any, **kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            kernels(*args, **kwargs)
+        else:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                kernels(*args, **kwargs)
         if kwargs.get("dry_run"):
             return
-        for i in mutated:
-            torch.autograd.graph.increment_version(args[i])
-        torch.autograd.graph.increment_version(kwargs["remainders"])
+        changed = [args[i] for i in mutated]
+        torch.autograd.graph.increment_version(list(chain(*changed, kwargs["remainders"])))
 
-    _library.impl(schema.split("(")[0], in_place_rule, "ADInplaceOrView", with_keyset=True)
-
-    def call(*args: Any, **kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            op(*args, **kwargs)
-        else:
-            in_place_rule(None, *args, **kwargs)
-
-    return call
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(schema.split("(")[0], op, "CompositeImplicitAutograd")
+    return op
 
 
 def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:

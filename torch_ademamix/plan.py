@@ -1,5 +1,6 @@
 """Which op calls a step makes: parameters in batches that one call can update, found once and kept while they hold."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from torch_ademamix import ops, sharding
+from torch_ademamix import ops, sharding, tracing
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     MOMENTS,
@@ -66,6 +67,17 @@ class Batch:
         if MASTER_REMAINDER in tensors:
             self.remainders.append(ref(tensors[MASTER_REMAINDER]))
 
+    def settle(self) -> None:
+        """To be called when the last parameter has been added."""
+        self._numbers = json.dumps([self.streams, self.places])
+
+    def numbers(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The streams and places of all parameters."""
+        if torch.compiler.is_compiling():  # Dynamo would guard each number of a list
+            streams, places = tracing.decoded(self._numbers)
+            return streams, places
+        return self.streams, self.places
+
     def addresses(self) -> list[Any]:
         """Where the state lies, for a graph that has this for good."""
         tensors = [tensor() for refs in (*self.state, self.remainders) for tensor in refs]
@@ -106,15 +118,15 @@ class Batch:
             grads = [sharding.local_grad(grad) for grad in grads]
             local = [sharding.local_param(p) for p in params]
         state, remainders = self.state, self.remainders
-        if not (whole or self.places):
+        streams, places = self.numbers()
+        if not (whole or places):
             state = [[refs[i] for i in chosen] for refs in state]
             remainders = [remainders[i] for i in chosen] if remainders else []
         lists = (local, grads, *([tensor() for tensor in refs] for refs in state))
-        places = self.places if whole else [k for i in chosen for k in _place(self.places, i)]
         more = {
             "remainders": [tensor() for tensor in remainders],
-            "streams": [] if not random else self.streams if whole else [self.streams[i] for i in chosen],
-            "places": places,
+            "streams": [] if not random else streams if whole else [streams[i] for i in chosen],
+            "places": places if whole else [k for i in chosen for k in _place(places, i)],
         }
         return [(params, lists, more)]
 
@@ -150,6 +162,8 @@ class Plan:
                     self.stateless.append(p)
                 stream += 1
         self.batches = list(batches.values())
+        for batch in self.batches:
+            batch.settle()
         self.places = {id(p): (batch, i) for batch in self.batches for i, p in enumerate(batch.params)}
         self._views = [view for view in views if not isinstance(view, FakeTensor)]  # which have no addresses
         self._pointers = list(map(Tensor.data_ptr, self._views))

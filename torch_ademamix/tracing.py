@@ -4,23 +4,42 @@ It is called with a name, for Dynamo takes a text for a constant, and a number f
 """
 
 import itertools
+import json
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 _numbers = itertools.count()
-_optimizers: "WeakValueDictionary[str, Any]" = WeakValueDictionary()
+_objects: "WeakValueDictionary[str, Any]" = WeakValueDictionary()
 
 
-def enter(optimizer: Any) -> str:
-    """Remembers an optimizer, while it lives, by the name that is returned."""
-    name = f"optimizer {next(_numbers)}"
-    _optimizers[name] = optimizer
+def enter(known: Any) -> str:
+    """Remembers an object, while it lives, by the name that is returned."""
+    name = f"{type(known).__name__} {next(_numbers)}"
+    _objects[name] = known
     return name
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def prepare(name: str) -> None:
     """Checks the options, and makes what the step of the optimizer of that name needs."""
-    _optimizers[name]._prepare()
+    _objects[name]._prepare()
+
+
+def look_for_other_leaves(context: Any) -> None:
+    """Tells the loop of that name whether the graph so far has leaves that require a gradient beside `params`.
+
+    Args:
+        context: Dynamo's, where `name` and `params` are local variables.
+    """
+    own = {proxy.node for proxy in context.get_local("params").as_proxy()}
+    others = (node for node in context.graph().find_nodes(op="placeholder") if node not in own)
+    if any(isinstance(t := node.meta["example_value"], torch.Tensor) and t.requires_grad for node in others):
+        _objects[context.get_local("name").as_python_constant()].has_other_leaves = True
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def decoded(text: str) -> Any:
+    """What a text holds as JSON, whose parts no guard looks at one by one: the text is guarded."""
+    return json.loads(text)

@@ -120,7 +120,7 @@ def collectives(backend):
     """Of the one graph that was compiled, which has the backward pass and the update in it too."""
     (graph,) = backend.fw_graphs
     assert not backend.bw_graphs
-    assert "torch_ademamix.ademamix" in graph.code
+    assert "torch_ademamix._ademamix" in graph.code
     names = (node.target._opname for node in graph.graph.nodes if "c10d" in str(node.target))
     return {name: n for name, n in Counter(names).items() if name != "wait_tensor"}
 

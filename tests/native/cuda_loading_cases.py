@@ -20,7 +20,7 @@ PROCESSES.set_forkserver_preload(["host"])
 
 def make_call(*dtypes: torch.dtype) -> tuple[StepLists, Callable[[], None]]:
     lists = make_lists([((40,), *["contiguous"] * 3)], *dtypes)
-    op, args, kwargs = step_call(torch.ops.cuda_on_host.ademamix_step_, lists)
+    op, args, kwargs = step_call(torch.ops.cuda_on_host._ademamix_step_, lists)
     return lists, lambda: op(*args, **kwargs)
 
 

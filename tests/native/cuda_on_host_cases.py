@@ -42,9 +42,9 @@ def assert_within_ulp(actual: Tensor, expected: Tensor) -> None:
 
 
 def call(namespace: Any, kind: str, lists: Any, **options: Any) -> None:
-    name = "ademamix_step_"
+    name = "_ademamix_step_"
     if kind == "blockwise":
-        name = "ademamix_blockwise_step_"
+        name = "_ademamix_blockwise_step_"
         options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
     op, args, kwargs = step_call(getattr(namespace, name), lists, **options)
     op(*args, **kwargs)

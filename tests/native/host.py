@@ -13,8 +13,8 @@ SOURCES = Path(__file__).parents[2] / "ops"
 DRIVER = FOLDER / "libcuda.so.1"
 
 OPS = (
-    "ademamix_step_",
-    "ademamix_blockwise_step_",
+    "_ademamix_step_",
+    "_ademamix_blockwise_step_",
     "quantize_blockwise",
     "dequantize_blockwise",
     "paged_empty",
