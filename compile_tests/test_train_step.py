@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from config import TOLERANCES, assert_identical
 from graphs import OP_CALL
+from loops import plain
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch._dynamo.utils import ReinplaceCounters
 from torch._inductor.utils import run_and_get_code
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
@@ -213,3 +214,46 @@ def test_options_reach_the_compiler():
     step = compile_train_step(model, optimizer, loss_fn, backend=counter, dynamic=False)
     train(step, steps=2)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_other_leaves(backend, accumulate):
+    """Leaves that are neither the model's nor the optimizer's get their gradients as in the plain loop."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(4, 3), nn.Linear(3, 1)
+    results = []
+    for compiled in (False, True):
+        ours, others = copy.deepcopy(encoder), copy.deepcopy(decoder)
+        optimizer, second = AdEMAMix(ours.parameters(), lr=1e-2), torch.optim.AdamW(others.parameters())
+
+        def through_others(model, x, others=others):
+            return others(model(x)).square().mean()
+
+        make = compile_train_step if compiled else plain
+        options = {"backend": backend} if compiled else {}
+        step = make(ours, optimizer, through_others, accumulate=accumulate, **options)
+        for i in range(3):
+            x = torch.full((4, 4), 1.0 + i, requires_grad=accumulate == 1)  # else its parts are no leaves
+            step(x)
+            results.append([x.grad, *(p.grad.clone() for p in others.parameters())])
+            second.step()
+            second.zero_grad()
+        results.append([*ours.parameters(), *others.parameters()])
+    for expected, actual in zip(results[:4], results[4:], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_steps_of_other_shapes():
+    """A step of another model doesn't take its batch's sizes for variable ones, since this has others."""
+    graphs = []
+    for size in (3, 5):
+        model = nn.Linear(size, 2)
+        backend = EagerAndRecordGraphs()
+        step = compile_train_step(model, AdEMAMix(model.parameters()), lambda m, x: m(x).sum(), backend=backend)
+        step(torch.ones(size + 4, size))
+        graphs += backend.graphs
+    for graph in graphs:
+        inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        assert inputs
+        assert not any(isinstance(size, torch.SymInt) for t in inputs for size in (t, *t.shape))

@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from torch_ademamix import sharding
 from torch_ademamix.loop import Loop, checked, given_by_scaler
+from torch_ademamix.micro_batches import micro_batches
 from torch_ademamix.options import CONSTANT_OPTIONS
 
 WARM_UP_STEPS = 3  # what torch.cuda.make_graphed_callables does: libraries choose kernels and make their workspaces
@@ -36,7 +37,7 @@ class CapturedTrainStep:
             leaf.detach().to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
         args, kwargs = tree_unflatten(self._inputs, self._spec)
-        self._micro_batches = loop.micro_batches(args, kwargs)
+        self._micro_batches = micro_batches(args, kwargs, loop.accumulate)
         self._graph: torch.cuda.CUDAGraph | None = None
         with loop.around():
             self._capture()

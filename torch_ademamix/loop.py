@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.comptime import comptime
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
-from torch_ademamix import sharding
+from torch_ademamix import sharding, tracing
 from torch_ademamix.clipping import total_norm
+from torch_ademamix.micro_batches import MicroBatch
 from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.options import HyperparameterTensors
 from torch_ademamix.release import GradientRelease, refuse_wrapped
-
-MicroBatch = tuple[Sequence[Any], Mapping[str, Any]]  # the arguments of loss_fn after the model
 
 # Of a parameter: its number in Loop.params, its gradient's hooks, and those after that has been accumulated.
 ParamHooks = tuple[int, tuple[Callable[..., Any], ...], tuple[Callable[..., Any], ...]]
@@ -62,6 +62,8 @@ class Loop:
         self._tensors = HyperparameterTensors()
         self._found_inf: Tensor | None = None
         self._shared: set[Tensor] = set()  # the optimizer's parameters that are the model's
+        self.has_other_leaves = False  # in a graph of the step: gradients go to tensors that aren't in `params`
+        self._name = tracing.enter(self)
         self._look()
         if not any(p.requires_grad for p in self._shared):
             raise ValueError("the optimizer has no parameter of the model that requires a gradient")
@@ -130,33 +132,6 @@ class Loop:
             record["found_inf_per_device"] = {self._found_inf.device: self._found_inf}
             record["stage"] = OptState.STEPPED
 
-    def micro_batches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[MicroBatch]:
-        """The parts of a batch, of which each tensor is split along its first dimension."""
-        n = self.accumulate
-        if n == 1:
-            return [(args, kwargs)]
-        leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
-        split: list[Sequence[Any]] = []
-        rows: tuple[int, object] | None = None  # a leaf, and how its rows are divided over processes
-        for i, leaf in enumerate(leaves):
-            if not (isinstance(leaf, Tensor) and leaf.dim() > 0):
-                split.append([leaf] * n)
-                continue
-            shards, division = sharding.rows(leaf)
-            if leaf.shape[0] % (n * shards) != 0:
-                raise ValueError(
-                    f"leaf {i} of the batch has shape {list(leaf.shape)}, whose first dimension isn't a multiple of "
-                    f"accumulate={n}" + (f" times its {shards} shards" if shards > 1 else "")
-                )
-            rows = rows or (i, division)
-            if division != rows[1]:
-                raise ValueError(
-                    f"leaves {rows[0]} and {i} of the batch are sharded differently along their first dimension, but "
-                    f"with accumulate={n} each process splits the rows that it has"
-                )
-            split.append(sharding.split_rows(leaf, n))
-        return [tree_unflatten(list(part), spec) for part in zip(*split, strict=True)]
-
     def run(
         self, micro_batches: Sequence[MicroBatch], step: Callable[[], Any], hooks: Sequence[ParamHooks] = ()
     ) -> tuple[bool, Any]:
@@ -194,20 +169,24 @@ class Loop:
     def _backward(self, loss: Tensor, hooks: Sequence[ParamHooks]) -> None:
         if self.scaler is not None:
             loss = loss * self.optimizer.grad_scale  # type: ignore[attr-defined]
-        # Dynamo's backward() places a gradient as its parameter: replicated ones would be reduced at each micro-batch.
-        if not hooks and not (self._sharded and torch.compiler.is_compiling()):
+        if not torch.compiler.is_compiling():
+            loss.backward()
+            return
+        params, name = [p for p in self.params if p.requires_grad], self._name  # noqa: F841 (name: at compile time)
+        comptime(tracing.look_for_other_leaves)
+        # Dynamo's backward() finds every leaf, but makes more of each gradient than is needed here, can't be hooked,
+        # and places gradients as their parameters: replicated ones would be reduced at each micro-batch.
+        if self.has_other_leaves and not hooks and not self._sharded:
             loss.backward()
             return
         # Gradients of their own, not p.grad with None stored in it: Dynamo, having read that again, takes None for this
         # parameter's gradient in all that it traces later, of any model.
-        functions = {i: (of_grad, after) for i, of_grad, after in hooks}
-        numbers = [i for i, p in enumerate(self.params) if p.requires_grad]
-        grads = torch.autograd.grad(loss, [self.params[i] for i in numbers], allow_unused=True)
-        for i, grad in zip(numbers, grads, strict=True):
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        functions = {self.params[i]: (of_grad, after) for i, of_grad, after in hooks}
+        for p, grad in zip(params, grads, strict=True):
             if grad is None:
                 continue
-            p = self.params[i]
-            of_grad, after = functions.get(i, ((), ()))
+            of_grad, after = functions.get(p, ((), ()))
             for hook in of_grad:
                 replaced = hook(grad)
                 grad = grad if replaced is None else replaced

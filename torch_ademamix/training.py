@@ -10,6 +10,8 @@ Both do what this loop does, or refuse::
 
 - Gradients of all parameters of the model and of the optimizer are cleared before and after, as if by `zero_grad` with
   `set_to_none=True`. So several steps over one model, as a generator's and a discriminator's, don't see each other's.
+  Other leaves of the loss, as a batch that requires a gradient, get theirs; with hooks of parameters, or DTensors, not
+  in a compiled step.
 - Hooks of parameters, modules and the optimizer's steps are called; a compiled step with a module's backward hook is
   refused by Dynamo. What a model logs is left out of a compiled step, which it would break (with torch 2.13).
 - Learning rates, betas, α, the warm-ups, eps and weight decay are read anew at each step, so that schedulers, made
@@ -19,9 +21,12 @@ Both do what this loop does, or refuse::
 - `model.eval()` and evaluation between steps, and loading state into model and optimizer, are as ever.
 """
 
+import gc
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -30,11 +35,14 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from torch_ademamix.captured import CapturedTrainStep
-from torch_ademamix.loop import Loop, MicroBatch, ParamHooks, checked
+from torch_ademamix.loop import Loop, ParamHooks, checked
+from torch_ademamix.micro_batches import MicroBatch, micro_batches
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.release import release_gradients
 
 __all__ = ["capture_train_step", "compile_train_step", "release_gradients"]
+
+_numbers = itertools.count()
 
 
 def compile_train_step(
@@ -104,7 +112,7 @@ def compile_train_step(
     loop.param_hooks()
     optimizer.init_state()
 
-    def train_step(micro_batches: list[MicroBatch], has_step_hooks: bool, hooks: tuple[ParamHooks, ...]) -> Any:
+    def train_step(parts: list[MicroBatch], has_step_hooks: bool, hooks: tuple[ParamHooks, ...]) -> Any:
         def update() -> None:
             if has_step_hooks:
                 type(optimizer).step(optimizer)  # an LR scheduler hides optimizer.step behind what can't be traced
@@ -112,20 +120,48 @@ def compile_train_step(
                 with torch.no_grad():
                     optimizer._update()
 
-        return loop.run(micro_batches, update, hooks)
+        return loop.run(parts, update, hooks)
 
-    if not isolates:  # Dynamo counts by code, which all steps would have in common
-        train_step = FunctionType(train_step.__code__.replace(), train_step.__globals__, closure=train_step.__closure__)
+    # Dynamo counts compilations by code, and learns by its name which shapes vary: not from another step.
+    code = train_step.__code__.replace(co_name=f"train_step_{next(_numbers)}")
+    train_step = FunctionType(code, train_step.__globals__, closure=train_step.__closure__)
     compiled = torch.compile(train_step, **compile_options)
+    first = True
 
     def step(*batch: Any, **more: Any) -> Any:
-        micro_batches = loop.micro_batches(batch, more)
-        with loop.around(), torch._dynamo.config.patch(config):
-            result = checked(compiled(micro_batches, bool(loop.step_hooks()), loop.param_hooks()))
+        nonlocal first
+        parts = micro_batches(batch, more, loop.accumulate)
+        with loop.around(), _configured(config), _collecting_no_garbage() if first else nullcontext():
+            result = checked(compiled(parts, bool(loop.step_hooks()), loop.param_hooks()))
+        first = False
         loop.tell_of_step()
         return result
 
     return step
+
+
+@contextmanager
+def _configured(dynamo: dict[str, Any]) -> Iterator[None]:
+    """For what a whole step is compiled with.
+
+    A tensor that is computed from two, and used twice, is kept in memory, as residuals are: by forward and backward,
+    which as graphs of their own would pass it on there anyway. Inductor would compute it anew for each use, from up to
+    four tensors: no two layers' kernels are alike then, and a deep model takes a quarter longer to compile.
+    """
+    with torch._dynamo.config.patch(dynamo), torch._inductor.config.patch(realize_reads_threshold=1):
+        yield
+
+
+@contextmanager
+def _collecting_no_garbage() -> Iterator[None]:
+    """For the call that compiles, a tenth of whose time Python's collector takes, which finds next to nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _logging_methods() -> set[Callable[..., Any]]:
