@@ -77,7 +77,7 @@ struct FourthRoot {
   template <int ZERO, class V>
   ADEMAMIX_INLINE static V encode(V sqrt_value, V inverse) {
     const V code = fma(unit_sqrt(at_most_one(sqrt_value * inverse)), V(MAX), V(ZERO));
-    return larger(code, if_positive(sqrt_value, V(ZERO + SMALLEST), V(ZERO)));
+    return if_positive(sqrt_value, larger(code, V(ZERO + SMALLEST)), code);
   }
 
   // Positions are floats in [256, 512), whose ulps are 2^-15 codes.

@@ -33,6 +33,8 @@ class Kernel:
         text = self.instructions[i]
         operation = re.sub(r"^@!?U?P\w+\s+", "", text)
         conditional = text.startswith("@") or re.match(r"BRA(\.\w+)*\s+!?U?P\d", operation) is not None
+        if operation.startswith("CALL"):  # of the slow part of a division or a root
+            return
         if operation.startswith("BRA"):
             target = re.search(r"0x([0-9a-f]+)", operation)
             if target and int(target[1], 16) in self._index:

@@ -58,20 +58,20 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   std::vector<BlockwiseRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
-    BlockwiseRecord r{lists.params[i].data,
-                      lists.grads[i].data,
-                      static_cast<int8_t*>(lists.exp_avgs[i].data),
-                      lists.exp_avg_slows[i].data,
-                      static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
-                      static_cast<float*>(lists.exp_avg_absmaxs[i].data),
-                      static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
-                      static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)};
+    BlockwiseRecord r{
+        lists.params[i].data,
+        lists.grads[i].data,
+        static_cast<int8_t*>(lists.exp_avgs[i].data),
+        lists.exp_avg_slows[i].data,
+        static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
+        {static_cast<float*>(lists.exp_avg_absmaxs[i].data), static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
+         static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)}};
     if (kernel.rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
     r.numel = lists.params[i].numel;
     r.stream = options.streams[i];
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
     r.wide_blocks = kernel.is_wide(r) ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
-    r.wide_grad = aligned(r.grad, element_bytes(kernel.grad), LANE_ELEMENTS);
+    r.wide_grads = aligned(r.grad, element_bytes(kernel.grad), LANE_ELEMENTS) ? r.wide_blocks : 0;
     records.push_back(r);
   }
   const auto state_of = [&](const BlockwiseRecord& r) {
@@ -79,9 +79,9 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
     return std::array<Range, 7>{{{r.exp_avg, numel},
                                  {r.exp_avg_slow, numel * kernel.slow_bytes()},
                                  {r.exp_avg_sq, numel},
-                                 {r.exp_avg_absmax, absmax_bytes},
-                                 {r.exp_avg_slow_absmax, absmax_bytes},
-                                 {r.exp_avg_sq_absmax, absmax_bytes},
+                                 {r.absmaxs[0], absmax_bytes},
+                                 {r.absmaxs[1], absmax_bytes},
+                                 {r.absmaxs[2], absmax_bytes},
                                  {r.remainder, numel * sizeof(int16_t)}}};
   };
   const auto tiles_of_record = [](const BlockwiseRecord& r) { return tiles_of(r.blocks); };

@@ -56,8 +56,7 @@ template <class Format>
 __device__ __forceinline__ void decode(const LaneCodes<Format>& codes, float absmax, LaneFloats& values) {
   const float unit = absmax * Format::UNIT;
 #pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i)
-    values[i] = Format::decode(static_cast<float>(codes.template get<typename Format::Code>(i)), unit);
+  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = Format::decode(codes.get_float(i), unit);
 }
 
 __device__ __forceinline__ float to_float(float a) { return a; }
@@ -122,42 +121,47 @@ class BlockLanes {
   LaneCodes<SignedSqrt> m1;
   LaneCodes<Slow> m2;
   LaneCodes<FourthRoot> nu;
-  float absmax;  // of the first three lanes, each has one state's
+  float absmax;  // the first three lanes have one state's each
 
+  // `block` may be past the tensor's end.
   __device__ __forceinline__ void load(const BlockwiseRecord& r, uint32_t block, int lane) {
     const Place at(r, block, lane);
-    if (at.wide) {
+    if (block < r.wide_blocks) {
       p.load(at.param, at.remainder);
       m1.load(at.m1);
       m2.load(at.m2);
       nu.load(at.nu);
+      absmax = *at.absmax;
     } else {  // zeros after the end change no scale
-      p.load(at.param, at.remainder, at.count);
-      m1.load(at.m1, at.count, 0);
-      m2.load(at.m2, at.count, 0);
-      nu.load(at.nu, at.count, 0);
+      const int count = Place::count(r, block, lane);
+      p.load(at.param, at.remainder, count);
+      m1.load(at.m1, count, 0);
+      m2.load(at.m2, count, 0);
+      nu.load(at.nu, count, 0);
+      absmax = block < r.blocks ? *at.absmax : 0;
     }
-    if (at.wide && r.wide_grad)
+    if (block < r.wide_grads)
       g.load(at.grad);
     else
-      g.load(at.grad, at.count, G(0));
-    absmax = at.absmax ? *at.absmax : 0;
+      g.load(at.grad, Place::count(r, block, lane), G(0));
   }
 
   __device__ __forceinline__ void store(const BlockwiseRecord& r, uint32_t block, int lane) const {
     const Place at(r, block, lane);
-    if (at.wide) {
+    if (block < r.wide_blocks) {
       p.store(at.param, at.remainder);
       m1.store(at.m1);
       m2.store(at.m2);
       nu.store(at.nu);
+      if (lane < 3) *at.absmax = absmax;
     } else {
-      p.store(at.param, at.remainder, at.count);
-      m1.store(at.m1, at.count);
-      m2.store(at.m2, at.count);
-      nu.store(at.nu, at.count);
+      const int count = Place::count(r, block, lane);
+      p.store(at.param, at.remainder, count);
+      m1.store(at.m1, count);
+      m2.store(at.m2, count);
+      nu.store(at.nu, count);
+      if (lane < 3 && block < r.blocks) *at.absmax = absmax;
     }
-    if (at.absmax) *at.absmax = absmax;
   }
 
  private:
@@ -169,23 +173,27 @@ class BlockLanes {
     typename Slow::Code* m2;
     uint8_t* nu;
     float* absmax;
-    bool wide;
-    int count;  // elements, if not wide; below 0 past the tensor's end
 
-    // `block` may be past the tensor's end.
     __device__ __forceinline__ Place(const BlockwiseRecord& r, uint32_t block, int lane) {
-      const int64_t first = static_cast<int64_t>(block) * BLOCK_SIZE + lane * LANE_ELEMENTS;
-      const int64_t rest = r.numel - first;
+      const int64_t first = first_element(block, lane);
       param = static_cast<P*>(r.param) + first;
       grad = static_cast<const G*>(r.grad) + first;
       remainder = remainder_at<ROUNDING>(r.remainder, first);
       m1 = r.exp_avg + first;
       m2 = static_cast<typename Slow::Code*>(r.exp_avg_slow) + first;
       nu = r.exp_avg_sq + first;
-      float* const absmaxs = lane == 0 ? r.exp_avg_absmax : lane == 1 ? r.exp_avg_slow_absmax : r.exp_avg_sq_absmax;
-      absmax = lane < 3 && block < r.blocks ? absmaxs + block : nullptr;
-      wide = block < r.wide_blocks;
-      count = rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;
+      absmax = r.absmaxs[lane < 2 ? lane : 2] + block;
+    }
+
+    // The lane's elements, where they aren't accessed at once; below 0 past the tensor's end.
+    __device__ __forceinline__ static int count(const BlockwiseRecord& r, uint32_t block, int lane) {
+      asm volatile("" : "+r"(block));  // else it is computed of every block, and seldom needed
+      const int64_t rest = r.numel - first_element(block, lane);
+      return rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;
+    }
+
+    __device__ __forceinline__ static int64_t first_element(uint32_t block, int lane) {
+      return static_cast<int64_t>(block) * BLOCK_SIZE + lane * LANE_ELEMENTS;
     }
   };
 };
@@ -200,47 +208,25 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const uint32_t warp = threadIdx.x / WARP;
 
-  // A warp's block, and the tensor that it belongs to.
-  struct Cursor {
-    int32_t tensor;
-    uint32_t first_tile, end_tile;  // of the tensor
-    uint32_t block;                 // of the tensor, or past its end
-
-    __device__ __forceinline__ void move_to(const TensorTable<BlockwiseRecord, CAPACITY>& table, uint32_t tile,
-                                            uint32_t warp) {
-      if (tile >= end_tile) {
-        const auto place = table.find(tile);
-        tensor = place.tensor;
-        first_tile = tile - place.tile;
-        end_tile = table.end_tile[tensor];
-      }
-      block = (tile - first_tile) * TILE_BLOCKS + warp;
-    }
-  };
-
-  // The first block's loads are under way before anything is waited for, and the next one's while one is computed.
-  Cursor here{};
-  BlockLanes<P, G, Slow, ROUNDING> lanes;
-  here.move_to(table, blockIdx.x, warp);
-  lanes.load(table.records[here.tensor], here.block, lane);
   if (skipped(found_inf)) return;
-  int32_t tensor = -1;  // whose scalars these are
+  int32_t tensor = 0;                     // whose scalars these are
+  uint32_t first_tile = 0, end_tile = 0;  // the tensor's
   StepScalars<V> s;
   RandomKey key{};
   for (uint32_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
-    Cursor next = here;
-    BlockLanes<P, G, Slow, ROUNDING> next_lanes;
-    if (tile + gridDim.x < table.tiles()) {
-      next.move_to(table, tile + gridDim.x, warp);
-      next_lanes.load(table.records[next.tensor], next.block, lane);
-    }
-    const BlockwiseRecord& r = table.records[here.tensor];
-    if (here.tensor != tensor) {
-      tensor = here.tensor;
+    if (tile >= end_tile) {
+      const auto place = table.find(tile);
+      tensor = place.tensor;
+      first_tile = tile - place.tile;
+      end_tile = table.end_tile[tensor];
       const TensorScalars<T> loaded = load(scalars + table.first + tensor);
       s = StepScalars<V>(loaded.scalars);
-      key = random_key(seed, loaded.step, r.stream);
+      key = random_key(seed, loaded.step, table.records[tensor].stream);
     }
+    const BlockwiseRecord& r = table.records[tensor];
+    const uint32_t block = (tile - first_tile) * TILE_BLOCKS + warp;  // or past the tensor's end
+    BlockLanes<P, G, Slow, ROUNDING> lanes;
+    lanes.load(r, block, lane);
 
     LaneFloats m1, m2, nu, root;
     decode<SignedSqrt>(lanes.m1, __shfl_sync(0xffffffff, lanes.absmax, 0), m1);
@@ -258,7 +244,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
       // Codes are made of the root of the float32 value.
       root[i] = std::is_same_v<V, double> ? sqrt(nu[i]) : to_float(sqrt_nu);
     }
-    const uint64_t group = static_cast<uint64_t>(here.block) * WARP + static_cast<uint32_t>(lane);
+    const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
     lanes.p.set_all(new_param, key, group);
 
     float m1_absmax = warp_largest(largest(m1)), m2_absmax = warp_largest(largest(m2)),
@@ -280,9 +266,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     encode<SignedSqrt, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 0), key, group, lanes.m1);
     encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 1), key, group, lanes.m2);
     encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 2), key, group, lanes.nu);
-    lanes.store(r, here.block, lane);
-    lanes = next_lanes;
-    here = next;
+    lanes.store(r, block, lane);
   }
 }
 

@@ -144,15 +144,13 @@ struct BlockwiseRecord {
   int8_t* exp_avg;
   void* exp_avg_slow;
   uint8_t* exp_avg_sq;
-  float* exp_avg_absmax;
-  float* exp_avg_slow_absmax;
-  float* exp_avg_sq_absmax;
+  float* absmaxs[3];   // of exp_avg, exp_avg_slow and exp_avg_sq
   int16_t* remainder;  // if ParamRounding::REMAINDER
   int64_t numel;
   int64_t stream;  // of random bits
   uint32_t blocks;
   uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
-  int32_t wide_grad;     // whether the gradient is aligned there too
+  uint32_t wide_grads;   // as many where the gradient is aligned too, else 0
 };
 
 }  // namespace ademamix

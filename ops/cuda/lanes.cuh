@@ -83,6 +83,12 @@ class Lanes {
     return static_cast<T>(element);
   }
 
+  // The same as a float; of bytes taken out at once.
+  __device__ __forceinline__ float get_float(int i) const {
+    if constexpr (std::is_same_v<S, uint8_t>) return static_cast<float>(__byte_perm(words_[i / 4], 0, 0x4440 + i % 4));
+    return static_cast<float>(get<S>(i));
+  }
+
   template <class T>
   __device__ __forceinline__ void set(int i, T value) {
     const S element = static_cast<S>(value);
