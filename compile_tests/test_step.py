@@ -416,6 +416,43 @@ def test_version_counters(backend, cls):
         loss.backward()
 
 
+CHANGES = {
+    "strides": lambda p: p.data.mT.contiguous().mT,
+    "dtype": lambda p: p.data.bfloat16(),
+    "values": lambda p: p.data.clone(),
+}
+
+
+@pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_parameters_of_another_form(backend, change, cls):
+    """A compiled step notices, though it guards parameters by identity: their gradients have their form."""
+    torch.manual_seed(0)
+    start = torch.randn(70, 60)
+    results = []
+    for compiled in (False, True):
+        p = nn.Parameter(start.clone())
+        optimizer = cls([p], lr=torch.tensor(1e-2))
+        step = torch.compile(optimizer.step, fullgraph=True, backend=backend) if compiled else optimizer.step
+        for i in range(4):
+            if i == 2:
+                p.data = CHANGES[change](p)
+            p.grad = torch.empty_like(p).copy_(start * (i - 1))
+            step()
+        results.append([p, *optimizer.state[p].values()])
+    assert_identical(*results)
+
+
+def test_marks_of_parameters():
+    """What a step is traced with doesn't stay: the model is compiled as it would have been."""
+    params, optimizer = make()
+    torch._dynamo.mark_static_address(params[1], guard=False)
+    before = [dict(p.__dict__) for p in params]
+    torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
+    assert [dict(p.__dict__) for p in params] == before
+
+
 def test_numbers_are_not_guarded_one_by_one():
     """A compiled call looks at parameters and gradients, but not at each number of their places and streams."""
     params = [nn.Parameter(torch.zeros(4)) for _ in range(5)]

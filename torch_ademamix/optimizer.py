@@ -253,11 +253,11 @@ class AdEMAMix(Optimizer):
         self._layout.plan = Plan(self.param_groups, self.state)
 
     def _update(self) -> None:
-        if torch.compiler.is_compiling():
-            tracing.prepare(self._name)
-        else:
-            self._prepare()
+        is_traced = torch.compiler.is_compiling()
+        tracing.begin_step(self._name) if is_traced else self._prepare()
         self._run(self._layout.plan.work())
+        if is_traced:
+            tracing.end_step(self._name)
 
     @contextmanager
     def _reading(self, tensors: HyperparameterTensors) -> Iterator[None]:

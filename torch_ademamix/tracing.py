@@ -6,12 +6,15 @@ It is called with a name, for Dynamo takes a text for a constant, and a number f
 import itertools
 import json
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
 _numbers = itertools.count()
 _objects: "WeakValueDictionary[str, Any]" = WeakValueDictionary()
+
+_MARK = "_dynamo_static_input_type"  # what mark_static_address writes
+_marks: "WeakKeyDictionary[Any, list[tuple[torch.Tensor, Any]]]" = WeakKeyDictionary()  # of parameters, those before
 
 
 def enter(known: Any) -> str:
@@ -22,9 +25,29 @@ def enter(known: Any) -> str:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def prepare(name: str) -> None:
-    """Checks the options, and makes what the step of the optimizer of that name needs."""
-    _objects[name]._prepare()
+def begin_step(name: str) -> None:
+    """Checks the options, and makes what the step of the optimizer of that name needs.
+
+    Where the step is compiled by itself, its parameters are guarded by identity, as those of torch's own optimizers
+    are: that takes half as long as by all that they are, and gradients, which have their form, tell of that.
+    """
+    optimizer = _objects[name]
+    optimizer._prepare()
+    alone = optimizer._hyperparameters is None
+    params = [p for batch in optimizer._layout.plan.batches for p in batch.params] if alone else []
+    _marks[optimizer] = [(p, getattr(p, _MARK, None)) for p in params]
+    for p in params:
+        torch._dynamo.mark_static_address(p, guard=True)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def end_step(name: str) -> None:
+    """Lets other compilations guard these parameters as they would have."""
+    for p, mark in _marks.pop(_objects[name]):
+        if mark is None:
+            delattr(p, _MARK)
+        else:
+            setattr(p, _MARK, mark)
 
 
 def look_for_other_leaves(context: Any) -> None:
