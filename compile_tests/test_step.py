@@ -449,6 +449,10 @@ def test_marks_of_parameters():
     params, optimizer = make()
     torch._dynamo.mark_static_address(params[1], guard=False)
     before = [dict(p.__dict__) for p in params]
+    params[0].grad = params[0].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
+    set_grads(params, 0)
     torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
     assert [dict(p.__dict__) for p in params] == before
 

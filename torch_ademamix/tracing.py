@@ -32,6 +32,7 @@ def begin_step(name: str) -> None:
     are: that takes half as long as by all that they are, and gradients, which have their form, tell of that.
     """
     optimizer = _objects[name]
+    _unmark(optimizer)  # where an error ended the tracing before
     optimizer._prepare()
     alone = optimizer._hyperparameters is None
     params = [p for batch in optimizer._layout.plan.batches for p in batch.params] if alone else []
@@ -43,7 +44,11 @@ def begin_step(name: str) -> None:
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def end_step(name: str) -> None:
     """Lets other compilations guard these parameters as they would have."""
-    for p, mark in _marks.pop(_objects[name]):
+    _unmark(_objects[name])
+
+
+def _unmark(optimizer: Any) -> None:
+    for p, mark in _marks.pop(optimizer, ()):
         if mark is None:
             delattr(p, _MARK)
         else:
