@@ -74,7 +74,7 @@ struct FourthRoot {
   static constexpr int SMALLEST = 4;
 
   // ZERO is what code 0 is as a float: ROUNDING_MAGIC gives the nearest code, POSITION_ZERO a position.
-  template <int ZERO, class V>
+  template <int ZERO = ROUNDING_MAGIC, class V>
   ADEMAMIX_INLINE static V encode(V sqrt_value, V inverse) {
     const V code = fma(unit_sqrt(at_most_one(sqrt_value * inverse)), V(MAX), V(ZERO));
     return if_positive(sqrt_value, larger(code, V(ZERO + SMALLEST)), code);
@@ -83,11 +83,15 @@ struct FourthRoot {
   // Positions are floats in [256, 512), whose ulps are 2^-15 codes.
   static constexpr int POSITION_ZERO = 256;
 
-  // Up with the probability of the fraction, right to 2e-5; `random` has 16 bits. The code is the byte from
-  // STOCHASTIC_SHIFT on: twice the position's bits have 16 after it, and in it nothing of the exponent.
+  // Up with the probability of the fraction, right to 2e-5, by the bits of the position and 16 random ones. The code
+  // is the byte from STOCHASTIC_SHIFT on: twice the position's bits have 16 after it, and in it nothing of the
+  // exponent.
   static constexpr int STOCHASTIC_SHIFT = 16;
 
-  ADEMAMIX_INLINE static uint32_t round(float position, uint32_t random) { return 2 * float_bits(position) + random; }
+  template <class Bits>
+  ADEMAMIX_INLINE static Bits round(Bits position, Bits random) {
+    return position + position + random;
+  }
 };
 
 // Calls f with a value of a format's struct.
@@ -105,7 +109,8 @@ ADEMAMIX_INLINE float inverse_absmax(float absmax) {
 #if defined(__CUDA_ARCH__)
   return ::fminf(__frcp_rn(absmax), FLT_MAX);
 #else
-  return ::fminf(1.0f / absmax, FLT_MAX);
+  const float inverse = 1 / absmax;
+  return inverse < FLT_MAX ? inverse : FLT_MAX;
 #endif
 }
 

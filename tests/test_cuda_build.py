@@ -102,12 +102,12 @@ dequantize                              24      24      24      26      26      
 prologue double                         60      56      56      58      58      54
 prologue float                          60      57      58      59      56      52
 quantize                                31      32      32      32      30      33
-step bfloat16                           51      52      52      48      48      54
+step bfloat16                           50      52      52      48      48      54
 step bfloat16 remainder                 59      56      56      56      58      58
 step bfloat16 stochastic                64      54      54      54      58      58
 step double                             72      76      76      76      76      74
 step float                              60      55      55      55      56      56
-step half                               51      52      52      48      48      54""",
+step half                               50      52      52      48      48      54""",
     )
 
 

@@ -8,8 +8,8 @@
 namespace ademamix {
 namespace {
 
-// The loops below are over at most one block, and simple enough for compilers to make vectors of them; what these
-// don't see through is written with torch's vectors.
+// The loops below are over at most one block, with torch's vectors, or simple enough for compilers to make vectors of
+// them.
 using V = Simd<float>;
 
 // A block's values. Loops over vectors may go on to the end of the last vector.
@@ -38,44 +38,40 @@ void replace_by_roots(Block<float>& values, int count) {
   for (int i = 0; i < count; i += V::SIZE) sqrt(V::load(values + i)).store(values + i);
 }
 
-// Replaces a block's finite values, or roots for FourthRoot, by floats that have their codes as the lowest bits.
-template <class Encode>
-void replace_by_codes(Block<float>& values, int count, const Encode& encode) {
-  for (int i = 0; i < count; i += V::SIZE) encode(V::load(values + i)).store(values + i);
+Ints bits_of(V values) { return at::vec::cast<int32_t>(values.v); }
+
+// Stores the codes of a vector's finite values, or roots for FourthRoot.
+template <class Format>
+void encode(V values, V inverse, typename Format::Code* codes) {
+  store_codes(bits_of(Format::encode(values, inverse)), codes);
 }
 
-// The lowest bits of floats. __restrict, since codes are char, which might be any other memory.
-template <class Code>
-void store_codes(const float* __restrict values, int count, Code* __restrict codes) {
-  for (int i = 0; i < count; ++i) codes[i] = static_cast<Code>(float_bits(values[i]));
+void encode_stochastically(V roots, V inverse, const uint16_t* random, uint8_t* codes) {
+  const Ints positions = bits_of(FourthRoot::encode<FourthRoot::POSITION_ZERO>(roots, inverse));
+  store_codes(FourthRoot::round(positions, load_bits(random)) >> Ints(FourthRoot::STOCHASTIC_SHIFT), codes);
 }
 
-void store_rounded(const float* __restrict positions, const uint16_t* __restrict random, int count,
-                   uint8_t* __restrict codes) {
-  for (int i = 0; i < count; ++i)
-    codes[i] = static_cast<uint8_t>(FourthRoot::round(positions[i], random[i]) >> FourthRoot::STOCHASTIC_SHIFT);
-}
-
-// Leaves garbage in `values`, of which FourthRoot takes the roots. `absmax` is theirs.
-void encode(Block<float>& values, float absmax, int64_t first, int count, const RandomKey* random,
-            const Quantized& target) {
+// A block's values, of which `absmax` is the scale.
+void encode_block(const Block<float>& values, float absmax, int64_t first, int count, const RandomKey* random,
+                  const Quantized& target) {
   target.absmax[first / BLOCK_SIZE] = absmax;
   const V inverse(inverse_absmax(absmax));
+  Block<uint16_t> bits;
+  if (random) random_block(*random, static_cast<uint64_t>(first) / RANDOM_GROUP, bits);
   with_format(target.format, [&](auto format) {
     using Format = decltype(format);
-    auto* codes = static_cast<typename Format::Code*>(target.codes) + first;
-    if constexpr (!std::is_same_v<Format, FourthRoot>) {
-      replace_by_codes(values, count, [&](V value) { return Format::encode(value, inverse); });
-    } else if (random) {
-      uint16_t bits[BLOCK_SIZE];
-      random_block(*random, static_cast<uint64_t>(first) / RANDOM_GROUP, bits);
-      constexpr int ZERO = FourthRoot::POSITION_ZERO;
-      replace_by_codes(values, count, [&](V root) { return Format::template encode<ZERO>(root, inverse); });
-      return store_rounded(values, bits, count, codes);
-    } else {
-      replace_by_codes(values, count, [&](V root) { return Format::template encode<ROUNDING_MAGIC>(root, inverse); });
+    Block<typename Format::Code> codes;
+    for (int i = 0; i < count; i += V::SIZE) {
+      const V vector = V::load(values + i);
+      if constexpr (std::is_same_v<Format, FourthRoot>) {
+        if (random) {
+          encode_stochastically(vector, inverse, bits + i, codes + i);
+          continue;
+        }
+      }
+      encode<Format>(vector, inverse, codes + i);
     }
-    store_codes(values, count, codes);
+    std::memcpy(static_cast<typename Format::Code*>(target.codes) + first, codes, sizeof(*codes) * count);
   });
 }
 
@@ -89,42 +85,52 @@ struct Moments {
     m2_absmax = absmax_of(m2, count);
     nu_absmax = absmax_of(nu, count);
   }
+
+  // An element of which one moment isn't finite loses all three, and its neighbours nothing.
+  void drop_infinite(int count) {
+    for (int i = 0; i < count; ++i)
+      if (!(std::isfinite(m1[i]) && std::isfinite(m2[i]) && std::isfinite(nu[i]))) m1[i] = m2[i] = nu[i] = 0;
+    measure(count);
+  }
+
+  bool finite() const { return std::isfinite(m1_absmax) && std::isfinite(m2_absmax) && std::isfinite(nu_absmax); }
 };
 
 // absmax_of, while vectors pass by.
 class Largest {
  public:
-  void add(V values) { most_ = at::vec::maximum(most_, at::vec::cast<int32_t>(values.v) & Ints(INT32_MAX)); }
+  void add(V values) { most_ = at::vec::maximum(most_, bits_of(values) & Ints(INT32_MAX)); }
 
   float get() const {
-    int32_t most[V::SIZE];
-    most_.store(most);
-    return float_from_bits(static_cast<uint32_t>(*std::max_element(most, most + V::SIZE)));
+    int32_t lanes[V::SIZE], most = 0;
+    most_.store(lanes);
+    for (const int32_t lane : lanes) most = std::max(most, lane);
+    return float_from_bits(static_cast<uint32_t>(most));
   }
 
  private:
-  using Ints = at::vec::Vectorized<int32_t>;
-
   Ints most_{0};
 };
 
-// A whole block, decoded, updated and measured in one loop: the divider works beside the rest.
+// A whole block. In one loop over its elements, a root, then a quotient, would have to be waited for, and processors
+// have room for few elements that wait: so there are two, and beside the quotients are the codes' roots. Where a moment
+// isn't finite it returns false and has written nothing.
 template <class Slow>
-void step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
+bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
   const StepScalars<V> scalars(t.scalars);
-  const auto* m1_codes = static_cast<const int8_t*>(t.exp_avg.codes) + first;
-  const auto* m2_codes = static_cast<const typename Slow::Code*>(t.exp_avg_slow.codes) + first;
-  const auto* nu_codes = static_cast<const uint8_t*>(t.exp_avg_sq.codes) + first;
-  const int64_t block = first / BLOCK_SIZE;
-  const V m1_unit(t.exp_avg.absmax[block] * SignedSqrt::UNIT), m2_unit(t.exp_avg_slow.absmax[block] * Slow::UNIT),
-      nu_unit(t.exp_avg_sq.absmax[block] * FourthRoot::UNIT);
+  auto* m1_codes = static_cast<int8_t*>(t.exp_avg.codes) + first;
+  auto* m2_codes = static_cast<typename Slow::Code*>(t.exp_avg_slow.codes) + first;
+  auto* nu_codes = static_cast<uint8_t*>(t.exp_avg_sq.codes) + first;
+  float &m1_absmax = t.exp_avg.absmax[first / BLOCK_SIZE], &m2_absmax = t.exp_avg_slow.absmax[first / BLOCK_SIZE],
+        &nu_absmax = t.exp_avg_sq.absmax[first / BLOCK_SIZE];
+  const V m1_unit(m1_absmax * SignedSqrt::UNIT), m2_unit(m2_absmax * Slow::UNIT), nu_unit(nu_absmax * FourthRoot::UNIT);
   Largest m1_largest, m2_largest, nu_largest;
   for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
-    Element<V> e{V::load(param + i), SignedSqrt::decode(load_codes(m1_codes + i), m1_unit),
+    Element<V> e{V{}, SignedSqrt::decode(load_codes(m1_codes + i), m1_unit),
                  Slow::decode(load_codes(m2_codes + i), m2_unit),
                  FourthRoot::decode(load_codes(nu_codes + i), nu_unit)};
-    const V root = update(e, V::load(grad + i), scalars);
-    e.param.store(param + i);
+    update_moments(e, V::load(grad + i), scalars);
+    const V root = sqrt(e.exp_avg_sq);
     e.exp_avg.store(m.m1 + i);
     e.exp_avg_slow.store(m.m2 + i);
     root.store(m.nu + i);
@@ -135,24 +141,43 @@ void step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
   m.m1_absmax = m1_largest.get();
   m.m2_absmax = m2_largest.get();
   m.nu_absmax = nu_largest.get();
+  if (!m.finite()) return false;
+
+  m1_absmax = m.m1_absmax;
+  m2_absmax = m.m2_absmax;
+  nu_absmax = m.nu_absmax;
+  const V m1_inverse(inverse_absmax(m1_absmax)), m2_inverse(inverse_absmax(m2_absmax)),
+      nu_inverse(inverse_absmax(nu_absmax));
+  Block<uint16_t> random;
+  const bool stochastic = t.stochastic_rounding;
+  if (stochastic) random_block(t.random, static_cast<uint64_t>(first) / RANDOM_GROUP, random);
+  for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
+    Element<V> e{V::load(param + i), V::load(m.m1 + i), V::load(m.m2 + i), V{}};
+    const V root = V::load(m.nu + i);
+    update_param(e, root, scalars);
+    e.param.store(param + i);
+    encode<SignedSqrt>(e.exp_avg, m1_inverse, m1_codes + i);
+    encode<Slow>(e.exp_avg_slow, m2_inverse, m2_codes + i);
+    if (stochastic) {
+      encode_stochastically(root, nu_inverse, random + i, nu_codes + i);
+    } else {
+      encode<FourthRoot>(root, nu_inverse, nu_codes + i);
+    }
+  }
+  return true;
 }
 
-void step_moments(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, int count,
-                  Moments& m) {
-  if (count == BLOCK_SIZE)
-    return t.exp_avg_slow.format == BlockFormat::LINEAR_INT16 ? step_whole_block<Linear>(param, grad, t, first, m)
-                                                              : step_whole_block<SignedSqrt>(param, grad, t, first, m);
-  decode(t.exp_avg, first, count, m.m1);
-  decode(t.exp_avg_slow, first, count, m.m2);
-  decode(t.exp_avg_sq, first, count, m.nu);
-  step_run(param, grad, m.m1, m.m2, m.nu, count, t.scalars);
-  replace_by_roots(m.nu, count);
-  m.measure(count);
+bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
+  const auto step =
+      t.exp_avg_slow.format == BlockFormat::LINEAR_INT16 ? step_whole_block<Linear> : step_whole_block<SignedSqrt>;
+  return step(param, grad, t, first, m);
 }
 
-void step_moments(double* param, const double* grad, const BlockwiseTensor<double>& t, int64_t first, int count,
-                  Moments& m) {
-  Block<double> m1, m2, nu;
+bool step_whole_block(double*, const double*, const BlockwiseTensor<double>&, int64_t, Moments&) { return false; }
+
+template <class T>
+void step_moments(T* param, const T* grad, const BlockwiseTensor<T>& t, int64_t first, int count, Moments& m) {
+  Block<T> m1, m2, nu;
   decode(t.exp_avg, first, count, m1);
   decode(t.exp_avg_slow, first, count, m2);
   decode(t.exp_avg_sq, first, count, nu);
@@ -173,19 +198,14 @@ void blockwise_step_elements(const BlockwiseTensor<T>& t, int64_t begin, int64_t
     const int count = static_cast<int>(std::min<int64_t>(BLOCK_SIZE, end - first));
     Weights<T> param(t.param, first, count);
     Run<T> grad(t.grad, first, count);
-    step_moments(param.data(), grad.data(), t, first, count, m);
-    param.write_back();
-    if (!(std::isfinite(m.m1_absmax) && std::isfinite(m.m2_absmax) && std::isfinite(m.nu_absmax))) {
-      // An element of which one moment isn't finite loses all three, and its neighbours nothing.
-      for (int i = 0; i < count; ++i) {
-        if (std::isfinite(m.m1[i]) && std::isfinite(m.m2[i]) && std::isfinite(m.nu[i])) continue;
-        m.m1[i] = m.m2[i] = m.nu[i] = 0;
-      }
-      m.measure(count);
+    if (count < BLOCK_SIZE || !step_whole_block(param.data(), grad.data(), t, first, m)) {
+      step_moments(param.data(), grad.data(), t, first, count, m);
+      if (!m.finite()) m.drop_infinite(count);
+      encode_block(m.m1, m.m1_absmax, first, count, nullptr, t.exp_avg);
+      encode_block(m.m2, m.m2_absmax, first, count, nullptr, t.exp_avg_slow);
+      encode_block(m.nu, m.nu_absmax, first, count, t.stochastic_rounding ? &t.random : nullptr, t.exp_avg_sq);
     }
-    encode(m.m1, m.m1_absmax, first, count, nullptr, t.exp_avg);
-    encode(m.m2, m.m2_absmax, first, count, nullptr, t.exp_avg_slow);
-    encode(m.nu, m.nu_absmax, first, count, t.stochastic_rounding ? &t.random : nullptr, t.exp_avg_sq);
+    param.write_back();
   }
 }
 
@@ -202,7 +222,7 @@ void quantize_elements(const float* values, const Quantized& target, const Rando
       for (int i = 0; i < count; ++i) block[i] = larger(block[i], 0.0f);
       replace_by_roots(block, count);
     }
-    encode(block, absmax_of(block, count), first, count, random, target);
+    encode_block(block, absmax_of(block, count), first, count, random, target);
   }
 }
 

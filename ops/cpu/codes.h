@@ -1,4 +1,4 @@
-// Codes as vectors of floats, from which compilers don't make the instructions that there are for them.
+// Codes and random bits as vectors, from which compilers don't make the instructions that there are for them.
 #pragma once
 
 #include "simd.h"
@@ -8,6 +8,9 @@
 #endif
 
 namespace ademamix {
+
+// As many as there are floats in a vector. Codes are stored from the lowest bits.
+using Ints = at::vec::Vectorized<int32_t>;
 
 #if defined(CPU_CAPABILITY_AVX512)
 
@@ -24,6 +27,18 @@ inline Simd<float> load_codes(const uint8_t* p) {
 inline Simd<float> load_codes(const int16_t* p) {
   return at::vec::Vectorized<float>(
       _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
+}
+
+inline Ints load_bits(const uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline void store_codes(Ints codes, uint8_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
+}
+
+inline void store_codes(Ints codes, int16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(codes));
 }
 
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -43,6 +58,21 @@ inline Simd<float> load_codes(const int16_t* p) {
       _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 }
 
+inline Ints load_bits(const uint16_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline void store_codes(Ints codes, uint8_t* p) {
+  const __m256i quads = _mm256_shuffle_epi8(codes, _mm256_set1_epi32(0x0c080400));
+  const __m256i both = _mm256_permutevar8x32_epi32(quads, _mm256_set1_epi64x(int64_t{4} << 32));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
+}
+
+inline void store_codes(Ints codes, int16_t* p) {
+  const __m256i quads = _mm256_shuffle_epi8(codes, _mm256_set1_epi64x(0x0d0c090805040100));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(quads, 0x08)));
+}
+
 #else
 
 template <class Code>
@@ -52,6 +82,21 @@ Simd<float> load_codes(const Code* p) {
   return Simd<float>::load(values);
 }
 
+inline Ints load_bits(const uint16_t* p) {
+  int32_t values[Ints::size()];
+  for (int64_t i = 0; i < Ints::size(); ++i) values[i] = p[i];
+  return Ints::loadu(values);
+}
+
+template <class Code>
+void store_codes(Ints codes, Code* p) {
+  int32_t values[Ints::size()];
+  codes.store(values);
+  for (int64_t i = 0; i < Ints::size(); ++i) p[i] = static_cast<Code>(values[i]);
+}
+
 #endif
+
+inline void store_codes(Ints codes, int8_t* p) { store_codes(codes, reinterpret_cast<uint8_t*>(p)); }
 
 }  // namespace ademamix

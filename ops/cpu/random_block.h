@@ -29,7 +29,7 @@ ADEMAMIX_INLINE WideWords wide_product(WideWords a, WideWords b) { return (a & U
 // random_words for the groups of a block, from the group `first` on, as the bits of its elements.
 inline void random_block(const RandomKey& key, uint64_t first, uint16_t (&random)[BLOCK_SIZE]) {
   constexpr int GROUPS = BLOCK_SIZE / RANDOM_GROUP, LANES = sizeof(WideWords) / sizeof(uint64_t);
-  constexpr int CHAINS = 2;  // as many as the registers hold
+  constexpr int CHAINS = LANES == 8 ? 4 : 2;  // as many as the registers hold
   const WideWords zero{}, multiplier0 = zero + PHILOX_MULTIPLIER[0], multiplier1 = zero + PHILOX_MULTIPLIER[1];
   uint64_t group[GROUPS], low[GROUPS], high[GROUPS];
   for (int i = 0; i < GROUPS; ++i) group[i] = first + key.first_group + static_cast<uint64_t>(i);

@@ -10,7 +10,9 @@
 
 namespace ademamix {
 
-constexpr int64_t RUN = 1024;  // elements; five runs of float64 are 40 KB
+// Elements. Short, so that a thread that fills buffers, at one stretch of memory, is soon back at the others: with runs
+// of 1,024 elements a bfloat16 parameter's step takes 15% longer.
+constexpr int64_t RUN = 256;
 
 // Calls f with a value of the C++ type of a floating dtype.
 template <class F>

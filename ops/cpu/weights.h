@@ -56,13 +56,10 @@ class Weights {
   void round() {
     if constexpr (std::is_same_v<T, float>) {
       float* data = run_.data();
+      static_assert(RUN <= BLOCK_SIZE);
       uint16_t random[BLOCK_SIZE];
-      for (int64_t first = 0; first < n_; first += BLOCK_SIZE) {
-        random_block(param_.random, FIRST_PARAM_GROUP + static_cast<uint64_t>(begin_ + first) / RANDOM_GROUP, random);
-        const int64_t count = std::min<int64_t>(BLOCK_SIZE, n_ - first);
-        for (int64_t i = 0; i < count; ++i)
-          data[first + i] = float_from_bits(round_stochastically(data[first + i], random[i]) & 0xffff0000);
-      }
+      random_block(param_.random, FIRST_PARAM_GROUP + static_cast<uint64_t>(begin_) / RANDOM_GROUP, random);
+      for (int64_t i = 0; i < n_; ++i) data[i] = float_from_bits(round_stochastically(data[i], random[i]) & 0xffff0000);
     }
   }
 

@@ -73,17 +73,12 @@ __device__ __forceinline__ void encode(const LaneFloats& values, float inverse, 
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
       const V position = Format::template encode<Format::POSITION_ZERO>(V(values[i]), V(inverse));
-      codes[i] = Format::round(to_float(position), random_half(words, i));
+      codes[i] = Format::round(float_bits(to_float(position)), random_half(words, i));
     }
     result.template set_all<Format::STOCHASTIC_SHIFT>(codes);
   } else {
 #pragma unroll
-    for (int i = 0; i < LANE_ELEMENTS; ++i) {
-      if constexpr (std::is_same_v<Format, FourthRoot>)
-        codes[i] = float_bits(to_float(Format::template encode<ROUNDING_MAGIC>(V(values[i]), V(inverse))));
-      else
-        codes[i] = float_bits(to_float(Format::encode(V(values[i]), V(inverse))));
-    }
+    for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = float_bits(to_float(Format::encode(V(values[i]), V(inverse))));
     result.set_all(codes);
   }
 }
