@@ -44,6 +44,11 @@ inline void for_each_offset(const TensorView& e, int64_t begin, int64_t n, F&& f
 template <class T>
 class Run {
  public:
+  // Whether elements are used where they lie; else a run has at most RUN of them.
+  static bool lies_in_memory(const TensorView& elements) {
+    return elements.contiguous && elements.dtype == c10::CppTypeToScalarType<T>::value;
+  }
+
   Run(const TensorView& elements, int64_t begin, int64_t n) : elements_(elements), begin_(begin), n_(n) {
     with_floating(elements.dtype, [&](auto type) {
       using S = decltype(type);
