@@ -8,8 +8,8 @@
 namespace ademamix {
 namespace {
 
-// The loops below are over at most one block, with torch's vectors, or simple enough for compilers to make vectors of
-// them.
+// The loops below are over at most one block, and written with torch's vectors, unless compilers make them of their own
+// accord.
 using V = Simd<float>;
 
 // A block's values. Loops over vectors may go on to the end of the last vector.
@@ -112,9 +112,10 @@ class Largest {
   Ints most_{0};
 };
 
-// A whole block. In one loop over its elements, a root, then a quotient, would have to be waited for, and processors
-// have room for few elements that wait: so there are two, and beside the quotients are the codes' roots. Where a moment
-// isn't finite it returns false and has written nothing.
+// A whole block. Returns false, and has written nothing, where a moment isn't finite.
+//
+// In one loop over the elements each would wait for a root and then for a quotient, and a processor has room for few
+// that wait. So the moments and their roots come first; the second loop has the quotients beside the codes' roots.
 template <class Slow>
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
   const StepScalars<V> scalars(t.scalars);

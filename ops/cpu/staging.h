@@ -50,18 +50,18 @@ class Run {
   }
 
   Run(const TensorView& elements, int64_t begin, int64_t n) : elements_(elements), begin_(begin), n_(n) {
+    if (lies_in_memory(elements)) {
+      data_ = static_cast<T*>(elements.data) + begin;
+      return;
+    }
+    data_ = buffer_;
     with_floating(elements.dtype, [&](auto type) {
-      using S = decltype(type);
-      S* source = static_cast<S*>(elements.data);
-      if (!elements.contiguous) {
-        data_ = buffer_;
+      const auto* source = static_cast<const decltype(type)*>(elements.data);
+      if (elements.contiguous) {
+        at::vec::convert(source + begin, data_, n);
+      } else {
         for_each_offset(elements, begin, n,
                         [&](int64_t i, int64_t offset) { data_[i] = static_cast<T>(source[offset]); });
-      } else if constexpr (std::is_same_v<S, T>) {
-        data_ = source + begin;
-      } else {
-        data_ = buffer_;
-        at::vec::convert(source + begin, data_, n);
       }
     });
   }
