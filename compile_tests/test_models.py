@@ -150,11 +150,16 @@ def test_reentrant_checkpointing_of_what_requires_no_gradient(counter):
 @SINCE_2_13
 @pytest.mark.parametrize(("kind", "dropout"), [(Block, 0.3), (Attention, 0.0), (Attention, 0.3)])
 def test_random_operations_in_what_is_checkpointed(kind, dropout):
-    """torch refuses to repeat them in one graph with the backward pass; they can be saved, and the rest repeated."""
+    """torch raises rather than repeat them in a graph with the backward pass; they can be saved, the rest repeated."""
     expected = trained(lambda: Model(kind(ORDINARY, dropout)), plain_step)
 
-    with pytest.raises(BackendCompilerFailed, match="does not support RNG ops in recompute regions"):
-        trained(lambda: Model(kind(ORDINARY, dropout)), partial(compile_train_step, backend="aot_eager"))
+    try:
+        compiled = trained(lambda: Model(kind(ORDINARY, dropout)), partial(compile_train_step, backend="aot_eager"))
+    except BackendCompilerFailed as error:
+        assert "does not support RNG ops in recompute regions" in str(error)  # noqa: PT017 (torch 2.15 may not raise)
+    else:
+        assert not dropout  # attention without it isn't random
+        assert_identical(compiled, expected)
     for make, products in ((lambda: Model(kind(SAVES_RANDOM, dropout)), 4), (lambda: Model(kind(None, dropout)), 3)):
         torch._dynamo.reset()
         backend = Recorded()

@@ -8,7 +8,9 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 
 OP_CALL = re.compile(r"torch\.ops\.torch_ademamix\._ademamix_\w*step_\.\w+\(")
 # What else a line of the generated function may be: no clone, no copy, no kernel, no new buffer.
-HARMLESS = re.compile(r"def call|args\.clear|return \(\)|#|del arg|assert_size_stride\(|arg\w+(, arg\w+)* = args$")
+HARMLESS = re.compile(
+    r"def call|args\.clear|return \(\)|#|del arg|assert_size_stride(_grouped)?\(|arg\w+(, arg\w+)* = args$"
+)
 
 
 def describe(graph):

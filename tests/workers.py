@@ -152,8 +152,12 @@ def end_collectives_on_one_thread() -> None:
     """
     make = dist.ProcessGroupGloo.__init__
 
-    def make_with_one_thread(self: Any, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    def make_with_one_thread(
+        self: Any, store: dist.Store, rank: int, size: int, timeout: timedelta, **more: Any
+    ) -> None:
         options = dist.ProcessGroupGloo._Options()
+        for name, value in more.items():  # since torch 2.15, enable_reconfigure
+            setattr(options, name, value)
         options._devices = [dist.ProcessGroupGloo.create_device(interface=name) for name in INTERFACES.split(",")]
         options._threads = 1
         options._timeout = timeout

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.comptime import comptime
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -167,6 +166,8 @@ class Loop:
         return True, (loss, *(more[0] if self.accumulate == 1 else map(list, zip(*more, strict=True))))
 
     def _backward(self, loss: Tensor, hooks: Sequence[ParamHooks]) -> None:
+        from torch._dynamo.comptime import comptime
+
         if self.scaler is not None:
             loss = loss * self.optimizer.grad_scale  # type: ignore[attr-defined]
         if not torch.compiler.is_compiling():

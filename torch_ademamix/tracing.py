@@ -5,6 +5,7 @@ It is called with a name, for Dynamo takes a text for a constant, and a number f
 
 import itertools
 import json
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -19,12 +20,12 @@ _marks: "WeakKeyDictionary[Any, list[tuple[torch.Tensor, Any]]]" = WeakKeyDictio
 
 def enter(known: Any) -> str:
     """Remembers an object, while it lives, by the name that is returned."""
+    _mark_constants()
     name = f"{type(known).__name__} {next(_numbers)}"
     _objects[name] = known
     return name
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def begin_step(name: str) -> None:
     """Checks the options, and makes what the step of the optimizer of that name needs.
 
@@ -41,7 +42,6 @@ def begin_step(name: str) -> None:
         torch._dynamo.mark_static_address(p, guard=True)
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def end_step(name: str) -> None:
     """Lets other compilations guard these parameters as they would have."""
     _unmark(_objects[name])
@@ -67,7 +67,16 @@ def look_for_other_leaves(context: Any) -> None:
         _objects[context.get_local("name").as_python_constant()].has_other_leaves = True
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def decoded(text: str) -> Any:
     """What a text holds as JSON, whose parts no guard looks at one by one: the text is guarded."""
     return json.loads(text)
+
+
+@cache
+def _mark_constants() -> None:
+    """Has Dynamo call these functions while it traces.
+
+    Not as decorators: importing the package would then import Dynamo, which takes longer than importing torch.
+    """
+    for function in (begin_step, end_step, decoded):
+        torch._dynamo.assume_constant_result(function)
