@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_ademamix import dynamic_map, sharding
 from torch_ademamix.arenas import (
@@ -13,7 +14,9 @@ from torch_ademamix.arenas import (
     MOMENTS,
     NAMES,
     QUANTIZED_STATE,
+    Arena,
     OptimizerState,
+    ParamState,
     Storage,
 )
 from torch_ademamix.blockwise import CODE_DTYPES, FORMATS, Format, block_count
@@ -21,7 +24,7 @@ from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import check_options, param_name, refusals_of
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import ALLOWED_FORMATS, STATE_FORMAT, formats, has_remainder, make_state, storage
+from torch_ademamix.state import ALLOWED_FORMATS, STATE_FORMAT, formats, has_remainder, make_state, storage, write
 
 STATE_DICT = "what an optimizer's state_dict() returns, with 'state' and 'param_groups'"
 
@@ -117,12 +120,16 @@ def _brought_out(entry: Any) -> Any:
 def take_state(state: OptimizerState, entries: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Makes `entries` what is in an optimizer's state: where its tensors are of the right form, they take the values.
 
-    A parameter that has state, but no entries, is as before its first step then.
+    If the memory that they would be written to has another user, as a state dict that somebody has kept, or is where
+    values come from, that user keeps it, and state gets new memory. A parameter that has state, but no entries, is as
+    before its first step then.
     """
     params = {p: (number, group) for number, group in enumerate(groups) for p in group["params"]}
     for key in [key for key in state if key not in entries and key not in params]:
         del state[key]
-    fresh, values = [], {}
+    fresh: list[tuple[Tensor, Storage]] = []
+    values: dict[Tensor, dict[str, Tensor]] = {}
+    changed: dict[Arena, None] = {}  # those that are written to
     for p, (number, group) in params.items():
         if p not in entries and p not in state:
             continue
@@ -136,20 +143,39 @@ def take_state(state: OptimizerState, entries: Mapping[Any, Any], groups: Sequen
         for name in [name for name in old if name not in NAMES]:
             del old[name]
         old.update({name: value for name, value in new.items() if name not in NAMES})
+        values[p] = own
+        if old.part is not None and not old.part.is_of(p, old):  # memory was exchanged behind its tensors
+            old.leave()
         if own and (old.part is None or old.part.arena.storage != kind):
             fresh.append((p, kind))
-        values[p] = own
+        elif old.part is not None and not _is_there(own, old):
+            changed[old.part.arena] = None
+    loaded = {id(sharding.local(value)) for own in values.values() for value in own.values()}
+    for arena in changed:
+        if arena.is_held(loaded):
+            in_arena = [p for p in values if (part := state[p].part) is not None and part.arena is arena]
+            fresh += [(p, arena.storage) for p in in_arena]
     make_state(state, fresh)
     for p, own in values.items():
-        for name in [name for name in NAMES if name in state[p]]:
-            target = sharding.local(state[p][name])
-            if own:
-                target.copy_(sharding.local(own[name]).reshape(target.shape))
-            else:
-                target.zero_()
+        if not _is_there(own, state[p]):
+            write(state[p], own)
     for key, value in entries.items():
         if key not in params:
             state[key] = value
+
+
+def _is_there(own: Mapping[str, Tensor], state: ParamState) -> bool:
+    """Whether values are where they belong already, as of a state dict of the optimizer itself."""
+    return bool(own) and all(
+        _is_same(sharding.local(value), sharding.local(state[name])) for name, value in own.items()
+    )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are the same memory."""
+    if isinstance(a, FakeTensor) or isinstance(b, FakeTensor) or a.is_meta or b.is_meta:
+        return a is b
+    return (a.data_ptr(), a.shape, a.stride(), a.device) == (b.data_ptr(), b.shape, b.stride(), b.device)
 
 
 def _fits(own: Mapping[str, Any], p: Tensor, kind: Storage) -> bool:

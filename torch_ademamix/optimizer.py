@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from torch_ademamix import bfloat16, sharding, tracing
-from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState
+from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState, check_memory
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
 from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, take_state
 from torch_ademamix.options import (
@@ -21,11 +21,12 @@ from torch_ademamix.options import (
     check_options,
     check_params,
     is_trained,
+    param_name,
     refusals_of,
     settle_lrs,
 )
 from torch_ademamix.plan import Plan, Work
-from torch_ademamix.state import STATE_FORMAT, make_state, without_state
+from torch_ademamix.state import STATE_FORMAT, make_state, separate, without_state
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 
@@ -296,11 +297,16 @@ class AdEMAMix(Optimizer):
         return clipping_grad_scale(grads, scale, self.max_grad_norm, self.grad_norm)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's. The tensors are the optimizer's own, views of a few flat ones."""
-        state_dict = super().state_dict()
-        state = state_dict["state"].items()
-        plain = {key: dict(value) if isinstance(value, ParamState) else value for key, value in state}
-        return {**state_dict, "state": plain}
+        """As torch.optim's. The tensors share the memory of the state.
+
+        They keep their values if another state dict is loaded: as long as somebody has one of them, or a view, loading
+        allocates new memory instead of writing to this.
+        """
+        handle = self.register_state_dict_post_hook(_handed_out, prepend=True)  # hooks may return other structures
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but state keeps its dtype, and is checked before anything changes.
@@ -313,9 +319,11 @@ class AdEMAMix(Optimizer):
             ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of
                 range; the optimizer is as it was then.
             TypeError: it isn't a state dict at all.
+            RuntimeError: the storage of a state tensor has been resized.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict is a {type(state_dict).__name__}, but must be {STATE_DICT}")
+        self._check_memory()
         planned = self._layout.plan is not None
         handle = self.register_load_state_dict_pre_hook(  # called after any hook of the user's
             lambda _, given: checked_state_dict(given, self.param_groups)
@@ -327,8 +335,37 @@ class AdEMAMix(Optimizer):
         if planned:  # or compiled steps would find none, and be compiled anew
             self._make_plan()
 
+    def separate_state(self) -> None:
+        """Gives each state tensor a storage of its own, now and for all state that is made later.
+
+        Frameworks that free state for a while by resizing its storages, tensor by tensor, need this: in arenas, tensors
+        share their storages. A step costs what separate tensors cost, and a compiled step is compiled again.
+
+        Raises:
+            RuntimeError: the storage of a state tensor has been resized already.
+
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdEMAMix(model.parameters())
+        >>> optimizer.separate_state()
+        >>> optimizer.init_state()
+        >>> optimizer.state[model.weight]["exp_avg"].untyped_storage().nbytes()
+        32
+        """
+        self._check_memory()
+        planned = self._layout.plan is not None
+        separate(self.state)
+        if planned:
+            self._make_plan()
+
+    def _check_memory(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p in self.state:
+                    check_memory(self.state[p], param_name(group, number, i))
+
     def __getstate__(self) -> dict[str, Any]:  # for copy and pickle
-        return {**super().__getstate__(), "state": self.state.plain(), "max_grad_norm": self.max_grad_norm}
+        own = {"max_grad_norm": self.max_grad_norm, "separate": self._layout.separate, "parts": self.state.parts()}
+        return {**super().__getstate__(), "state": self.state.plain(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before: OptimizerState | None = self.__dict__.get("state")
@@ -336,6 +373,9 @@ class AdEMAMix(Optimizer):
             self._init_internals()
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("grad_norm", None)
+        state = dict(state)
+        self._layout.separate = state.pop("separate", self._layout.separate)
+        shared = state.pop("parts", None)
         super().__setstate__(state)
         arguments = inspect.signature(AdEMAMix).parameters.items()
         options = {name: argument.default for name, argument in arguments if name not in ("params", "max_grad_norm")}
@@ -345,5 +385,15 @@ class AdEMAMix(Optimizer):
         settle_lrs(self.param_groups)
         self._layout.forget()
         entries = brought_out(self.__dict__["state"])
+        if shared is not None:  # the tensors are those of another process
+            self.state = OptimizerState(self._layout, entries)
+            self.state.place(shared)
+            return
         self.state = OptimizerState(self._layout, {}) if before is None else before
         take_state(self.state, entries, self.param_groups)
+
+
+def _handed_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = state_dict["state"].items()
+    plain = {key: value.handed_out() if isinstance(value, ParamState) else value for key, value in state}
+    return {**state_dict, "state": plain}

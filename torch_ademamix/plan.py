@@ -8,16 +8,18 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_ademamix import ops, sharding, tracing
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     MOMENTS,
+    NAMES,
     QUANTIZED_STATE,
     ParamState,
     Part,
+    check_memory,
 )
 from torch_ademamix.check import are_floating
 from torch_ademamix.options import Options, check_grads, hyperparameters, param_name
@@ -148,15 +150,23 @@ class Plan:
         self.stateless: list[Tensor] = []
         batches: dict[Any, Batch] = {}
         views: list[Tensor] = []
+        storages: dict[int, Tensor] = {}  # by identity, flat tensors, and state that isn't in arenas
+        self._dtensors: list[Any] = []
         stream = 0
         for number, params in enumerate(self.params):
             for i, p in enumerate(params):
                 state = states.get(p)
                 if has_state(state):
-                    _check_state(state, param_name(groups[number], number, i))
+                    name = param_name(groups[number], number, i)
+                    _check_state(state, name)
+                    check_memory(state, name)
                     part = _part(p, state)
+                    own = [state[name] for name in NAMES if name in state]
+                    self._dtensors += filter(sharding.is_dtensor, own)
+                    local = list(map(sharding.local, own))
                     if part is not None:
-                        views += part.views.values()
+                        views += local
+                    storages |= {id(t): t for t in (local if part is None else part.arena.flats.values())}
                     _add(batches, number, p, stream, state, part)
                 else:
                     self.stateless.append(p)
@@ -167,11 +177,14 @@ class Plan:
         self.places = {id(p): (batch, i) for batch in self.batches for i, p in enumerate(batch.params)}
         self._views = [view for view in views if not isinstance(view, FakeTensor)]  # which have no addresses
         self._pointers = list(map(Tensor.data_ptr, self._views))
+        self._locals = sharding.locals_of(self._dtensors)
+        self._storages = list(storages.values())
+        self._sizes = _sizes(self._storages)
         planned = [p for batch in self.batches for p in batch.params]
         self._planned, self._dtypes, self._strides = planned, _dtypes(planned), list(map(Tensor.stride, planned))
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether groups have the same parameters of the same form, and no memory was exchanged behind a tensor.
+        """Whether groups have the same parameters of the same form, and no memory was exchanged or resized.
 
         That state tensors were replaced by others is heard of elsewhere.
         """
@@ -181,6 +194,8 @@ class Plan:
             and _dtypes(self._planned) == self._dtypes
             and list(map(Tensor.stride, self._planned)) == self._strides
             and list(map(Tensor.data_ptr, self._views)) == self._pointers
+            and _same(sharding.locals_of(self._dtensors), self._locals)
+            and _sizes(self._storages) == self._sizes
         )
 
     def work(self) -> list[Work]:
@@ -298,10 +313,15 @@ def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:
     return [t.dtype for t in tensors]
 
 
+def _sizes(tensors: Iterable[Tensor]) -> list[int]:
+    """Of their storages, in bytes."""
+    return list(map(UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
+
+
 def _part(p: Tensor, state: ParamState) -> Part | None:
     """The part of an arena that a parameter's state still is."""
     part = state.part
-    if part is not None and not part.is_of(sharding.local(p.detach())):
+    if part is not None and not part.is_of(p, state):
         state.leave()
         return None
     return part

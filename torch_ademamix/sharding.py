@@ -38,6 +38,11 @@ def local(value: Any) -> Any:
     return value.to_local() if is_dtensor(value) else value
 
 
+def locals_of(tensors: Iterable[DTensor]) -> list[Tensor]:
+    """The local tensors of DTensors themselves, which frameworks may exchange."""
+    return [tensor._local_tensor for tensor in tensors]
+
+
 def local_param(p: Tensor) -> Tensor:
     """This process's part of a parameter, for an op call to update."""
     # The op counts a new version of what it changes, which is the part.

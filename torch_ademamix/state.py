@@ -10,6 +10,7 @@ from torch_ademamix import paging, sharding
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     MOMENTS,
+    NAMES,
     SCALES,
     OptimizerState,
     ParamState,
@@ -77,10 +78,37 @@ def without_state(state: OptimizerState, groups: Sequence[Options]) -> list[tupl
 
 @torch.no_grad()
 def make_state(state: OptimizerState, members: Sequence[tuple[Tensor, Storage]]) -> None:
-    """Gives parameters state as it is before the first step, in one arena for each kind of storage."""
-    by_storage: dict[Storage, list[Tensor]] = {}
+    """Gives parameters state as it is before the first step, in one arena for each kind of storage.
+
+    If state is to be separate, each parameter gets an arena of its own.
+    """
+    together: dict[Any, tuple[Storage, list[Tensor]]] = {}
     for p, kind in members:
-        by_storage.setdefault(kind, []).append(p)
-    for kind, params in by_storage.items():
-        for p, part in zip(params, allocate(params, kind), strict=True):
-            state[p].place(part, sharding.sharded(part.views, p))
+        together.setdefault((kind, id(p) if state.layout.separate else None), (kind, []))[1].append(p)
+    for kind, params in together.values():
+        for p, (part, entries) in zip(params, allocate(params, kind), strict=True):
+            state[p].place(part, entries)
+
+
+@torch.no_grad()
+def separate(state: OptimizerState) -> None:
+    """Moves the state of each parameter into an arena of its own, now and whenever state is made."""
+    state.layout.separate = True
+    members, values = [], []
+    for p, own in state.items():
+        if isinstance(own, ParamState) and own.part is not None:
+            members.append((p, own.part.arena.storage))
+            values.append(dict(own))
+    make_state(state, members)
+    for (p, _), old in zip(members, values, strict=True):
+        write(state[p], old)
+
+
+def write(state: ParamState, values: Mapping[str, Tensor]) -> None:
+    """Copies values into a parameter's state, in the tensors that are there; of those that aren't given, zeros."""
+    for name in [name for name in NAMES if name in state]:
+        target = sharding.local(state[name])
+        if name in values:
+            target.copy_(sharding.local(values[name]).reshape(target.shape))
+        else:
+            target.zero_()
