@@ -26,7 +26,8 @@ enum class BlockFormat : int8_t { SIGNED_SQRT_INT8, FOURTH_ROOT_UINT8, LINEAR_IN
 // added to it. Those are what encoders to the nearest code return; the bits above the code are garbage.
 constexpr int ROUNDING_MAGIC = 12582912;
 
-// A code's value is a function of the code, as a float, and of the block's unit, absmax * UNIT.
+// A code's value is a function of the code, as a float, and of the block's unit, absmax * UNIT. largest() is that of the
+// largest code, exactly.
 
 struct SignedSqrt {
   using Code = int8_t;
@@ -36,6 +37,8 @@ struct SignedSqrt {
   ADEMAMIX_INLINE static V decode(V code, V unit) {
     return code * abs(code) * unit;
   }
+
+  ADEMAMIX_INLINE static float largest(float absmax) { return absmax; }
 
   template <class V>
   ADEMAMIX_INLINE static V encode(V value, V inverse) {
@@ -51,6 +54,8 @@ struct Linear {
   ADEMAMIX_INLINE static V decode(V code, V unit) {
     return code * unit;
   }
+
+  ADEMAMIX_INLINE static float largest(float absmax) { return absmax; }
 
   template <class V>
   ADEMAMIX_INLINE static V encode(V value, V inverse) {
@@ -68,6 +73,8 @@ struct FourthRoot {
     const V root = code * code * unit;
     return root * root;
   }
+
+  ADEMAMIX_INLINE static float largest(float absmax) { return absmax * absmax; }
 
   // Of a positive value. The next step divides by its root, so it may neither become 0 nor, by chance, much smaller
   // than it is: codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to it.
@@ -93,6 +100,14 @@ struct FourthRoot {
     return position + position + random;
   }
 };
+
+// The value of a code outside of a step. A block's largest code stands for the scale itself, which decode() may miss by
+// an ulp: quantizing again then gives the same scale.
+template <class Format>
+ADEMAMIX_INLINE float dequantize(float code, float absmax) {
+  const float value = Format::decode(code, absmax * Format::UNIT);
+  return abs(code) == Format::MAX ? copysign(Format::largest(absmax), code) : value;
+}
 
 // Calls f with a value of a format's struct.
 template <class F>

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._C import DispatchKeySet
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, blockwise
-from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, dequantize, quantize
+from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, decode, quantize
 from torch_ademamix.reference import compute_dtype
 
 PACKET = torch.ops.torch_ademamix.ademamix_blockwise_step_
@@ -71,7 +71,7 @@ def quantized(lists: StepLists, slow_ema_bits: int = 16) -> BlockwiseLists:
 
 
 def dequantized(lists: BlockwiseLists) -> StepLists:
-    """The same parameters, gradients and steps, with unquantized moments."""
+    """The same parameters, gradients and steps, with moments as a step decodes them."""
     params, grads, *_, steps = lists
     result = StepLists(params, grads, [], [], [], steps)
     for i, p in enumerate(params):
@@ -82,7 +82,7 @@ def dequantized(lists: BlockwiseLists) -> StepLists:
             (result.exp_avgs, result.exp_avg_slows, result.exp_avg_sqs),
             strict=True,
         ):
-            target.append(dequantize(codes, absmax, format).to(compute_dtype(p.dtype)))
+            target.append(decode(codes, absmax, format).to(compute_dtype(p.dtype)))
     return result
 
 

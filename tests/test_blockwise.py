@@ -1,14 +1,23 @@
 """The formats of quantized state, for every implementation of quantize and dequantize."""
 
 import doctest
+import math
 
 import pytest
 import torch
-from config import native_built
+from config import assert_identical, native_built
 from quantized import boundaries, neighbours, with_absmax_one
 
 from torch_ademamix import blockwise, ops
-from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, LARGEST_CODES, SMALLEST_FOURTH_ROOT, dequantize, quantize
+from torch_ademamix.blockwise import (
+    BLOCK_SIZE,
+    CODE_DTYPES,
+    LARGEST_CODES,
+    SMALLEST_FOURTH_ROOT,
+    decode,
+    dequantize,
+    quantize,
+)
 
 # Each as blockwise.quantize and blockwise.dequantize.
 IMPLEMENTATIONS = {
@@ -196,6 +205,46 @@ def test_extreme_scales(implementation, format, scale):
         assert (decoded * sign >= 0).all()
         if scale >= 2**-126:
             torch.testing.assert_close(decoded, sign * x, rtol=0, atol=0.0085 * scale)
+
+
+# The smallest largest value of a block for which float32 has the values of all codes; see `dequantize`.
+SMALLEST_EXACT = {"signed_sqrt_int8": 2.0**-124, "fourth_root_uint8": 2.0**-124, "linear_int16": 2.0**-118}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("spread", [1, 30])
+def test_dequantizing_and_quantizing_again_gives_the_same_codes_and_scales(implementation, format, spread):
+    """With random blocks of every magnitude, some of them denormal, and with stochastic rounding."""
+    quantize, dequantize = implementation
+    generator = torch.Generator().manual_seed(spread)
+    blocks = 4000
+    log_scales = torch.linspace(math.log2(SMALLEST_EXACT[format]), 127.5, blocks, dtype=torch.float64)
+    log_scales += torch.rand(blocks, generator=generator, dtype=torch.float64).where(log_scales < 126, 0)
+    x = torch.randn(blocks, BLOCK_SIZE, generator=generator, dtype=torch.float64)
+    x *= torch.exp2(-spread * torch.rand(x.shape, generator=generator, dtype=torch.float64))
+    x[:, 7] = 0
+    x = (x / x.abs().amax(1, keepdim=True) * torch.exp2(log_scales)[:, None]).float()
+    assert x.isfinite().all()
+    assert ((x != 0) & (x.abs() < torch.finfo(torch.float32).tiny)).any()  # denormal elements
+    if format == "fourth_root_uint8":
+        x = x.abs()
+    for options in ({}, {"seed": 1}) if format == "fourth_root_uint8" else ({},):
+        codes, absmax = quantize(x, format, **options)
+        again = dequantize(codes, absmax, format)
+        for _ in range(2):
+            assert_identical(quantize(again, format), (codes, absmax))
+            again = dequantize(*quantize(again, format), format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_step_decodes_what_dequantize_returns_but_for_the_largest_code(format):
+    codes = all_codes(format)[-BLOCK_SIZE:].to(CODE_DTYPES[format])
+    for scale in torch.rand(100) + 0.5:
+        exact, decoded = dequantize(codes, scale.view(1), format), decode(codes, scale.view(1), format)
+        is_largest = codes.int().abs() == LARGEST_CODES[format]
+        assert_identical(exact[~is_largest], decoded[~is_largest])
+        assert (exact[is_largest].abs() == (scale.square() if format == "fourth_root_uint8" else scale)).all()
+        torch.testing.assert_close(exact, decoded, rtol=3e-7, atol=0)
 
 
 def test_stochastic_rounding_is_right_on_average(implementation):

@@ -206,6 +206,11 @@ def quantize(
 def dequantize(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
     """The float32 values, of the shape of ``codes``, that `quantize` stored.
 
+    Quantizing them again gives the same codes and scales: a block's largest code stands for its scale itself. That
+    needs float32's full precision, so it holds where a block's largest value is at least 2⁻¹²⁴ (``linear_int16``:
+    2⁻¹¹⁸), and for blocks in which the largest code occurs, as in all that `quantize` returns. `decode` is what a step
+    computes, in which that code's value may be an ulp off.
+
     Args:
         codes: tensor of any shape, of dtype ``CODE_DTYPES[format]``.
         absmax: float32 of shape ``(ceil(codes.numel() / 256),)``.
@@ -214,7 +219,23 @@ def dequantize(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
     Raises:
         TypeError: if the codes have another dtype.
         ValueError: for an unknown format, or if absmax has another shape.
+
+    Example:
+        >>> x = torch.randn(1000)
+        >>> codes, absmax = quantize(x, "signed_sqrt_int8")
+        >>> again = quantize(dequantize(codes, absmax, "signed_sqrt_int8"), "signed_sqrt_int8")
+        >>> torch.equal(again[0], codes), torch.equal(again[1], absmax)
+        (True, True)
     """
+    values = decode(codes, absmax, format)
+    scales = (absmax.square() if format == "fourth_root_uint8" else absmax).repeat_interleave(BLOCK_SIZE)
+    scales = scales[: codes.numel()].view(codes.shape)
+    is_largest = codes.float().abs() == LARGEST_CODES[format]
+    return torch.where(is_largest, scales.copysign(codes), values)
+
+
+def decode(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
+    """The values of codes within a step: `dequantize` but for the last bit of a block's largest code."""
     _check_format(format)
     if codes.dtype != CODE_DTYPES[format]:
         raise TypeError(f"codes of {format} must be {CODE_DTYPES[format]}, not {codes.dtype}")

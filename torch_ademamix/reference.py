@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import bfloat16
-from torch_ademamix.blockwise import FIRST_PARAM_GROUP, FORMATS, dequantize, quantize, random_bits
+from torch_ademamix.blockwise import FIRST_PARAM_GROUP, FORMATS, decode, quantize, random_bits
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
 
@@ -218,7 +218,7 @@ def ademamix_blockwise_step_(
 
 
 def _moment(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantize(codes, absmax.view(-1), FORMATS[codes.dtype]).to(dtype)
+    return decode(codes, absmax.view(-1), FORMATS[codes.dtype]).to(dtype)
 
 
 def _finite(*moments: Tensor) -> list[Tensor]:

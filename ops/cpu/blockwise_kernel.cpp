@@ -228,8 +228,15 @@ void quantize_elements(const float* values, const Quantized& target, const Rando
 }
 
 void dequantize_elements(const Quantized& source, float* values, int64_t begin, int64_t end) {
-  for (int64_t first = begin; first < end; first += BLOCK_SIZE)
-    decode(source, first, static_cast<int>(std::min<int64_t>(BLOCK_SIZE, end - first)), values + first);
+  with_format(source.format, [&](auto format) {
+    using Format = decltype(format);
+    const auto* codes = static_cast<const typename Format::Code*>(source.codes);
+    for (int64_t first = begin; first < end; first += BLOCK_SIZE) {
+      const float absmax = source.absmax[first / BLOCK_SIZE];
+      const int64_t last = std::min(first + BLOCK_SIZE, end);
+      for (int64_t i = first; i < last; ++i) values[i] = dequantize<Format>(static_cast<float>(codes[i]), absmax);
+    }
+  });
 }
 
 }  // namespace ademamix

@@ -299,11 +299,10 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS)
   const int count = numel - first < LANE_ELEMENTS ? static_cast<int>(numel - first) : LANE_ELEMENTS;
   LaneCodes<Format> lanes;
   lanes.load(codes + first, count, 0);
-  LaneFloats x;
-  decode<Format>(lanes, absmax[first / BLOCK_SIZE], x);
+  const float scale = absmax[first / BLOCK_SIZE];
 #pragma unroll
   for (int i = 0; i < LANE_ELEMENTS; ++i)
-    if (i < count) values[first + i] = x[i];
+    if (i < count) values[first + i] = dequantize<Format>(lanes.get_float(i), scale);
 }
 
 }  // namespace ademamix
