@@ -26,8 +26,8 @@ enum class BlockFormat : int8_t { SIGNED_SQRT_INT8, FOURTH_ROOT_UINT8, LINEAR_IN
 // added to it. Those are what encoders to the nearest code return; the bits above the code are garbage.
 constexpr int ROUNDING_MAGIC = 12582912;
 
-// A code's value is a function of the code, as a float, and of the block's unit, absmax * UNIT. largest() is that of the
-// largest code, exactly.
+// A code's value is a function of the code, as a float, and of the block's unit, absmax * UNIT. largest() is that of
+// the largest code, exactly.
 
 struct SignedSqrt {
   using Code = int8_t;

@@ -8,7 +8,7 @@ from config import assert_identical
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, ReferenceAdEMAMix, dynamic_map
 from torch_ademamix.blockwise import dequantize, quantize
-from torch_ademamix.checkpoint import from_adamw, from_apple, from_bitsandbytes, to_bitsandbytes
+from torch_ademamix.checkpoint import from_adamw, from_apple, from_bitsandbytes, to_apertus, to_bitsandbytes
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
 SHAPES = [(17, 300), (300,), (), (0, 3)]
@@ -90,6 +90,7 @@ CONVERSIONS = [
     (from_apple, apple_state_dict),
     (from_bitsandbytes, bitsandbytes_state_dict),
     (to_bitsandbytes, ademamix_state_dict),
+    (to_apertus, ademamix_state_dict),
 ]
 
 

@@ -98,7 +98,7 @@ blockwise_step bfloat16 stochastic     120      90      91      91     102     1
 blockwise_step double                  128     126     126     126     132     134
 blockwise_step float                   116      85      89      81      85      80
 blockwise_step half                    115      80      78      72      72      72
-dequantize                              24      24      24      26      26      24
+dequantize                              26      24      24      24      24      26
 prologue double                         60      56      56      58      58      54
 prologue float                          60      57      58      59      56      52
 quantize                                31      32      32      32      30      33

@@ -1,6 +1,5 @@
 """bitsandbytes' state dicts made into AdEMAMix's, and made of them; torch_ademamix.checkpoint has the rules for all."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,16 +9,11 @@ from torch import Tensor
 from torch_ademamix import dynamic_map
 from torch_ademamix.arenas import MOMENTS, NAMES
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
-from torch_ademamix.conversion import StateDict, check_entries, convert, renamed
+from torch_ademamix.conversion import StateDict, check_entries, convert, exported_options, renamed
 from torch_ademamix.loading import BITSANDBYTES_STATE, checked, checked_step, loaded_state, tells_format
-from torch_ademamix.optimizer import AdEMAMix
-from torch_ademamix.options import refusals_of
 
 # Our options and what they are called there.
 OPTIONS = {name: name for name in ("lr", "betas", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")}
-
-# Options that it doesn't have, or that are its own affair.
-_ADEMAMIX_ONLY = {*inspect.signature(AdEMAMix).parameters, "state_format"} - {"params", *OPTIONS}
 
 
 def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
@@ -166,15 +160,4 @@ def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], w
 
 
 def _group_to_bitsandbytes(group: Mapping[str, Any], where: str) -> StateDict:
-    options = renamed(group, where, OPTIONS, dropped=_ADEMAMIX_ONLY)
-    with refusals_of(where):
-        tells_format(group)
-    if group.get("maximize"):
-        raise ValueError(f"{where}['maximize'] is True, but must be False: bitsandbytes only minimizes")
-    start = group.get("schedule_start", 0)
-    if start > 0 and (options["t_alpha"] or options["t_beta3"]):
-        raise ValueError(
-            f"{where}['schedule_start'] is {start}, but must be 0, or t_alpha and t_beta3 None: "
-            "bitsandbytes counts its schedules from the first step"
-        )
-    return {**options, "lr": float(options["lr"])}
+    return exported_options(group, where, OPTIONS, "bitsandbytes")

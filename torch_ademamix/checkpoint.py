@@ -1,4 +1,4 @@
-"""State dicts of other implementations made into AdEMAMix's, and bitsandbytes' made of it.
+"""State dicts of other implementations made into AdEMAMix's, and bitsandbytes' and the Apertus fork's made of it.
 
 Each function takes what an optimizer's ``state_dict()`` returned, from memory or from a file, and returns what the
 other's ``load_state_dict`` takes; no other package needs to be installed. The argument stays as it is, and the result
@@ -14,18 +14,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from torch_ademamix.bitsandbytes import OPTIONS, from_bitsandbytes, to_bitsandbytes
-from torch_ademamix.check import PARAMETER_DTYPES
-from torch_ademamix.conversion import StateDict, check_entries, convert, renamed
-from torch_ademamix.loading import checked, checked_step
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.apertus import OPTIONS as _APPLE_OPTIONS  # the fork has Apple's names
+from torch_ademamix.apertus import from_apertus, to_apertus
+from torch_ademamix.bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from torch_ademamix.conversion import StateDict, check_entries, convert, moment, renamed
+from torch_ademamix.loading import checked_step
 
-__all__ = ["from_adamw", "from_apple", "from_bitsandbytes", "to_bitsandbytes"]
+__all__ = ["from_adamw", "from_apertus", "from_apple", "from_bitsandbytes", "to_apertus", "to_bitsandbytes"]
 
-# Our options and what the others call them.
-_APPLE_OPTIONS = {**OPTIONS, "t_alpha": "alpha_warmup", "t_beta3": "beta3_warmup"}
+# Our options and what AdamW calls them.
 _ADAMW_OPTIONS = {name: name for name in ("lr", "betas", "eps", "weight_decay")}
 
 # Options of AdamW that AdEMAMix doesn't have, or that are its own affair.
@@ -67,18 +65,23 @@ def from_apple(state_dict: Mapping[str, Any]) -> StateDict:
 
 
 def _state_from_apple(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
+    if "step" in group and "step" not in saved:
+        raise ValueError(
+            f"{where} has no 'step', which its group has instead; load a state dict of the Apertus fork of Megatron-LM "
+            "with torch_ademamix.checkpoint.from_apertus"
+        )
     saved = {"exp_avg_fast": None, **saved}
     check_entries(saved, where, {"step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"})
-    m2 = _moment(saved, "exp_avg_slow", where)
+    m2 = moment(saved, "exp_avg_slow", where)
     if saved["exp_avg_fast"] is None and group["betas"][0] == 0:
         m1 = torch.zeros_like(m2)
     else:
-        m1 = _moment(saved, "exp_avg_fast", where, m2)
+        m1 = moment(saved, "exp_avg_fast", where, m2)
     return {
         "step": checked_step(saved["step"], f"{where}['step']").clone(),
         "exp_avg": m1,
         "exp_avg_slow": m2,
-        "exp_avg_sq": _moment(saved, "exp_avg_sq", where, m2),
+        "exp_avg_sq": moment(saved, "exp_avg_sq", where, m2),
     }
 
 
@@ -146,17 +149,10 @@ def from_adamw(
 
 def _state_from_adamw(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
     check_entries(saved, where, {"step", "exp_avg", "exp_avg_sq"})
-    m1 = _moment(saved, "exp_avg", where)
+    m1 = moment(saved, "exp_avg", where)
     return {
         "step": checked_step(saved["step"], f"{where}['step']").clone(),
         "exp_avg": m1,
         "exp_avg_slow": torch.zeros_like(m1),
-        "exp_avg_sq": _moment(saved, "exp_avg_sq", where, m1),
+        "exp_avg_sq": moment(saved, "exp_avg_sq", where, m1),
     }
-
-
-def _moment(saved: Mapping[str, Any], name: str, where: str, like: Tensor | None = None) -> Tensor:
-    """A moment in the dtype that AdEMAMix keeps it in, in memory of its own; of the shape of `like`."""
-    shape = None if like is None else like.shape
-    value = checked(saved[name], f"{where}[{name!r}]", shape, *PARAMETER_DTYPES)
-    return value.to(compute_dtype(value.dtype), copy=True)

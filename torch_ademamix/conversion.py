@@ -1,10 +1,17 @@
 """What conversions of state dicts have in common: each goes over its groups and the state of its parameters."""
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch_ademamix.loading import check_is_state_dict
+from torch import Tensor
+
+from torch_ademamix.check import PARAMETER_DTYPES
+from torch_ademamix.loading import check_is_state_dict, checked, tells_format
+from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.options import refusals_of
+from torch_ademamix.reference import compute_dtype
 
 StateDict = dict[str, Any]
 
@@ -49,6 +56,30 @@ def renamed(
         raise ValueError(f"{where}['betas'] is {values}, but must be {betas} numbers")
     others = {name: value for name, value in group.items() if name not in {*names.values(), *dropped}}
     return {**others, **{ours: group[theirs] for ours, theirs in names.items()}, "betas": values}
+
+
+def exported_options(group: Mapping[str, Any], where: str, names: Mapping[str, str], target: str) -> StateDict:
+    """A group of AdEMAMix with the options that another implementation has, under its names: the keys of `names`."""
+    with refusals_of(where):
+        tells_format(group)
+    if group.get("maximize"):
+        raise ValueError(f"{where}['maximize'] is True, but must be False: {target} only minimizes")
+    start = group.get("schedule_start", 0)
+    if start > 0 and (group.get("t_alpha") or group.get("t_beta3")):
+        raise ValueError(
+            f"{where}['schedule_start'] is {start}, but must be 0, or t_alpha and t_beta3 None: "
+            f"{target} counts its schedules from the first step"
+        )
+    arguments = inspect.signature(AdEMAMix).parameters
+    options = renamed(group, where, names, dropped={*arguments, "state_format"} - {"params", *names})
+    return {**options, "lr": float(options["lr"])}
+
+
+def moment(saved: Mapping[str, Any], name: str, where: str, like: Tensor | None = None) -> Tensor:
+    """A moment in the dtype that AdEMAMix keeps it in, in memory of its own; of the shape of `like`."""
+    shape = None if like is None else like.shape
+    value = checked(saved[name], f"{where}[{name!r}]", shape, *PARAMETER_DTYPES)
+    return value.to(compute_dtype(value.dtype), copy=True)
 
 
 def check_entries(saved: Mapping[str, Any], where: str, expected: set[str]) -> None:

@@ -36,7 +36,8 @@ STORAGE_OPTIONS = ("optim_bits", "slow_ema_bits", "min_8bit_size", "is_paged", "
 BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests most of a parameter's state
 FOREIGN_STATE = {
     BITSANDBYTES_STATE: "; load bitsandbytes' state with torch_ademamix.checkpoint.from_bitsandbytes",
-    "exp_avg_fast": "; load Apple's state with torch_ademamix.checkpoint.from_apple",
+    "exp_avg_fast": "; load Apple's state with torch_ademamix.checkpoint.from_apple, the Apertus fork's with "
+    "from_apertus",
 }
 
 # Version 0.1.0 had unsigned codes of dynamic maps in their place, of which exp_avg's dtype tells.
