@@ -111,29 +111,29 @@ struct Element {
 
 // One step of one element, as in the paper: m1, m2 and nu are exp_avg, exp_avg_slow and exp_avg_sq;
 //   param -= lr * ((m1 / (1 - beta1^t) + alpha * m2) / (sqrt(nu) / sqrt(1 - beta2^t) + eps) + weight_decay * param)
-// The moments first,
-template <class V>
+// Without EXP_AVG, beta1 is 0: m1 is the gradient, and its bias correction is 1. The moments first,
+template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE void update_moments(Element<V>& e, V grad, const StepScalars<V>& s) {
   grad = grad * s.grad_factor;
-  e.exp_avg = fma(s.beta1, e.exp_avg, s.one_minus_beta1 * grad);
+  e.exp_avg = EXP_AVG ? fma(s.beta1, e.exp_avg, s.one_minus_beta1 * grad) : grad;
   e.exp_avg_slow = fma(s.beta3, e.exp_avg_slow, s.one_minus_beta3 * grad);
   e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, s.one_minus_beta2 * grad * grad);
 }
 
 // then the parameter, from them and from root = sqrt(nu),
-template <class V>
+template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE void update_param(Element<V>& e, V root, const StepScalars<V>& s) {
-  const V numerator = fma(s.alpha, e.exp_avg_slow, e.exp_avg * s.inv_bias1);
+  const V numerator = fma(s.alpha, e.exp_avg_slow, EXP_AVG ? e.exp_avg * s.inv_bias1 : e.exp_avg);
   const V denominator = fma(root, s.inv_sqrt_bias2, s.eps);
   e.param = fma(s.minus_lr, fma(s.weight_decay, e.param, numerator / denominator), e.param);
 }
 
 // or both. Returns the root, of which quantized state is made.
-template <class V>
+template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE V update(Element<V>& e, V grad, const StepScalars<V>& s) {
-  update_moments(e, grad, s);
+  update_moments<EXP_AVG>(e, grad, s);
   const V root = sqrt(e.exp_avg_sq);
-  update_param(e, root, s);
+  update_param<EXP_AVG>(e, root, s);
   return root;
 }
 

@@ -109,6 +109,16 @@ ADEMAMIX_INLINE float dequantize(float code, float absmax) {
   return abs(code) == Format::MAX ? copysign(Format::largest(absmax), code) : value;
 }
 
+// The format of an exp_avg that isn't kept: at beta1 = 0 it is the gradient.
+struct NoCodes {
+  using Code = int8_t;
+};
+
+template <class Format>
+constexpr bool IS_KEPT = true;
+template <>
+constexpr bool IS_KEPT<NoCodes> = false;
+
 // Calls f with a value of a format's struct.
 template <class F>
 auto with_format(BlockFormat format, F&& f) {

@@ -153,6 +153,16 @@ class Checker {
     }
   }
 
+  // Whether there are exp_avgs, without which beta1 must be 0.
+  bool has_exp_avg(const Views& exp_avgs) {
+    has_exp_avg_ = !exp_avgs.empty() || params_.empty();
+    return has_exp_avg_;
+  }
+
+  void none(const char* name, const Views& list) const {
+    if (!list.empty()) refuse(op_, ": ", name, " has length ", list.size(), ", but exp_avgs has length 0");
+  }
+
   // A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic.
   void state(const char* name, const Views& list) { state(name, list, compute_dtype(param_dtype())); }
 
@@ -240,6 +250,7 @@ class Checker {
     if (n.t_beta3) in_range("t_beta3", *n.t_beta3, *n.t_beta3 > 0, "positive or None");
     in_range("schedule_start", static_cast<double>(n.schedule_start), n.schedule_start >= 0, "at least 0");
     in_range("eps", n.eps, n.eps >= 0, "at least 0");
+    if (!has_exp_avg_) in_range("beta1", n.beta1, n.beta1 == 0, "0 without exp_avgs");
   }
 
   // As a tensor, whose values aren't looked at.
@@ -370,6 +381,7 @@ class Checker {
   const char* op_;
   const Views& params_;
   const std::vector<int64_t>& places_;
+  bool has_exp_avg_ = true;
   const char* first_ = nullptr;  // list of state, and its length
   size_t arenas_ = 0;
   std::vector<Capacity> capacities_;

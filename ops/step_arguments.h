@@ -13,11 +13,11 @@ namespace ademamix {
 struct StepLists {
   static constexpr const char* OP = "ademamix_step_";
 
-  Views params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders;
+  Views params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders;  // no exp_avgs: beta1 is 0
 
   void check(Checker& check) const {
     check.grads(grads);
-    check.state("exp_avgs", exp_avgs);
+    if (check.has_exp_avg(exp_avgs)) check.state("exp_avgs", exp_avgs);
     check.state("exp_avg_slows", exp_avg_slows);
     check.state("exp_avg_sqs", exp_avg_sqs);
     check.steps(steps);
@@ -39,8 +39,12 @@ struct BlockwiseLists {
 
   void check(Checker& check) const {
     check.grads(grads);
-    check.codes("exp_avgs", exp_avgs, {ScalarType::Char});
-    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs);
+    if (check.has_exp_avg(exp_avgs)) {
+      check.codes("exp_avgs", exp_avgs, {ScalarType::Char});
+      check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs);
+    } else {
+      check.none("exp_avg_absmaxs", exp_avg_absmaxs);
+    }
     check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short, ScalarType::Char});
     check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs);
     check.codes("exp_avg_sqs", exp_avg_sqs, {ScalarType::Byte});

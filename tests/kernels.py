@@ -29,10 +29,12 @@ def kernels() -> Iterator[tuple[str, str]]:
     """Headers and names. All but the prologue are for long lists: short ones differ in a number."""
     for dtype, tensors in product(("float", "double"), ("SHORT_LIST", "LONG_STEP_LIST")):
         yield "prologue.cuh", f"prologue_kernel<{dtype}, {tensors}>"
-    for types in step_types():
-        yield "step_kernel.cuh", f"step_kernel<{', '.join(types)}, LONG_LIST<StepRecord>>"
-    for (param, grad, rounding), slow, stochastic in product(step_types(), ("Linear", "SignedSqrt"), ("true", "false")):
-        types = ", ".join((param, grad, slow, stochastic, rounding))
+    for (param, grad, rounding), exp_avg in product(step_types(), ("true", "false")):
+        yield "step_kernel.cuh", f"step_kernel<{param}, {grad}, {exp_avg}, {rounding}, LONG_LIST<StepRecord>>"
+    for (param, grad, rounding), fast, slow, stochastic in product(
+        step_types(), ("SignedSqrt", "NoCodes"), ("Linear", "SignedSqrt"), ("true", "false")
+    ):
+        types = ", ".join((param, grad, fast, slow, stochastic, rounding))
         yield "blockwise_kernel.cuh", f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
     for format in FORMATS:
         yield "blockwise_kernel.cuh", f"quantize_kernel<{format}, false>"
@@ -45,7 +47,9 @@ def is_typical(name: str) -> bool:
     types = name.partition("<")[2].split(", ")
     if name.startswith(("step_kernel", "blockwise_step_kernel")) and types[0] != types[1]:
         return False
-    return not name.startswith("blockwise_step_kernel") or types[2:4] == ["Linear", "true"]
+    if name.startswith("step_kernel"):
+        return types[2] == "true"
+    return not name.startswith("blockwise_step_kernel") or types[2:5] == ["SignedSqrt", "Linear", "true"]
 
 
 def compile_kernels(wanted: Iterable[tuple[str, str]], nvrtc: str | Path, capability: int, folder: Path) -> list[Path]:

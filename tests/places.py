@@ -56,6 +56,8 @@ def in_arenas(lists: StepLists | BlockwiseLists, remainders: list[Tensor] = [], 
         steps[k] += 1 + i % 2
 
     def flat(name: str, tensors: list[Tensor]) -> list[Tensor]:
+        if not tensors:
+            return []
         if name == "steps":
             sizes, starts = steps, indices
         elif name.endswith("absmaxs"):
@@ -72,7 +74,7 @@ def in_arenas(lists: StepLists | BlockwiseLists, remainders: list[Tensor] = [], 
     state = [flat(field.name, getattr(lists, field.name)) for field in fields(lists)[2:]] if numels else []
     places = [number for place in zip(arenas, firsts, indices, strict=True) for number in place]
     lists_in_arenas = [lists.params, lists.grads, *(state or [[] for _ in fields(lists)[2:]])]
-    return Arenas(lists_in_arenas, flat("remainders", remainders) if remainders else [], places)
+    return Arenas(lists_in_arenas, flat("remainders", remainders), places)
 
 
 def in_order_of(param: Tensor, tensor: Tensor) -> Tensor:

@@ -140,6 +140,14 @@ def expected_blockwise_step(
     return after
 
 
+def without_exp_avg(lists: Any) -> Any:
+    """The same lists for a step with a beta1 of 0."""
+    lists.exp_avgs.clear()
+    if isinstance(lists, BlockwiseLists):
+        lists.exp_avg_absmaxs.clear()
+    return lists
+
+
 def code_bounds(before: BlockwiseLists, ulps: int = 4, **options: Any) -> tuple[BlockwiseLists, BlockwiseLists]:
     """What a step gives where the roots that codes are made of are so many units of float32 too small, or too large."""
     root, results = blockwise._sqrt, []

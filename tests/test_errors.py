@@ -143,6 +143,7 @@ REFUSALS = {
     "streams has length 3, but params has length 4": remain(0, stochastic_param_rounding=True, streams=[0, 1, 2]),
     "schedule_start is -1, but must be at least 0": give(schedule_start=-1),
     "eps is -1e-08, but must be at least 0": give(eps=-1e-8),
+    "beta1 is 0.9, but must be 0 without exp_avgs": lambda lists, options: lists.exp_avgs.clear(),
 }
 # The function makes several calls of mixed lists, and moves scalars to their parameters.
 ONE_CALL = "one call takes one dtype and one device"
@@ -162,7 +163,6 @@ OP_REFUSALS = {
     "places has length 11, but must have 12, 3 for each of params, or none": place(
         lambda lists, options: options["places"].pop()
     ),
-    "exp_avgs has length 0, but params has length 4": lambda lists, options: lists.exp_avgs.clear(),
     **{f"{x} has length 2, but exp_avgs has length 1": place(lengthen(x)) for x in (*STATE[1:], "steps")},
     **{
         f"{x}[0] has shape [1, {n}], but must have one dimension": place(replace(x, 0, lambda arena: arena[None]))

@@ -6,9 +6,18 @@ from typing import Any
 
 import torch
 
-from torch_ademamix.arenas import MOMENTS, NAMES
-from torch_ademamix.conversion import StateDict, check_entries, convert, exported_options, moment, renamed
-from torch_ademamix.loading import checked, checked_step, loaded_state, tells_format
+from torch_ademamix.arenas import MOMENTS
+from torch_ademamix.conversion import (
+    StateDict,
+    check_entries,
+    convert,
+    exported_options,
+    kept,
+    moment,
+    renamed,
+    unquantized,
+)
+from torch_ademamix.loading import checked_step
 
 # Our options and what the fork calls them, as Apple's reference implementation does; and its names of the moments.
 OPTIONS = {
@@ -29,8 +38,8 @@ def warmup_steps(warmup: int | None) -> int | None:
 def from_apertus(state_dict: Mapping[str, Any]) -> StateDict:
     """Makes a state dict for `AdEMAMix` of one of the AdEMAMix class in the fork of Megatron-LM that trained Apertus.
 
-    It counts steps per group, as Transformer Engine's FusedAdam does, keeps no fast EMA at β1 = 0 (the result has zeros
-    then), and writes -1 for no warm-up. During its warm-up of β3 its β3 is larger than ours, since it adds 1e-8 inside
+    It counts steps per group, as Transformer Engine's FusedAdam does, keeps no fast EMA at β1 = 0,
+    and writes -1 for no warm-up. During its warm-up of β3 its β3 is larger than ours, since it adds 1e-8 inside
     its logarithms: by some 1e-6 at β1 = 0.9 and by more at smaller β1.
 
     `torch_ademamix.megatron` reads the fork's distributed checkpoints.
@@ -71,13 +80,14 @@ def _state_from_apertus(saved: Mapping[str, Any], group: Mapping[str, Any], wher
     saved = {"exp_avg_fast": None, **saved}
     check_entries(saved, where, set(MOMENT_NAMES.values()))
     m2 = moment(saved, "exp_avg_slow", where)
-    has_no_fast_ema = saved["exp_avg_fast"] is None and group["betas"][0] == 0
-    return {
+    state = {
         "step": checked_step(group["step"], f"the 'step' of the group of {where}").clone(),
-        "exp_avg": torch.zeros_like(m2) if has_no_fast_ema else moment(saved, "exp_avg_fast", where, m2),
         "exp_avg_slow": m2,
         "exp_avg_sq": moment(saved, "exp_avg_sq", where, m2),
     }
+    if saved["exp_avg_fast"] is None and group["betas"][0] == 0:
+        return state
+    return kept({**state, "exp_avg": moment(saved, "exp_avg_fast", where, m2)}, group)
 
 
 def to_apertus(state_dict: Mapping[str, Any]) -> StateDict:
@@ -122,12 +132,7 @@ def to_apertus(state_dict: Mapping[str, Any]) -> StateDict:
 
 
 def _state_to_apertus(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
-    m2 = checked(saved.get("exp_avg_slow"), f"{where}['exp_avg_slow']", None)
-    if others := saved.keys() - set(NAMES):
-        raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
-    storage = dict(optim_bits=32, slow_ema_bits=16, min_8bit_size=0, is_paged=False, master_weights=None)
-    # m2 stands for the parameter: it has its shape.
-    state = loaded_state(m2, saved, storage, where, tells_format(group))
+    state = unquantized(saved, group, where)
     names = MOMENTS[1:] if group["betas"][0] == 0 else MOMENTS
     values = {MOMENT_NAMES[name]: state[name].clone(memory_format=torch.contiguous_format) for name in names}
     return {"step": state["step"], **values}

@@ -28,13 +28,11 @@ SCALES = "_absmax"  # ends the names of scales, of which there is one per block
 
 MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
 
-# The entries of a parameter's quantized state, in the order of ademamix_blockwise_step_'s lists.
-QUANTIZED_STATE = (*(entry for name in MOMENTS for entry in (name, f"{name}{SCALES}")), "step")
-
 # The entry of a bfloat16 parameter with master weights (torch_ademamix/bfloat16.py).
 MASTER_REMAINDER = "master_remainder"
 
-NAMES = (*QUANTIZED_STATE, MASTER_REMAINDER)  # all that the optimizer keeps
+# All that the optimizer keeps; state.py tells what of it a parameter has.
+NAMES = ("step", *MOMENTS, *(f"{name}{SCALES}" for name in MOMENTS), MASTER_REMAINDER)
 
 
 class Storage(NamedTuple):
@@ -202,6 +200,8 @@ class ParamState(dict[str, Any]):
 
     def place(self, part: Part, entries: Mapping[str, Tensor]) -> None:
         """Takes a part of an arena for state, and `entries` of it: the views, or DTensors of them."""
+        for name in self._own().keys() - entries.keys():  # state was stored otherwise
+            super().pop(name)
         super().update(entries)
         self.part, self._known = part, self._own()
         part.arena.add(entries)

@@ -25,7 +25,8 @@ def check_step(
 ) -> None:
     check = Checker("ademamix_step_", params, options["places"])
     check.grads(grads)
-    check.state("exp_avgs", exp_avgs)
+    if check.has_exp_avg(exp_avgs):
+        check.state("exp_avgs", exp_avgs)
     check.state("exp_avg_slows", exp_avg_slows)
     check.state("exp_avg_sqs", exp_avg_sqs)
     _check_options(check, steps, lr, draws=options["stochastic_param_rounding"], **options)
@@ -48,8 +49,11 @@ def check_blockwise_step(
 ) -> None:
     check = Checker("ademamix_blockwise_step_", params, options["places"])
     check.grads(grads)
-    check.codes("exp_avgs", exp_avgs, torch.int8)
-    check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
+    if check.has_exp_avg(exp_avgs):
+        check.codes("exp_avgs", exp_avgs, torch.int8)
+        check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
+    else:
+        check.none("exp_avg_absmaxs", exp_avg_absmaxs)
     check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.int8)
     check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
     check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)

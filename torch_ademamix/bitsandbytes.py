@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import dynamic_map
-from torch_ademamix.arenas import MOMENTS, NAMES
+from torch_ademamix.arenas import MOMENTS
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
-from torch_ademamix.conversion import StateDict, check_entries, convert, exported_options, renamed
-from torch_ademamix.loading import BITSANDBYTES_STATE, checked, checked_step, loaded_state, tells_format
+from torch_ademamix.conversion import StateDict, check_entries, convert, exported_options, kept, renamed, unquantized
+from torch_ademamix.loading import BITSANDBYTES_STATE, checked, checked_step
+from torch_ademamix.state import formats_of
 
 # Our options and what they are called there.
 OPTIONS = {name: name for name in ("lr", "betas", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")}
@@ -66,7 +67,8 @@ def _state_from_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any],
     m1, m2 = checked(saved["state1"], f"{where}['state1']", (2, *nu.shape), dtype)
     step = checked_step(saved["step"], f"{where}['step']").clone()
     if not quantized:
-        return {"step": step, "exp_avg": m1.clone(), "exp_avg_slow": m2.clone(), "exp_avg_sq": nu.clone()}
+        state = {"step": step, "exp_avg": m1.clone(), "exp_avg_slow": m2.clone(), "exp_avg_sq": nu.clone()}
+        return kept(state, group)
     for name, is_signed in (("qmap1", True), ("qmap2", False)):
         qmap = checked(saved[name], f"{where}[{name!r}]", (256,), torch.float32)
         if not torch.allclose(qmap, dynamic_map.dynamic_map(is_signed, qmap.device), rtol=1e-6, atol=0):
@@ -78,12 +80,13 @@ def _state_from_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any],
     m1_absmax, m2_absmax = absmax1
     if _written_one_entry_early(m2, m2_absmax, nu_absmax):
         m2_absmax = absmax1.flatten()[blocks - 1 : -1]
-    return {
+    state = {
         "step": step,
         "exp_avg": dynamic_map.dequantize(m1, m1_absmax, signed=True),
         "exp_avg_slow": dynamic_map.dequantize(m2, m2_absmax, signed=True),
         "exp_avg_sq": dynamic_map.dequantize(nu, nu_absmax, signed=False),
     }
+    return kept(state, group)
 
 
 def _written_one_entry_early(m2: Tensor, m2_absmax: Tensor, nu_absmax: Tensor) -> bool:
@@ -134,13 +137,9 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
 
 
 def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
-    m1 = checked(saved.get("exp_avg"), f"{where}['exp_avg']", None)
-    if others := saved.keys() - set(NAMES):
-        raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
-    quantized = "exp_avg_absmax" in saved and m1.numel() % BLOCK_SIZE == 0
-    storage = dict(optim_bits=32, slow_ema_bits=8, min_8bit_size=0, is_paged=False, master_weights=None)
-    # m1 stands for the parameter: it has its shape.
-    state = loaded_state(m1, saved, storage, where, tells_format(group))
+    state = unquantized(saved, group, where)
+    size, device = state["exp_avg_sq"].numel(), state["exp_avg_sq"].device
+    quantized = any(formats_of(saved).values()) and size % BLOCK_SIZE == 0
 
     moments = [state[name].float() for name in MOMENTS]
     converted = {}
@@ -149,8 +148,8 @@ def _state_to_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any], w
         stored = [dynamic_map.quantize(m, is_signed) for m, is_signed in zip(moments, signed, strict=True)]
         moments, (m1_absmax, m2_absmax, nu_absmax) = map(list, zip(*stored, strict=True))
         converted = {
-            "qmap1": dynamic_map.dynamic_map(True, m1.device),
-            "qmap2": dynamic_map.dynamic_map(False, m1.device),
+            "qmap1": dynamic_map.dynamic_map(True, device),
+            "qmap2": dynamic_map.dynamic_map(False, device),
             "absmax1": torch.stack((m1_absmax, m2_absmax)),
             "absmax2": nu_absmax,
         }

@@ -49,6 +49,7 @@ class Checker:
         self._op = op
         self._params = params
         self._places = places
+        self._has_exp_avg = True
         self._arenas: tuple[str, int] | None = None  # the first list of state, and its length
         self._capacities: list[tuple[str, list[int]]] = []  # of each list, how many elements of parameters fit in
         for i, param in enumerate(params):
@@ -74,6 +75,15 @@ class Checker:
             self._uniform("grads", grads, i)
             self._on_device("grads", i, grad, i)
             self._shaped_as_param("grads", i, grad)
+
+    def has_exp_avg(self, exp_avgs: Sequence[Tensor]) -> bool:
+        """Whether there are exp_avgs, without which beta1 must be 0."""
+        self._has_exp_avg = len(exp_avgs) > 0 or not self._params
+        return self._has_exp_avg
+
+    def none(self, name: str, tensors: Sequence[Tensor]) -> None:
+        if tensors:
+            self.refuse(f"{name} has length {len(tensors)}, but exp_avgs has length 0")
 
     def state(self, name: str, tensors: Sequence[Tensor]) -> None:
         """A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic."""
@@ -206,6 +216,8 @@ class Checker:
                 self._in_range(name, steps, steps > 0, "positive or None")
         self._in_range("schedule_start", schedule_start, schedule_start >= 0, "at least 0")
         self._in_range("eps", eps, eps >= 0, "at least 0")
+        if not self._has_exp_avg:
+            self._in_range("beta1", beta1, beta1 == 0, "0 without exp_avgs")
 
     def _state(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._state_length(name, tensors)

@@ -18,7 +18,7 @@ import torch
 from torch_ademamix.apertus import OPTIONS as _APPLE_OPTIONS  # the fork has Apple's names
 from torch_ademamix.apertus import from_apertus, to_apertus
 from torch_ademamix.bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from torch_ademamix.conversion import StateDict, check_entries, convert, moment, renamed
+from torch_ademamix.conversion import StateDict, check_entries, convert, kept, moment, renamed
 from torch_ademamix.loading import checked_step
 
 __all__ = ["from_adamw", "from_apertus", "from_apple", "from_bitsandbytes", "to_apertus", "to_bitsandbytes"]
@@ -33,9 +33,9 @@ _ADAMW_ONLY = {"amsgrad", "decoupled_weight_decay", "foreach", "fused", "captura
 def from_apple(state_dict: Mapping[str, Any]) -> StateDict:
     """Makes a state dict for `AdEMAMix` of that of Apple's reference implementation (github.com/apple/ml-ademamix).
 
-    State of 16-bit parameters, which Apple's keeps in 16 bits, becomes float32. At β1 = 0 Apple's keeps no fast
-    average: zeros take its place. During its warm-up Apple's β3 is larger than ours, by some 1e-6 at β1 = 0.9 and more
-    at smaller β1, since it adds 1e-8 inside its logarithms.
+    State of 16-bit parameters, which Apple's keeps in 16 bits, becomes float32. At β1 = 0 neither keeps a fast EMA.
+    During its warm-up Apple's β3 is larger than ours, by some 1e-6 at β1 = 0.9 and more at smaller β1, since it adds
+    1e-8 inside its logarithms.
 
     Args:
         state_dict: what its ``state_dict()`` returned.
@@ -73,16 +73,14 @@ def _state_from_apple(saved: Mapping[str, Any], group: Mapping[str, Any], where:
     saved = {"exp_avg_fast": None, **saved}
     check_entries(saved, where, {"step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"})
     m2 = moment(saved, "exp_avg_slow", where)
-    if saved["exp_avg_fast"] is None and group["betas"][0] == 0:
-        m1 = torch.zeros_like(m2)
-    else:
-        m1 = moment(saved, "exp_avg_fast", where, m2)
-    return {
+    state = {
         "step": checked_step(saved["step"], f"{where}['step']").clone(),
-        "exp_avg": m1,
         "exp_avg_slow": m2,
         "exp_avg_sq": moment(saved, "exp_avg_sq", where, m2),
     }
+    if saved["exp_avg_fast"] is None and group["betas"][0] == 0:
+        return state
+    return kept({**state, "exp_avg": moment(saved, "exp_avg_fast", where, m2)}, group)
 
 
 def from_adamw(
@@ -150,9 +148,10 @@ def from_adamw(
 def _state_from_adamw(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
     check_entries(saved, where, {"step", "exp_avg", "exp_avg_sq"})
     m1 = moment(saved, "exp_avg", where)
-    return {
+    state = {
         "step": checked_step(saved["step"], f"{where}['step']").clone(),
         "exp_avg": m1,
         "exp_avg_slow": torch.zeros_like(m1),
         "exp_avg_sq": moment(saved, "exp_avg_sq", where, m1),
     }
+    return kept(state, group)

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from torch_ademamix.arenas import MOMENTS, NAMES
 from torch_ademamix.check import PARAMETER_DTYPES
-from torch_ademamix.loading import check_is_state_dict, checked, tells_format
+from torch_ademamix.loading import check_is_state_dict, checked, loaded_state, tells_format
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.options import refusals_of
 from torch_ademamix.reference import compute_dtype
+from torch_ademamix.state import entries, formats_of
 
 StateDict = dict[str, Any]
 
@@ -37,6 +39,11 @@ def convert(
             raise ValueError(f"{where} belongs to no parameter in state_dict['param_groups']")
         state[i] = convert_state(saved, group_of[i], where)
     return {"state": state, "param_groups": converted_groups}
+
+
+def kept(state: StateDict, group: Mapping[str, Any]) -> StateDict:
+    """What AdEMAMix keeps of a parameter's state: at a β1 of 0 no exp_avg, which is the gradient there."""
+    return {name: value for name, value in state.items() if name != "exp_avg" or group["betas"][0] > 0}
 
 
 def renamed(
@@ -73,6 +80,15 @@ def exported_options(group: Mapping[str, Any], where: str, names: Mapping[str, s
     arguments = inspect.signature(AdEMAMix).parameters
     options = renamed(group, where, names, dropped={*arguments, "state_format"} - {"params", *names})
     return {**options, "lr": float(options["lr"])}
+
+
+def unquantized(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> StateDict:
+    """The step and the three moments of AdEMAMix's saved state; an exp_avg that isn't kept at a β1 of 0 is zero."""
+    if others := saved.keys() - set(NAMES):
+        raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
+    name = next((name for name in entries(formats_of(saved)) if name in saved), "exp_avg_slow")
+    like = checked(saved.get(name), f"{where}[{name!r}]", None)  # of the parameter's shape
+    return loaded_state(like, saved, dict.fromkeys(MOMENTS), {"master_weights": None}, where, tells_format(group))
 
 
 def moment(saved: Mapping[str, Any], name: str, where: str, like: Tensor | None = None) -> Tensor:

@@ -52,7 +52,8 @@ def ademamix(
         params: parameters of any shapes, float32, bfloat16, float16 or float64.
         grads: their gradients, of the same shapes and devices, in any of these dtypes.
         exp_avgs, exp_avg_slows, exp_avg_sqs: m1, m2 and ν, of the parameters' shapes: float32, or float64
-            for float64 parameters. All zero before the first step.
+            for float64 parameters. All zero before the first step. exp_avgs may be empty if beta1 is 0: m1 is the
+            gradient then.
         steps: float32 tensors of one element, on the parameters' devices, each parameter's own: the steps done so far.
         lr: the learning rate η; a tensor of one element (float32 or float64, on the parameters' device)
             may change from step to step without a recompilation.
@@ -144,6 +145,7 @@ def ademamix_blockwise(
     Args:
         exp_avgs: codes in ``signed_sqrt_int8``, of the parameters' shapes and contiguous; so are the next two.
             Blocks of 256 elements are counted in row-major order.
+            If beta1 is 0, they and their scales may be empty.
         exp_avg_slows: codes in ``linear_int16`` or ``signed_sqrt_int8``.
         exp_avg_sqs: codes in ``fourth_root_uint8``.
         exp_avg_absmaxs, exp_avg_slow_absmaxs, exp_avg_sq_absmaxs: the blocks' scales, float32.
@@ -250,8 +252,10 @@ def _split(*lists: Sequence[Any], by: Sequence[int]) -> list[Batch]:
     A batch has one device, and one dtype in each of the lists at the positions `by`; None counts as a dtype.
     """
     params = lists[0]
-    if any(len(items) != len(params) for items in lists):
+    given = [i for i, items in enumerate(lists) if len(items) > 0]  # there may be no exp_avgs
+    if any(len(lists[i]) != len(params) for i in given):
         return [lists]  # for the op to refuse
+    by = [i for i in by if i in given]
 
     def dtype(tensor: Tensor | None) -> torch.dtype | None:
         return None if tensor is None else tensor.dtype
@@ -260,9 +264,9 @@ def _split(*lists: Sequence[Any], by: Sequence[int]) -> list[Batch]:
     if len({p.device for p in params}) <= 1 and all(len({dtype(t) for t in lists[i]}) <= 1 for i in by):
         batches[None] = lists
     else:
-        for items in zip(*lists, strict=True):
-            key = (items[0].device, *(dtype(items[i]) for i in by))
+        for k, param in enumerate(params):
+            key = (param.device, *(dtype(lists[i][k]) for i in by))
             batch = batches.setdefault(key, tuple([] for _ in lists))
-            for target, item in zip(batch, items, strict=True):
-                target.append(item)  # type: ignore[attr-defined]
+            for i in given:
+                batch[i].append(lists[i][k])  # type: ignore[attr-defined]
     return list(batches.values())

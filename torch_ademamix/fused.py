@@ -36,6 +36,8 @@ def run(
 ) -> None:
     """`step`, one of the reference kernels, compiled where that is worth it and torch.compile serves the device."""
     params = lists[0]
+    all_lists = (*lists, remainders)
+    given = tuple(len(tensors) > 0 for tensors in all_lists)
     device = params[0].device if params else None
     if device is None or device.type in _unable or sum(p.numel() for p in params) < MIN_NUMEL:
         rest = {"remainders": remainders, "seed": seed, "streams": streams, **options}
@@ -44,9 +46,9 @@ def run(
     numbers = _in_one_tensor([lr, *(options.pop(name) for name in HYPERPARAMETERS[1:])], device)
     integers = torch.tensor([[_signed(seed), stream] for stream in streams or [0] * len(params)], device=device)
     call = partial(_call, device.type)
-    for i, tensors in enumerate(zip(*lists, *([remainders] if remainders else []), strict=True)):
+    for i, tensors in enumerate(zip(*(tensors for tensors in all_lists if tensors), strict=True)):
         flat = _flat(tensors, in_order=bool(streams))
-        arguments = (step, flat or tensors, bool(remainders), numbers, integers[i].clone(), grad_scale, found_inf)
+        arguments = (step, flat or tensors, given, numbers, integers[i].clone(), grad_scale, found_inf)
         if flat is None or flat[0].numel() == 0:
             _update(*arguments, **options)
         elif step is ademamix_blockwise_step_:  # in stages: of all at once, Inductor makes slower code
@@ -75,18 +77,21 @@ def _call(device_type: str, function: Callable[..., Any], *args: Any, **kwargs: 
 def _update(
     step: Callable[..., None],
     tensors: Sequence[Tensor],
-    has_remainder: bool,
+    given: Sequence[bool],
     numbers: Tensor,
     integers: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     **options: Any,
 ) -> None:
-    """A step of one parameter, whose numbers are in tensors: as numbers, they would be compiled in."""
+    """A step of one parameter, whose numbers are in tensors: as numbers, they would be compiled in.
+
+    `given` tells which of the op's lists, and the remainders, the tensors are of; the others are empty.
+    """
     hyperparameters = dict(zip(HYPERPARAMETERS, numbers.unbind(), strict=True))
     lr = hyperparameters.pop("lr")
-    lists = [[t] for t in tensors]
-    remainders = lists.pop() if has_remainder else []
+    present = iter(tensors)
+    *lists, remainders = ([next(present)] if is_given else [] for is_given in given)
     seed, stream = integers.unbind()
     scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
     step(*lists, lr, remainders=remainders, seed=seed, streams=[stream], **scaler, **options, **hyperparameters)

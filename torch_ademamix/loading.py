@@ -1,5 +1,6 @@
 """Saved state on its way into an optimizer: checked, converted to the formats that it is kept in, and taken."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -13,7 +14,7 @@ from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     MOMENTS,
     NAMES,
-    QUANTIZED_STATE,
+    SCALES,
     Arena,
     OptimizerState,
     ParamState,
@@ -24,7 +25,19 @@ from torch_ademamix.check import in_place_problem
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import check_options, param_name, refusals_of
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import ALLOWED_FORMATS, STATE_FORMAT, formats, has_remainder, make_state, storage, write
+from torch_ademamix.state import (
+    ALLOWED_FORMATS,
+    STATE_FORMAT,
+    Formats,
+    entries,
+    formats,
+    formats_of,
+    has_exp_avg,
+    has_remainder,
+    make_state,
+    storage,
+    write,
+)
 
 STATE_DICT = "what an optimizer's state_dict() returns, with 'state' and 'param_groups'"
 
@@ -40,6 +53,9 @@ FOREIGN_STATE = {
     "from_apertus",
 }
 
+DROPPED_EXP_AVG = "the state dict has exp_avg, which isn't kept, since betas[0] is 0: there it is the gradient"
+NEW_EXP_AVG = "the state dict has no exp_avg, since betas[0] was 0; now it isn't, and exp_avg starts at zero"
+
 # Version 0.1.0 had unsigned codes of dynamic maps in their place, of which exp_avg's dtype tells.
 DTYPES_0_1: dict[str, tuple[torch.dtype, ...]] = {
     "exp_avg": (torch.uint8,),
@@ -48,11 +64,14 @@ DTYPES_0_1: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 
-def checked_state_dict(state_dict: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def checked_state_dict(
+    state_dict: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]], own_state: Mapping[Any, Any]
+) -> dict[str, Any]:
     """A state dict for an optimizer of `own_groups`, checked, with state in the formats in which that keeps it.
 
     The state is hidden from torch's `load_state_dict`, which would cast it to the parameter's dtype, and brought out
-    by :func:`brought_out`. How state is stored stays the optimizer's own affair.
+    by :func:`brought_out`. How state is stored stays the optimizer's own affair. exp_avg is kept where the loaded β1 is
+    above 0, or the optimizer's state has it already; if that loses or lacks information, there is a warning.
 
     Raises:
         ValueError: a state or an option isn't as it has to be.
@@ -66,16 +85,26 @@ def checked_state_dict(state_dict: Mapping[str, Any], own_groups: Sequence[Mappi
         with refusals_of(f"state_dict['param_groups'][{number}]"):
             check_options({**group, **saved})
             tells_format(saved)
+    warnings_due = set()
     for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
+        beta1 = {**group, **saved}["betas"][0]
         for place, (i, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             if i not in state:
                 continue
+            keeps_exp_avg = bool(beta1 > 0) or has_exp_avg(own_state.get(p))
             where = f"state_dict['state'][{i!r}]"
             with refusals_of(param_name(group, number, place)):
-                loaded = loaded_state(p, state[i], group, where, tells_format(saved))
+                loaded = loaded_state(p, state[i], formats(p, group, keeps_exp_avg), group, where, tells_format(saved))
                 check_precision(state[i], saved, where)
+                was_kept = "exp_avg" in formats_of(state[i])
+            if was_kept and not keeps_exp_avg:
+                warnings_due.add(DROPPED_EXP_AVG)
+            if not was_kept and beta1 > 0:
+                warnings_due.add(NEW_EXP_AVG)
             others = {name: value for name, value in state[i].items() if name not in NAMES}
             state[i] = {**others, **{name: _Hidden(value) for name, value in loaded.items()}}
+    for text in sorted(warnings_due):
+        warnings.warn(text, stacklevel=2)
     stored = [{name: group[name] for name in STORAGE_OPTIONS} | {"state_format": STATE_FORMAT} for group in own_groups]
     return {"state": state, "param_groups": [{**saved, **own} for saved, own in zip(groups, stored, strict=True)]}
 
@@ -135,8 +164,8 @@ def take_state(state: OptimizerState, entries: Mapping[Any, Any], groups: Sequen
         if p not in entries and p not in state:
             continue
         new = dict(entries.get(p, ()))
-        kind = storage(p, number, group)
         own = {name: new[name] for name in NAMES if name in new}
+        kind = storage(p, number, group, "exp_avg" in formats_of(own))
         if own and not _fits(own, p, kind):  # an older pickle's, say: the step refuses what it can't use
             state[p] = new
             continue
@@ -183,20 +212,20 @@ def _fits(own: Mapping[str, Any], p: Tensor, kind: Storage) -> bool:
     """Whether state is of that kind, so that an arena can take its values."""
     dtypes = {"step": torch.float32, **dict(kind.entries)}
     return {name: value.dtype for name, value in own.items() if isinstance(value, Tensor)} == dtypes and all(
-        own[name].shape == p.shape for name in MOMENTS
+        own[name].shape == p.shape for name in dtypes if name in MOMENTS
     )
 
 
 def loaded_state(
-    p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], where: str, is_current: bool
+    p: Tensor, saved: Mapping[str, Any], target: Formats, group: Mapping[str, Any], where: str, is_current: bool
 ) -> dict[str, Tensor]:
-    """A parameter's saved state in the formats in which the optimizer keeps it, on the devices where it was saved.
+    """A parameter's saved state in the formats of `target`, on the devices where it was saved.
 
     `is_current` is what its saved group says (:func:`tells_format`), else codes may be those of version 0.1.0.
 
-    What was stored in another format is converted, rounding to nearest; a parameter without a saved remainder is its
-    own master weight. A DTensor parameter takes DTensors that are placed as it is, and the whole state as plain
-    tensors, of which each process keeps its part.
+    What was stored in another format is converted, rounding to nearest; an exp_avg that wasn't saved is zero; a
+    parameter without a saved remainder is its own master weight. A DTensor parameter takes DTensors that are placed as
+    it is, and the whole state as plain tensors, of which each process keeps its part.
 
     Raises:
         ValueError: something is missing, unknown, or of another shape, dtype or placement; `where` begins the text.
@@ -205,7 +234,6 @@ def loaded_state(
         raise ValueError(f"{where} is a {type(saved).__name__}, but must be a dict")
     if lost := [name for name, value in saved.items() if isinstance(value, Mapping) and not value]:
         raise ValueError(f"{where} has no {', '.join(lost)}: the flat state dict that torch made it of hasn't either")
-    target = formats(p, group)
     if any(sharding.is_dtensor(value) for value in saved.values()):
         part = sharding.parts(saved, p, where)
         return sharding.sharded(_converted(sharding.local(p), part, target, group, where, is_current), p)
@@ -230,8 +258,8 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
             text = f"{where}['exp_avg_slow'] has dtype {dtype}, but its group has slow_ema_bits={bits}"
             otherwise = "or, if the group's option was changed after the state was made, set it back in the state dict"
             raise ValueError(f"{text}: {hint}, {otherwise}")
-    elif group.get("optim_bits") == 8 and saved["exp_avg"].numel() >= group.get("min_8bit_size", 0):
-        moments = [sharding.local(saved[name]) for name in MOMENTS]
+    elif group.get("optim_bits") == 8 and saved["exp_avg_sq"].numel() >= group.get("min_8bit_size", 0):
+        moments = [sharding.local(saved[name]) for name in MOMENTS if name in saved]
         if any(m.any() for m in moments) and all((m == m.round()).all() for m in moments):
             raise ValueError(f"{where} has codes of 8-bit state where its values should be: {hint}")
 
@@ -239,7 +267,7 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
 def _converted(
     p: Tensor,
     saved: Mapping[str, Any],
-    target: Mapping[str, Format | None],
+    target: Formats,
     group: Mapping[str, Any],
     where: str,
     is_current: bool,
@@ -248,9 +276,10 @@ def _converted(
     hints = [hint for entry, hint in FOREIGN_STATE.items() if entry in saved]
     saved = {name: saved[name] for name in NAMES if name in saved} if not hints else dict(saved)
     saved_remainder = saved.pop(MASTER_REMAINDER, None)
-    quantized = "exp_avg_absmax" in saved
+    source = formats_of(saved)
+    quantized = any(source.values())
     is_0_1 = quantized and not is_current and getattr(saved.get("exp_avg"), "dtype", None) == torch.uint8
-    expected = set(QUANTIZED_STATE) if quantized else {*MOMENTS, "step"}
+    expected = {"step", *entries(source)}
     if saved.keys() != expected:
         raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{''.join(hints[:1])}")
     step = checked_step(saved["step"], f"{where}['step']")
@@ -258,6 +287,10 @@ def _converted(
         raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
     state = {"step": step}
     for name, format in target.items():
+        if name not in source:
+            zeros = torch.zeros_like(saved["exp_avg_slow"], dtype=compute_dtype(p.dtype))
+            state |= _stored(name, zeros, format)
+            continue
         if not quantized:
             value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
             if in_place_problem(value):  # expanded, as a converter may write zeros
@@ -266,7 +299,7 @@ def _converted(
             continue
         dtypes = DTYPES_0_1[name] if is_0_1 else [CODE_DTYPES[allowed] for allowed in ALLOWED_FORMATS[name]]
         value = checked(saved[name], f"{where}[{name!r}]", p.shape, *dtypes)
-        absmax_name = f"{name}_absmax"
+        absmax_name = f"{name}{SCALES}"
         absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", None, torch.float32)
         if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them
             checked(absmax, f"{where}[{absmax_name!r}]", sharding.scales_shape(p))

@@ -26,7 +26,7 @@ from torch_ademamix.options import (
     settle_lrs,
 )
 from torch_ademamix.plan import Plan, Work
-from torch_ademamix.state import STATE_FORMAT, make_state, separate, without_state
+from torch_ademamix.state import STATE_FORMAT, check_exp_avg, make_state, separate, without_state
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 
@@ -243,7 +243,10 @@ class AdEMAMix(Optimizer):
         check_max_norm(self.max_grad_norm)
         plan = self._layout.plan
         if plan is not None and plan.holds(self.param_groups) and not any(map(is_trained, plan.stateless)):
+            if any(self.param_groups[number]["betas"][0] > 0 for number in plan.lacks_exp_avg):
+                check_exp_avg(self.state, self.param_groups)
             return
+        check_exp_avg(self.state, self.param_groups)
         for number, group in enumerate(self.param_groups):  # a step that is refused makes no state either
             check_grads(group, number)
         self._make_state()
@@ -326,7 +329,7 @@ class AdEMAMix(Optimizer):
         self._check_memory()
         planned = self._layout.plan is not None
         handle = self.register_load_state_dict_pre_hook(  # called after any hook of the user's
-            lambda _, given: checked_state_dict(given, self.param_groups)
+            lambda _, given: checked_state_dict(given, self.param_groups, self.state)
         )
         try:
             super().load_state_dict(state_dict)

@@ -56,8 +56,10 @@ def one_for_each(
     arenas, firsts, indices = (places[i::PLACE_NUMBERS] for i in range(PLACE_NUMBERS))
 
     def views(part: Part, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if not tensors:  # state that these parameters don't have
+            return []
         return [part(tensors[k], p, first) for k, p, first in zip(arenas, params, firsts, strict=True)]
 
     placed = [views(part, tensors) for part, tensors in zip(parts, state, strict=True)]
     placed_steps = [steps[k][i] for k, i in zip(arenas, indices, strict=True)]
-    return [params, grads, *placed, placed_steps], views(state_part, remainders) if remainders else []
+    return [params, grads, *placed, placed_steps], views(state_part, remainders)

@@ -12,21 +12,11 @@ from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_ademamix import ops, sharding, tracing
-from torch_ademamix.arenas import (
-    MASTER_REMAINDER,
-    MOMENTS,
-    NAMES,
-    QUANTIZED_STATE,
-    ParamState,
-    Part,
-    check_memory,
-)
+from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, ParamState, Part, check_memory
 from torch_ademamix.check import are_floating
 from torch_ademamix.options import Options, check_grads, hyperparameters, param_name
 from torch_ademamix.places import PLACE_NUMBERS
-from torch_ademamix.state import has_state
-
-STATE = (*MOMENTS, "step")
+from torch_ademamix.state import Formats, entries, formats_of, has_state, op_entries
 
 Lists = tuple[Sequence[Any], ...]  # of an op call
 Call = tuple[Callable[..., None], Sequence[Tensor], Lists, Options]  # an op, whose parameters, its lists and options
@@ -35,21 +25,19 @@ Call = tuple[Callable[..., None], Sequence[Tensor], Lists, Options]  # an op, wh
 class Batch:
     """Parameters of one group, with state of one kind and, in arenas or each by itself, one kind of memory."""
 
-    def __init__(self, group: int, quantized: bool, sharded: bool) -> None:
+    def __init__(self, group: int, formats: Formats, sharded: bool) -> None:
         self.group = group  # its number
-        self.quantized = quantized
+        self.quantized = any(formats.values())
+        self.has_exp_avg = "exp_avg" in formats
         self.sharded = sharded  # the parameters are DTensors
         self.params: list[Tensor] = []
         self.streams: list[int] = []
         # The op's arguments. State that is replaced is heard of, so nothing here has to keep it.
+        self.names = op_entries(formats)
         self.state: list[list[ref[Tensor]]] = [[] for _ in self.names]
         self.remainders: list[ref[Tensor]] = []
         self.places: list[int] = []
         self._arenas: dict[int, int] = {}  # by identity, their numbers in the lists
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return QUANTIZED_STATE if self.quantized else STATE
 
     def add(self, p: Tensor, stream: int, state: Mapping[str, Tensor], part: Part | None) -> None:
         self.params.append(p)
@@ -65,6 +53,8 @@ class Batch:
 
     def _append(self, tensors: Mapping[str, Tensor]) -> None:
         for target, name in zip(self.state, self.names, strict=True):
+            if name is None:
+                continue
             target.append(ref(tensors[name]))
         if MASTER_REMAINDER in tensors:
             self.remainders.append(ref(tensors[MASTER_REMAINDER]))
@@ -122,8 +112,7 @@ class Batch:
         state, remainders = self.state, self.remainders
         streams, places = self.numbers()
         if not (whole or places):
-            state = [[refs[i] for i in chosen] for refs in state]
-            remainders = [remainders[i] for i in chosen] if remainders else []
+            *state, remainders = ([refs[i] for i in chosen] if refs else [] for refs in (*state, remainders))
         lists = (local, grads, *([tensor() for tensor in refs] for refs in state))
         more = {
             "remainders": [tensor() for tensor in remainders],
@@ -174,6 +163,7 @@ class Plan:
         self.batches = list(batches.values())
         for batch in self.batches:
             batch.settle()
+        self.lacks_exp_avg = {batch.group for batch in self.batches if not batch.has_exp_avg}  # groups' numbers
         self.places = {id(p): (batch, i) for batch in self.batches for i, p in enumerate(batch.params)}
         self._views = [view for view in views if not isinstance(view, FakeTensor)]  # which have no addresses
         self._pointers = list(map(Tensor.data_ptr, self._views))
@@ -327,14 +317,9 @@ def _part(p: Tensor, state: ParamState) -> Part | None:
     return part
 
 
-def _names(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """The entries that state of its kind must have."""
-    return QUANTIZED_STATE if "exp_avg_absmax" in state else STATE
-
-
 def _check_state(state: Mapping[str, Any], param: str) -> None:
     """Refuses state that was put together by hand, before the ops look at what is in it."""
-    names = _names(state)
+    names = ("step", *entries(formats_of(state)))
     if lost := [name for name in names if name not in state]:
         raise RuntimeError(f"the state of {param} has no {', '.join(lost)}")
     for name in (*names, MASTER_REMAINDER):
@@ -343,12 +328,12 @@ def _check_state(state: Mapping[str, Any], param: str) -> None:
 
 
 def _add(batches: dict[Any, Batch], group: int, p: Tensor, stream: int, state: ParamState, part: Part | None) -> None:
-    quantized = "exp_avg_absmax" in state
-    names = (name for name in (*_names(state), MASTER_REMAINDER) if name in state)
+    formats = formats_of(state)
+    names = (name for name in ("step", *entries(formats), MASTER_REMAINDER) if name in state)
     own = {name: state[name] if name == "step" else sharding.local(state[name]) for name in names}
     if sharded := sharding.is_dtensor(p):
         stream += sharding.first_group(p) << 32
     dtypes = tuple((name, value.dtype) for name, value in own.items())
     key = (group, p.dtype, p.device, dtypes, sharded, part is None)
-    batch = batches.setdefault(key, Batch(group, quantized, sharded))
+    batch = batches.setdefault(key, Batch(group, formats, sharded))
     batch.add(p, stream, own, part)

@@ -72,7 +72,7 @@ def step_scalars(
 def ademamix_update(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_slow: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
@@ -90,7 +90,7 @@ def ademamix_update(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of one parameter, as in the paper; returns the new values and changes nothing.
 
-    param and grad are already in the dtype of the arithmetic; `step` counts from 1.
+    param and grad are already in the dtype of the arithmetic; `step` counts from 1. Without exp_avg, beta1 is 0.
     """
     scalars = step_scalars(
         step,
@@ -113,11 +113,16 @@ def ademamix_update(
         "weight_decay": weight_decay,
     }
     s = {name: x.to(param.dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()}
-    m1 = s["beta1"] * exp_avg + s["one_minus_beta1"] * grad
+    m1 = grad if exp_avg is None else s["beta1"] * exp_avg + s["one_minus_beta1"] * grad
     m2 = s["beta3"] * exp_avg_slow + s["one_minus_beta3"] * grad
     nu = s["beta2"] * exp_avg_sq + s["one_minus_beta2"] * grad.square()
     update = (m1 / s["bias1"] + s["alpha"] * m2) / (nu.sqrt() / s["sqrt_bias2"] + s["eps"])
     return param - s["lr"] * (update + s["weight_decay"] * param), m1, m2, nu
+
+
+def or_none(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """A list of state, or a None for each parameter where these don't have it."""
+    return tensors if tensors else [None] * len(params)
 
 
 def ademamix_step_(
@@ -139,7 +144,7 @@ def ademamix_step_(
     **hyperparameters: Any,
 ) -> None:
     """The op `ademamix_step_`, of any device; it reads no value back to the host."""
-    lists = zip(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, strict=True)
+    lists = zip(params, grads, or_none(exp_avgs, params), exp_avg_slows, exp_avg_sqs, steps, strict=True)
     for i, (param, grad, m1, m2, nu, step) in enumerate(lists):
         t = next_step(step)
         p = bfloat16.join(param, remainders[i]) if remainders else param.to(compute_dtype(param.dtype))
@@ -158,6 +163,8 @@ def ademamix_step_(
             rounded = [bfloat16.round_stochastically(weight, random.view(p.shape))]
         new = (*moments, t, *rounded)
         for old, value in zip((m1, m2, nu, step, param, *remainders[i : i + 1]), new, strict=True):
+            if old is None:
+                continue
             if found_inf is not None:
                 value = torch.where(found_inf.bool().reshape(()), old.to(value.dtype), value)
             old.copy_(value)
@@ -195,8 +202,8 @@ def ademamix_blockwise_step_(
     lists = zip(
         params,
         grads,
-        exp_avgs,
-        exp_avg_absmaxs,
+        or_none(exp_avgs, params),
+        or_none(exp_avg_absmaxs, params),
         exp_avg_slows,
         exp_avg_slow_absmaxs,
         exp_avg_sqs,
@@ -206,9 +213,11 @@ def ademamix_blockwise_step_(
         strict=True,
     )
     for i, (p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, stream) in enumerate(lists):
-        quantized = [(m1, m1_absmax), (m2, m2_absmax), (nu, nu_absmax)]
+        quantized = [(m2, m2_absmax), (nu, nu_absmax)]
+        if m1 is not None and m1_absmax is not None:
+            quantized.append((m1, m1_absmax))
         moments = [call(_moment, codes, absmax, compute_dtype(p.dtype)) for codes, absmax in quantized]
-        a, b, c = ([m] for m in moments)
+        b, c, a = ([m] for m in moments) if len(moments) == 3 else ([moments[0]], [moments[1]], [])
         rounding: dict[str, Any] = {"remainders": remainders[i : i + 1], "seed": seed, "streams": [stream]}
         call(ademamix_step_, [p], [g], a, b, c, [step], lr, **rounding, found_inf=found_inf, **options)
         moments = call(_finite, *moments)
@@ -222,7 +231,7 @@ def _moment(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(*moments: Tensor) -> list[Tensor]:
-    """In float32. An element of which one moment isn't finite loses all three, and no more than that."""
+    """In float32. An element of which one moment isn't finite loses all, and no more than that."""
     finite = reduce(torch.logical_and, [m.float().isfinite() for m in moments])
     return [torch.where(finite, m.float(), 0) for m in moments]
 
@@ -302,12 +311,12 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq"):
+                    for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")[beta1 == 0 :]:  # at 0, m1 is the gradient
                         state[name] = torch.zeros_like(p, dtype=compute_dtype(p.dtype))
                 ademamix_step_(
                     [p],
                     [p.grad],
-                    [state["exp_avg"]],
+                    [state["exp_avg"]] if "exp_avg" in state else [],
                     [state["exp_avg_slow"]],
                     [state["exp_avg_sq"]],
                     [state["step"]],

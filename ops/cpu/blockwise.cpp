@@ -22,12 +22,13 @@ void run(const BlockwiseLists& lists, const StepOptions& options) {
   std::vector<int64_t> numels;
   tensors.reserve(lists.params.size());
   numels.reserve(lists.params.size());
+  const bool has_exp_avg = !lists.exp_avgs.empty();
   for (size_t i = 0; i < lists.params.size(); ++i) {
     const RandomKey random = random_key(options.seed, lists.steps[i], options.streams[i]);
     const bool has_remainder = rounding == ParamRounding::REMAINDER;
     tensors.push_back({{lists.params[i], rounding, has_remainder ? lists.remainders[i] : TensorView{}, random},
                        lists.grads[i],
-                       quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i]),
+                       has_exp_avg ? quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i]) : Quantized{},
                        quantized(lists.exp_avg_slows[i], lists.exp_avg_slow_absmaxs[i]),
                        quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i]),
                        scalars[i],

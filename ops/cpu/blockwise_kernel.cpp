@@ -116,26 +116,28 @@ class Largest {
 //
 // In one loop over the elements each would wait for a root and then for a quotient, and a processor has room for few
 // that wait. So the moments and their roots come first; the second loop has the quotients beside the codes' roots.
-template <class Slow>
+template <class Fast, class Slow>
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
+  constexpr bool EXP_AVG = IS_KEPT<Fast>;
   const StepScalars<V> scalars(t.scalars);
-  auto* m1_codes = static_cast<int8_t*>(t.exp_avg.codes) + first;
+  auto* m1_codes = EXP_AVG ? static_cast<int8_t*>(t.exp_avg.codes) + first : nullptr;
   auto* m2_codes = static_cast<typename Slow::Code*>(t.exp_avg_slow.codes) + first;
   auto* nu_codes = static_cast<uint8_t*>(t.exp_avg_sq.codes) + first;
-  float &m1_absmax = t.exp_avg.absmax[first / BLOCK_SIZE], &m2_absmax = t.exp_avg_slow.absmax[first / BLOCK_SIZE],
-        &nu_absmax = t.exp_avg_sq.absmax[first / BLOCK_SIZE];
-  const V m1_unit(m1_absmax * SignedSqrt::UNIT), m2_unit(m2_absmax * Slow::UNIT), nu_unit(nu_absmax * FourthRoot::UNIT);
+  const int64_t block = first / BLOCK_SIZE;
+  float &m2_absmax = t.exp_avg_slow.absmax[block], &nu_absmax = t.exp_avg_sq.absmax[block];
+  const V m1_unit(EXP_AVG ? t.exp_avg.absmax[block] * SignedSqrt::UNIT : 0), m2_unit(m2_absmax * Slow::UNIT),
+      nu_unit(nu_absmax * FourthRoot::UNIT);
   Largest m1_largest, m2_largest, nu_largest;
   for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
-    Element<V> e{V{}, SignedSqrt::decode(load_codes(m1_codes + i), m1_unit),
+    Element<V> e{V{}, EXP_AVG ? SignedSqrt::decode(load_codes(m1_codes + i), m1_unit) : V{},
                  Slow::decode(load_codes(m2_codes + i), m2_unit),
                  FourthRoot::decode(load_codes(nu_codes + i), nu_unit)};
-    update_moments(e, V::load(grad + i), scalars);
+    update_moments<EXP_AVG>(e, V::load(grad + i), scalars);
     const V root = sqrt(e.exp_avg_sq);
     e.exp_avg.store(m.m1 + i);
     e.exp_avg_slow.store(m.m2 + i);
     root.store(m.nu + i);
-    m1_largest.add(e.exp_avg);
+    if constexpr (EXP_AVG) m1_largest.add(e.exp_avg);  // a gradient that isn't finite shows in the others
     m2_largest.add(e.exp_avg_slow);
     nu_largest.add(root);
   }
@@ -144,10 +146,10 @@ bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
   m.nu_absmax = nu_largest.get();
   if (!m.finite()) return false;
 
-  m1_absmax = m.m1_absmax;
+  if constexpr (EXP_AVG) t.exp_avg.absmax[block] = m.m1_absmax;
   m2_absmax = m.m2_absmax;
   nu_absmax = m.nu_absmax;
-  const V m1_inverse(inverse_absmax(m1_absmax)), m2_inverse(inverse_absmax(m2_absmax)),
+  const V m1_inverse(inverse_absmax(m.m1_absmax)), m2_inverse(inverse_absmax(m2_absmax)),
       nu_inverse(inverse_absmax(nu_absmax));
   Block<uint16_t> random;
   const bool stochastic = t.stochastic_rounding;
@@ -155,9 +157,9 @@ bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
   for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
     Element<V> e{V::load(param + i), V::load(m.m1 + i), V::load(m.m2 + i), V{}};
     const V root = V::load(m.nu + i);
-    update_param(e, root, scalars);
+    update_param<EXP_AVG>(e, root, scalars);
     e.param.store(param + i);
-    encode<SignedSqrt>(e.exp_avg, m1_inverse, m1_codes + i);
+    if constexpr (EXP_AVG) encode<Fast>(e.exp_avg, m1_inverse, m1_codes + i);
     encode<Slow>(e.exp_avg_slow, m2_inverse, m2_codes + i);
     if (stochastic) {
       encode_stochastically(root, nu_inverse, random + i, nu_codes + i);
@@ -169,8 +171,11 @@ bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
 }
 
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
-  const auto step =
-      t.exp_avg_slow.format == BlockFormat::LINEAR_INT16 ? step_whole_block<Linear> : step_whole_block<SignedSqrt>;
+  const bool linear = t.exp_avg_slow.format == BlockFormat::LINEAR_INT16;
+  const auto step = t.exp_avg.codes
+                        ? linear ? step_whole_block<SignedSqrt, Linear> : step_whole_block<SignedSqrt, SignedSqrt>
+                    : linear ? step_whole_block<NoCodes, Linear>
+                             : step_whole_block<NoCodes, SignedSqrt>;
   return step(param, grad, t, first, m);
 }
 
@@ -178,11 +183,12 @@ bool step_whole_block(double*, const double*, const BlockwiseTensor<double>&, in
 
 template <class T>
 void step_moments(T* param, const T* grad, const BlockwiseTensor<T>& t, int64_t first, int count, Moments& m) {
-  Block<T> m1, m2, nu;
-  decode(t.exp_avg, first, count, m1);
+  Block<T> m1{}, m2, nu;
+  if (t.exp_avg.codes) decode(t.exp_avg, first, count, m1);
   decode(t.exp_avg_slow, first, count, m2);
   decode(t.exp_avg_sq, first, count, nu);
-  step_run(param, grad, m1, m2, nu, count, t.scalars);
+  t.exp_avg.codes ? step_run<true>(param, grad, m1, m2, nu, count, t.scalars)
+                  : step_run<false>(param, grad, m1, m2, nu, count, t.scalars);
   at::vec::convert(m1, m.m1, count);
   at::vec::convert(m2, m.m2, count);
   at::vec::convert(nu, m.nu, count);
@@ -202,7 +208,7 @@ void blockwise_step_elements(const BlockwiseTensor<T>& t, int64_t begin, int64_t
     if (count < BLOCK_SIZE || !step_whole_block(param.data(), grad.data(), t, first, m)) {
       step_moments(param.data(), grad.data(), t, first, count, m);
       if (!m.finite()) m.drop_infinite(count);
-      encode_block(m.m1, m.m1_absmax, first, count, nullptr, t.exp_avg);
+      if (t.exp_avg.codes) encode_block(m.m1, m.m1_absmax, first, count, nullptr, t.exp_avg);
       encode_block(m.m2, m.m2_absmax, first, count, nullptr, t.exp_avg_slow);
       encode_block(m.nu, m.nu_absmax, first, count, t.stochastic_rounding ? &t.random : nullptr, t.exp_avg_sq);
     }

@@ -18,7 +18,8 @@ template <class T>
 struct BlockwiseTensor {
   Param param;
   TensorView grad;
-  Quantized exp_avg, exp_avg_slow, exp_avg_sq;
+  Quantized exp_avg;  // has no codes if it isn't kept
+  Quantized exp_avg_slow, exp_avg_sq;
   StepScalars<T> scalars;
   RandomKey random;
   bool stochastic_rounding;  // of exp_avg_sq

@@ -14,9 +14,15 @@ void run(const StepLists& lists, const StepOptions& options) {
   std::vector<int64_t> numels;
   tensors.reserve(lists.params.size());
   numels.reserve(lists.params.size());
+  const bool has_exp_avg = !lists.exp_avgs.empty();
   for (size_t i = 0; i < lists.params.size(); ++i) {
-    StepTensor<T> t{{lists.params[i], rounding}, lists.grads[i],       lists.exp_avgs[i],
-                    lists.exp_avg_slows[i],      lists.exp_avg_sqs[i], scalars[i]};
+    StepTensor<T> t{{lists.params[i], rounding},
+                    lists.grads[i],
+                    has_exp_avg ? lists.exp_avgs[i] : lists.params[i],
+                    lists.exp_avg_slows[i],
+                    lists.exp_avg_sqs[i],
+                    scalars[i],
+                    has_exp_avg};
     if (rounding == ParamRounding::STOCHASTIC) {
       // Of the elements in row-major order.
       t.param.random = random_key(options.seed, lists.steps[i], options.streams[i]);

@@ -11,6 +11,7 @@ struct StepTensor {
   Param param;
   TensorView grad, exp_avg, exp_avg_slow, exp_avg_sq;
   StepScalars<T> scalars;
+  bool has_exp_avg;  // else exp_avg is any tensor of the parameter's shape
 };
 
 // Updates the elements [begin, end); `begin` is a multiple of BLOCK_SIZE.

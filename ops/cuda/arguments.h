@@ -49,6 +49,8 @@ inline const char* type_name(ScalarType dtype) {
   }
 }
 
+inline const char* bool_name(bool value) { return value ? "true" : "false"; }
+
 inline const char* rounding_name(ParamRounding rounding) {
   switch (rounding) {
     case ParamRounding::STOCHASTIC: return "ParamRounding::STOCHASTIC";

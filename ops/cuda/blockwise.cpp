@@ -17,10 +17,9 @@ constexpr int WAVES = ADEMAMIX_BLOCKWISE_WAVES;
 
 uint32_t tiles_of(int64_t blocks) { return static_cast<uint32_t>((blocks + TILE_BLOCKS - 1) / TILE_BLOCKS); }
 
-const char* bool_name(bool value) { return value ? "true" : "false"; }
-
 struct BlockwiseKernel {
   ScalarType param, grad, slow_code;
+  bool has_exp_avg;
   bool stochastic_rounding;
   ParamRounding rounding;
 
@@ -28,9 +27,9 @@ struct BlockwiseKernel {
 
   Kernel load(const CurrentDevice& device, size_t tensors) const {
     const char* const capacity = capacity_name(tensors, "LONG_LIST<BlockwiseRecord>");
-    const std::string expression = kernel_expression("blockwise_step_kernel", type_name(param), type_name(grad),
-                                                     slow_bytes() == 2 ? "Linear" : "SignedSqrt",
-                                                     bool_name(stochastic_rounding), rounding_name(rounding), capacity);
+    const std::string expression = kernel_expression(
+        "blockwise_step_kernel", type_name(param), type_name(grad), has_exp_avg ? "SignedSqrt" : "NoCodes",
+        slow_bytes() == 2 ? "Linear" : "SignedSqrt", bool_name(stochastic_rounding), rounding_name(rounding), capacity);
     return device.gpu().kernel({HEADER, expression}, BLOCKWISE_THREADS, device.stream());
   }
 
@@ -44,9 +43,11 @@ struct BlockwiseKernel {
 
 void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
-  const BlockwiseKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, lists.exp_avg_slows[0].dtype,
-                               options.stochastic_rounding,
-                               param_rounding(lists.remainders, options.stochastic_param_rounding)};
+  const bool has_exp_avg = !lists.exp_avgs.empty();
+  const BlockwiseKernel kernel{
+      lists.params[0].dtype,        lists.grads[0].dtype,
+      lists.exp_avg_slows[0].dtype, has_exp_avg,
+      options.stochastic_rounding,  param_rounding(lists.remainders, options.stochastic_param_rounding)};
   const Kernel loaded = kernel.load(device, lists.params.size());
   if (options.dry_run) {
     prologue_kernel(device, kernel.param, lists.steps.size());
@@ -61,11 +62,11 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
     BlockwiseRecord r{
         lists.params[i].data,
         lists.grads[i].data,
-        static_cast<int8_t*>(lists.exp_avgs[i].data),
+        has_exp_avg ? static_cast<int8_t*>(lists.exp_avgs[i].data) : nullptr,
         lists.exp_avg_slows[i].data,
         static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
-        {static_cast<float*>(lists.exp_avg_absmaxs[i].data), static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data),
-         static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data)}};
+        {static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data), static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data),
+         has_exp_avg ? static_cast<float*>(lists.exp_avg_absmaxs[i].data) : nullptr}};
     if (kernel.rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
     r.numel = lists.params[i].numel;
     r.stream = options.streams[i];

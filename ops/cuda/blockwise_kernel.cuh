@@ -108,29 +108,32 @@ __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
 // A lane's part of a block as it lies in memory.
-template <class P, class G, class Slow, ParamRounding ROUNDING>
+template <class P, class G, class Fast, class Slow, ParamRounding ROUNDING>
 class BlockLanes {
  public:
+  static constexpr bool EXP_AVG = IS_KEPT<Fast>;
+  static constexpr int SCALES = EXP_AVG ? 3 : 2;
+
   ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
   Lanes<G, LANE_ELEMENTS> g;
-  LaneCodes<SignedSqrt> m1;
+  std::conditional_t<EXP_AVG, LaneCodes<Fast>, Nothing> m1;
   LaneCodes<Slow> m2;
   LaneCodes<FourthRoot> nu;
-  float absmax;  // the first three lanes have one state's each
+  float absmax;  // the first lanes have one state's each, in the record's order
 
   // `block` may be past the tensor's end.
   __device__ __forceinline__ void load(const BlockwiseRecord& r, uint32_t block, int lane) {
     const Place at(r, block, lane);
     if (block < r.wide_blocks) {
       p.load(at.param, at.remainder);
-      m1.load(at.m1);
+      if constexpr (EXP_AVG) m1.load(at.m1);
       m2.load(at.m2);
       nu.load(at.nu);
       absmax = *at.absmax;
     } else {  // zeros after the end change no scale
       const int count = Place::count(r, block, lane);
       p.load(at.param, at.remainder, count);
-      m1.load(at.m1, count, 0);
+      if constexpr (EXP_AVG) m1.load(at.m1, count, 0);
       m2.load(at.m2, count, 0);
       nu.load(at.nu, count, 0);
       absmax = block < r.blocks ? *at.absmax : 0;
@@ -145,17 +148,17 @@ class BlockLanes {
     const Place at(r, block, lane);
     if (block < r.wide_blocks) {
       p.store(at.param, at.remainder);
-      m1.store(at.m1);
+      if constexpr (EXP_AVG) m1.store(at.m1);
       m2.store(at.m2);
       nu.store(at.nu);
-      if (lane < 3) *at.absmax = absmax;
+      if (lane < SCALES) *at.absmax = absmax;
     } else {
       const int count = Place::count(r, block, lane);
       p.store(at.param, at.remainder, count);
-      m1.store(at.m1, count);
+      if constexpr (EXP_AVG) m1.store(at.m1, count);
       m2.store(at.m2, count);
       nu.store(at.nu, count);
-      if (lane < 3 && block < r.blocks) *at.absmax = absmax;
+      if (lane < SCALES && block < r.blocks) *at.absmax = absmax;
     }
   }
 
@@ -174,10 +177,10 @@ class BlockLanes {
       param = static_cast<P*>(r.param) + first;
       grad = static_cast<const G*>(r.grad) + first;
       remainder = remainder_at<ROUNDING>(r.remainder, first);
-      m1 = r.exp_avg + first;
+      m1 = EXP_AVG ? r.exp_avg + first : nullptr;
       m2 = static_cast<typename Slow::Code*>(r.exp_avg_slow) + first;
       nu = r.exp_avg_sq + first;
-      absmax = r.absmaxs[lane < 2 ? lane : 2] + block;
+      absmax = r.absmaxs[lane < SCALES ? lane : SCALES - 1] + block;
     }
 
     // The lane's elements, where they aren't accessed at once; below 0 past the tensor's end.
@@ -193,13 +196,14 @@ class BlockLanes {
   };
 };
 
-template <class P, class G, class Slow, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
+template <class P, class G, class Fast, class Slow, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G, ROUNDING>())
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord, CAPACITY> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
                           const float* found_inf) {
   using T = typename BlockwiseTypes<P>::T;
   using V = typename BlockwiseTypes<P>::V;
+  constexpr bool EXP_AVG = IS_KEPT<Fast>;
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const uint32_t warp = threadIdx.x / WARP;
 
@@ -220,18 +224,18 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     }
     const BlockwiseRecord& r = table.records[tensor];
     const uint32_t block = (tile - first_tile) * TILE_BLOCKS + warp;  // or past the tensor's end
-    BlockLanes<P, G, Slow, ROUNDING> lanes;
+    BlockLanes<P, G, Fast, Slow, ROUNDING> lanes;
     lanes.load(r, block, lane);
 
-    LaneFloats m1, m2, nu, root;
-    decode<SignedSqrt>(lanes.m1, __shfl_sync(0xffffffff, lanes.absmax, 0), m1);
-    decode<Slow>(lanes.m2, __shfl_sync(0xffffffff, lanes.absmax, 1), m2);
-    decode<FourthRoot>(lanes.nu, __shfl_sync(0xffffffff, lanes.absmax, 2), nu);
+    LaneFloats m1{}, m2, nu, root;
+    decode<Slow>(lanes.m2, __shfl_sync(0xffffffff, lanes.absmax, 0), m2);
+    decode<FourthRoot>(lanes.nu, __shfl_sync(0xffffffff, lanes.absmax, 1), nu);
+    if constexpr (EXP_AVG) decode<Fast>(lanes.m1, __shfl_sync(0xffffffff, lanes.absmax, 2), m1);
     T new_param[LANE_ELEMENTS];
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
       Element<V> e{V(lanes.p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
-      const V sqrt_nu = update(e, V(lanes.g.template get<T>(i)), s);
+      const V sqrt_nu = update<EXP_AVG>(e, V(lanes.g.template get<T>(i)), s);
       new_param[i] = to_param(e.param);
       m1[i] = to_float(e.exp_avg);
       m2[i] = to_float(e.exp_avg_slow);
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
     lanes.p.set_all(new_param, key, group);
 
-    float m1_absmax = warp_largest(largest(m1)), m2_absmax = warp_largest(largest(m2)),
+    float m1_absmax = EXP_AVG ? warp_largest(largest(m1)) : 0, m2_absmax = warp_largest(largest(m2)),
           nu_absmax = warp_largest(largest(nu));
     if (!(is_finite(m1_absmax) && is_finite(m2_absmax) && is_finite(nu_absmax))) {
       // An element of which one moment isn't finite loses all three, and no more than that.
@@ -251,16 +255,17 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
         const bool keep = is_finite(::fabsf(m1[i])) && is_finite(::fabsf(m2[i])) && is_finite(::fabsf(nu[i]));
         if (!keep) m1[i] = m2[i] = nu[i] = root[i] = 0;
       }
-      m1_absmax = warp_largest(largest(m1));
+      if (EXP_AVG) m1_absmax = warp_largest(largest(m1));
       m2_absmax = warp_largest(largest(m2));
       nu_absmax = warp_largest(largest(nu));
     }
-    const float new_absmax = lane == 0 ? m1_absmax : lane == 1 ? m2_absmax : sqrt(nu_absmax);
+    const float new_absmax = lane == 0 ? m2_absmax : !EXP_AVG || lane == 1 ? sqrt(nu_absmax) : m1_absmax;
     lanes.absmax = new_absmax;
     const float inverse = inverse_absmax(new_absmax);
-    encode<SignedSqrt, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 0), key, group, lanes.m1);
-    encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 1), key, group, lanes.m2);
-    encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 2), key, group, lanes.nu);
+    encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 0), key, group, lanes.m2);
+    encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 1), key, group, lanes.nu);
+    if constexpr (EXP_AVG)
+      encode<Fast, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 2), key, group, lanes.m1);
     lanes.store(r, block, lane);
   }
 }

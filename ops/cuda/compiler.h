@@ -8,7 +8,7 @@ namespace ademamix {
 // One variant of a kernel.
 struct KernelName {
   const char* header;      // in this folder
-  std::string expression;  // "step_kernel<float, half, ParamRounding::NEAREST, SHORT_LIST>"
+  std::string expression;  // "step_kernel<float, half, true, ParamRounding::NEAREST, SHORT_LIST>"
 };
 
 struct DeviceCode {

@@ -116,7 +116,7 @@ constexpr int step_width(int param_bytes, int grad_bytes) {
 struct StepRecord {
   void* param;
   const void* grad;
-  void* exp_avg;
+  void* exp_avg;  // or none
   void* exp_avg_slow;
   void* exp_avg_sq;
   int16_t* remainder;  // if ParamRounding::REMAINDER
@@ -141,10 +141,10 @@ constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, on
 struct BlockwiseRecord {
   void* param;
   const void* grad;
-  int8_t* exp_avg;
+  int8_t* exp_avg;  // or none
   void* exp_avg_slow;
   uint8_t* exp_avg_sq;
-  float* absmaxs[3];   // of exp_avg, exp_avg_slow and exp_avg_sq
+  float* absmaxs[3];   // of exp_avg_slow, exp_avg_sq and exp_avg
   int16_t* remainder;  // if ParamRounding::REMAINDER
   int64_t numel;
   int64_t stream;  // of random bits

@@ -11,6 +11,9 @@
 
 namespace ademamix {
 
+// In the place of lanes that a kernel hasn't.
+struct Nothing {};
+
 template <class S, int N>
 class Lanes {
   static constexpr int BYTES = N * static_cast<int>(sizeof(S));

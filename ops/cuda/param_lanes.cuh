@@ -72,8 +72,6 @@ class ParamLanes {
   }
 
  private:
-  struct Nothing {};
-
   Lanes<P, N> param_;
   std::conditional_t<ROUNDING == ParamRounding::REMAINDER, Lanes<int16_t, N>, Nothing> remainder_;
 };

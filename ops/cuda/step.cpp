@@ -7,6 +7,7 @@ namespace {
 // The dtypes of one call.
 struct StepKernel {
   ScalarType param, grad;
+  bool has_exp_avg;
   ParamRounding rounding;
 
   int param_bytes() const { return element_bytes(param); }
@@ -16,8 +17,8 @@ struct StepKernel {
 
   Kernel load(const CurrentDevice& device, size_t tensors) const {
     const char* const capacity = capacity_name(tensors, "LONG_LIST<StepRecord>");
-    const std::string expression =
-        kernel_expression("step_kernel", type_name(param), type_name(grad), rounding_name(rounding), capacity);
+    const std::string expression = kernel_expression("step_kernel", type_name(param), type_name(grad),
+                                                     bool_name(has_exp_avg), rounding_name(rounding), capacity);
     return device.gpu().kernel({"step_kernel.cuh", expression}, STEP_THREADS, device.stream());
   }
 
@@ -29,7 +30,8 @@ struct StepKernel {
   int32_t head(const StepRecord& r) const {
     const bool grouped = rounding == ParamRounding::STOCHASTIC;  // the elements from 0 on share random words
     for (int element = 0; element < (grouped ? 1 : width()); ++element) {
-      if (aligned_at(r.param, param_bytes(), element) && aligned_at(r.exp_avg, state_bytes(), element) &&
+      if (aligned_at(r.param, param_bytes(), element) &&
+          aligned_at(r.exp_avg, state_bytes(), r.exp_avg ? element : 0) &&
           aligned_at(r.exp_avg_slow, state_bytes(), element) && aligned_at(r.exp_avg_sq, state_bytes(), element) &&
           aligned_at(r.remainder, sizeof(int16_t), r.remainder ? element : 0))
         return static_cast<int32_t>(std::min<int64_t>(element, r.numel));
@@ -46,7 +48,8 @@ int64_t tiles_of(const StepRecord& r) {
 void step(StepLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
   const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
-  const StepKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, rounding};
+  const bool has_exp_avg = !lists.exp_avgs.empty();
+  const StepKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, has_exp_avg, rounding};
   const Kernel loaded = kernel.load(device, lists.params.size());
   if (options.dry_run) {
     prologue_kernel(device, kernel.param, lists.steps.size());
@@ -64,8 +67,8 @@ void step(StepLists& lists, const StepOptions& options) {
   std::vector<StepRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
-    StepRecord r{lists.params[i].data, lists.grads[i].data, lists.exp_avgs[i].data, lists.exp_avg_slows[i].data,
-                 lists.exp_avg_sqs[i].data};
+    StepRecord r{lists.params[i].data, lists.grads[i].data, has_exp_avg ? lists.exp_avgs[i].data : nullptr,
+                 lists.exp_avg_slows[i].data, lists.exp_avg_sqs[i].data};
     r.numel = lists.params[i].numel;
     if (rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
     if (rounding == ParamRounding::STOCHASTIC) r.stream = options.streams[i];

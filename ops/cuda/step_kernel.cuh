@@ -16,8 +16,8 @@ struct StepTypes {
   static constexpr int WIDTH = step_width(sizeof(P), sizeof(G));
 };
 
-// The elements of one tile, by their pointers to its first.
-template <class P, class G, ParamRounding ROUNDING>
+// The elements of one tile, by their pointers to its first. EXP_AVG: whether there is exp_avg.
+template <class P, class G, bool EXP_AVG, ParamRounding ROUNDING>
 struct StepTile {
   using Types = StepTypes<P, G>;
   using T = typename Types::T;
@@ -35,7 +35,7 @@ struct StepTile {
   __device__ StepTile(const StepRecord& r, int64_t first)
       : param(static_cast<P*>(r.param) + first),
         grad(static_cast<const G*>(r.grad) + first),
-        exp_avg(static_cast<T*>(r.exp_avg) + first),
+        exp_avg(EXP_AVG ? static_cast<T*>(r.exp_avg) + first : nullptr),
         exp_avg_slow(static_cast<T*>(r.exp_avg_slow) + first),
         exp_avg_sq(static_cast<T*>(r.exp_avg_sq) + first),
         remainder(remainder_at<ROUNDING>(r.remainder, first)),
@@ -44,22 +44,23 @@ struct StepTile {
 
   __device__ __forceinline__ void update_one(int i, const StepScalars<T>& s, const RandomKey& key) const {
     int16_t* const rest = remainder_at<ROUNDING>(remainder, i);
-    Element<T> e{load_weight<ROUNDING, T>(param + i, rest), exp_avg[i], exp_avg_slow[i], exp_avg_sq[i]};
-    update(e, static_cast<T>(grad[i]), s);
+    Element<T> e{load_weight<ROUNDING, T>(param + i, rest), EXP_AVG ? exp_avg[i] : T(0), exp_avg_slow[i],
+                 exp_avg_sq[i]};
+    update<EXP_AVG>(e, static_cast<T>(grad[i]), s);
     store_weight<ROUNDING>(e.param, param + i, rest, key, begin + i);
-    exp_avg[i] = e.exp_avg;
+    if constexpr (EXP_AVG) exp_avg[i] = e.exp_avg;
     exp_avg_slow[i] = e.exp_avg_slow;
     exp_avg_sq[i] = e.exp_avg_sq;
   }
 };
 
 // The elements that a thread has in registers.
-template <class P, class G, ParamRounding ROUNDING>
+template <class P, class G, bool EXP_AVG, ParamRounding ROUNDING>
 class StepLanes {
   using Types = StepTypes<P, G>;
   using T = typename Types::T;
   static constexpr int WIDTH = Types::WIDTH;
-  using Tile = StepTile<P, G, ROUNDING>;
+  using Tile = StepTile<P, G, EXP_AVG, ROUNDING>;
 
  public:
   __device__ __forceinline__ void load(const Tile& tile, int i) {
@@ -68,7 +69,7 @@ class StepLanes {
       g_.load(tile.grad + i);
     else
       g_.load(tile.grad + i, WIDTH, G(0));
-    m1_.load(tile.exp_avg + i);
+    if constexpr (EXP_AVG) m1_.load(tile.exp_avg + i);
     m2_.load(tile.exp_avg_slow + i);
     nu_.load(tile.exp_avg_sq + i);
   }
@@ -78,16 +79,17 @@ class StepLanes {
     T weights[WIDTH];
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
-      Element<T> e{p_.template get<T>(j), m1_.template get<T>(j), m2_.template get<T>(j), nu_.template get<T>(j)};
-      update(e, g_.template get<T>(j), s);
+      Element<T> e{p_.template get<T>(j), T(0), m2_.template get<T>(j), nu_.template get<T>(j)};
+      if constexpr (EXP_AVG) e.exp_avg = m1_.template get<T>(j);
+      update<EXP_AVG>(e, g_.template get<T>(j), s);
       weights[j] = e.param;
-      m1_.set(j, e.exp_avg);
+      if constexpr (EXP_AVG) m1_.set(j, e.exp_avg);
       m2_.set(j, e.exp_avg_slow);
       nu_.set(j, e.exp_avg_sq);
     }
     p_.set_all(weights, key, static_cast<uint64_t>(tile.begin + i) / RANDOM_GROUP);
     p_.store(tile.param + i, remainder_at<ROUNDING>(tile.remainder, i));
-    m1_.store(tile.exp_avg + i);
+    if constexpr (EXP_AVG) m1_.store(tile.exp_avg + i);
     m2_.store(tile.exp_avg_slow + i);
     nu_.store(tile.exp_avg_sq + i);
   }
@@ -95,10 +97,11 @@ class StepLanes {
  private:
   ParamLanes<P, ROUNDING, WIDTH> p_;
   Lanes<G, WIDTH> g_;
-  Lanes<T, WIDTH> m1_, m2_, nu_;
+  std::conditional_t<EXP_AVG, Lanes<T, WIDTH>, Nothing> m1_;
+  Lanes<T, WIDTH> m2_, nu_;
 };
 
-template <class P, class G, ParamRounding ROUNDING, int CAPACITY>
+template <class P, class G, bool EXP_AVG, ParamRounding ROUNDING, int CAPACITY>
 __global__ void __launch_bounds__(STEP_THREADS)
     step_kernel(const __grid_constant__ TensorTable<StepRecord, CAPACITY> table,
                 const TensorScalars<typename StepTypes<P, G>::T>* scalars, uint64_t seed, const float* found_inf) {
@@ -113,10 +116,10 @@ __global__ void __launch_bounds__(STEP_THREADS)
   const int64_t rest = record.numel - begin;
   const int count = rest < STEP_TILE ? static_cast<int>(rest) : STEP_TILE;
   const int in_lanes = head == NO_ALIGNMENT ? 0 : count / WIDTH * WIDTH;
-  const StepTile<P, G, ROUNDING> tile(record, begin);
+  const StepTile<P, G, EXP_AVG, ROUNDING> tile(record, begin);
 
   // What is loaded is under way before anything is waited for, and the next while one is computed.
-  StepLanes<P, G, ROUNDING> lanes;
+  StepLanes<P, G, EXP_AVG, ROUNDING> lanes;
   int i = thread * WIDTH;
   if (i < in_lanes) lanes.load(tile, i);
   const auto loaded = load(scalars + table.first + place.tensor);
@@ -125,7 +128,7 @@ __global__ void __launch_bounds__(STEP_THREADS)
   const RandomKey key = random_key(seed, loaded.step, record.stream);
 #pragma unroll
   for (int done = 0; done < STEP_TILE; done += STRIDE, i += STRIDE) {
-    StepLanes<P, G, ROUNDING> next;
+    StepLanes<P, G, EXP_AVG, ROUNDING> next;
     if (done + STRIDE < STEP_TILE && i + STRIDE < in_lanes) next.load(tile, i + STRIDE);
     if (i < in_lanes) lanes.update_and_store(tile, i, s, key);
     lanes = next;

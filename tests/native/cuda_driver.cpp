@@ -69,6 +69,7 @@ std::string name_of(T) {
   if constexpr (std::is_same_v<T, SignedSqrt>) return "SignedSqrt";
   if constexpr (std::is_same_v<T, FourthRoot>) return "FourthRoot";
   if constexpr (std::is_same_v<T, Linear>) return "Linear";
+  if constexpr (std::is_same_v<T, NoCodes>) return "NoCodes";
 }
 
 template <auto VALUE>
@@ -100,6 +101,16 @@ void add_prologues() {
   kernels[name + ", LONG_STEP_LIST>"] = launch_of(prologue_kernel<T, LONG_STEP_LIST>);
 }
 
+template <class P, class G, class Fast, class Slow, ParamRounding ROUNDING>
+void add_blockwise_steps(const std::string& dtypes, const std::string& rounding) {
+  for_each<std::true_type, std::false_type>([&](auto stochastic) {
+    add_step("blockwise_step_kernel<" + dtypes + name_of(Fast{}) + ", " + name_of(Slow{}) +
+                 (stochastic() ? ", true, " : ", false, ") + rounding,
+             "BlockwiseRecord",
+             blockwise_step_kernel<P, G, Fast, Slow, stochastic(), ROUNDING, LONG_LIST<BlockwiseRecord>>);
+  });
+}
+
 template <class Format>
 void add_format() {
   const std::string name = name_of(Format{});
@@ -118,16 +129,14 @@ const bool added = [] {
       using G = decltype(g);
       for_each_rounding<P>([=](auto rounding, const std::string& rounding_name) {
         const std::string dtypes = name_of(p) + ", " + name_of(g) + ", ";
-        add_step("step_kernel<" + dtypes + rounding_name, "StepRecord",
-                 step_kernel<P, G, rounding(), LONG_LIST<StepRecord>>);
-        for_each<Linear, SignedSqrt>([=](auto slow) {
-          for_each<std::true_type, std::false_type>([=](auto stochastic) {
-            add_step("blockwise_step_kernel<" + dtypes + name_of(slow) + (stochastic() ? ", true, " : ", false, ") +
-                         rounding_name,
-                     "BlockwiseRecord",
-                     blockwise_step_kernel<P, G, decltype(slow), stochastic(), rounding(), LONG_LIST<BlockwiseRecord>>);
-          });
+        for_each<std::true_type, std::false_type>([=](auto exp_avg) {
+          add_step("step_kernel<" + dtypes + (exp_avg() ? "true, " : "false, ") + rounding_name, "StepRecord",
+                   step_kernel<P, G, exp_avg(), rounding(), LONG_LIST<StepRecord>>);
         });
+        add_blockwise_steps<P, G, SignedSqrt, Linear, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, SignedSqrt, SignedSqrt, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, NoCodes, Linear, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, NoCodes, SignedSqrt, rounding()>(dtypes, rounding_name);
       });
     });
   });

@@ -19,7 +19,15 @@ from config import (
 )
 from host import driver, managed_memory, take_log
 from places import in_arenas
-from quantized import SEED, BlockwiseLists, boundaries, make_blockwise, neighbours, with_absmax_one
+from quantized import (
+    SEED,
+    BlockwiseLists,
+    boundaries,
+    make_blockwise,
+    neighbours,
+    with_absmax_one,
+    without_exp_avg,
+)
 from torch import Tensor
 
 from torch_ademamix import ops
@@ -111,6 +119,22 @@ def test_blockwise_dtypes_layouts_and_sizes(
 ) -> None:
     lists = make_blockwise([*MIXED[8:], *EDGES], param_dtype, grad_dtype, slow_ema_bits=slow_ema_bits)
     assert check_step(lists, stochastic_rounding=stochastic_rounding) == 2
+
+
+@KINDS
+@pytest.mark.parametrize("slow_ema_bits", [8, 16])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@SAME_DTYPES
+def test_without_exp_avg(kind: str, dtype: torch.dtype, grad_dtype: torch.dtype, slow_ema_bits: int) -> None:
+    lists = make(
+        kind, [*MIXED, *EDGES], dtype, grad_dtype, **({"slow_ema_bits": slow_ema_bits} if kind != "32" else {})
+    )
+    assert check_step(without_exp_avg(lists), beta1=0.0) == 2
+    lists.grads[-1][[3, 300, -1]] = torch.nan
+    check_step(lists, beta1=0.0)
+    if dtype == torch.bfloat16:
+        for rounding in (with_remainders, stochastically):
+            check_step(lists, beta1=0.0, **rounding(lists))
 
 
 @KINDS
