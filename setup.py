@@ -10,6 +10,7 @@ TORCH_ADEMAMIX_NATIVE=0 leaves them out; the package then runs on its reference 
 
 import os
 import platform
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -50,13 +51,20 @@ LINK_FLAGS = ["-Wl,--exclude-libs,libstdc++.a"] if platform.system() == "Linux" 
 def libraries():
     for capability, flags in CPU_CAPABILITIES.items():
         yield library(f"_cpu_{capability}", "ops/cpu", [*flags, f"-DCPU_CAPABILITY={capability.upper()}"])
-    yield library("_cuda", "ops/cuda", [])
+    yield library("_cuda", "ops/cuda", [], embedded_sources())
 
 
-def library(name, folder, flags):
+def embedded_sources():
+    """The kernels' sources, which the CUDA library brings along, as a source of that library."""
+    target = Path("build/device_source.cpp")
+    runpy.run_path("ops/embed_sources.py")["embed"](target)
+    return [str(target)]
+
+
+def library(name, folder, flags, generated=()):
     return CppExtension(
         f"{PACKAGE}.{name}",
-        sorted(str(path) for path in Path(folder).glob("*.cpp")),
+        [*sorted(str(path) for path in Path(folder).glob("*.cpp")), *generated],
         depends=["setup.py", *sorted(str(path) for path in Path("ops").rglob("*.h"))],
         extra_compile_args=[*CXX_FLAGS, *flags],
         extra_link_args=LINK_FLAGS,

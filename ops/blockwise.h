@@ -83,7 +83,8 @@ struct FourthRoot {
   // ZERO is what code 0 is as a float: ROUNDING_MAGIC gives the nearest code, POSITION_ZERO a position.
   template <int ZERO = ROUNDING_MAGIC, class V>
   ADEMAMIX_INLINE static V encode(V sqrt_value, V inverse) {
-    const V code = fma(unit_sqrt(at_most_one(sqrt_value * inverse)), V(MAX), V(ZERO));
+    const V root = unit_sqrt(at_most_one(sqrt_value * inverse));
+    const V code = ZERO == POSITION_ZERO ? fma_down(root, V(MAX), V(ZERO)) : fma(root, V(MAX), V(ZERO));
     return if_positive(sqrt_value, larger(code, V(ZERO + SMALLEST)), code);
   }
 

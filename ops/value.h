@@ -19,6 +19,12 @@ namespace ademamix {
 ADEMAMIX_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 ADEMAMIX_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
+// The same of a product that may be too large by what its factor is approximate; others round to nearest.
+template <class V>
+ADEMAMIX_INLINE V fma_down(V a, V b, V c) {
+  return fma(a, b, c);
+}
+
 ADEMAMIX_INLINE float sqrt(float a) { return ::sqrtf(a); }
 ADEMAMIX_INLINE double sqrt(double a) { return ::sqrt(a); }
 

@@ -25,21 +25,21 @@ def step_types() -> Iterator[tuple[str, str, str]]:
             yield param, grad, f"ParamRounding::{rounding}"
 
 
-def kernels() -> Iterator[tuple[str, str]]:
-    """Headers and names. All but the prologue are for long lists: short ones differ in a number."""
+def kernels() -> Iterator[str]:
+    """Names. All but the prologue are for long lists: short ones differ in a number."""
     for dtype, tensors in product(("float", "double"), ("SHORT_LIST", "LONG_STEP_LIST")):
-        yield "prologue.cuh", f"prologue_kernel<{dtype}, {tensors}>"
+        yield f"prologue_kernel<{dtype}, {tensors}>"
     for (param, grad, rounding), exp_avg in product(step_types(), ("true", "false")):
-        yield "step_kernel.cuh", f"step_kernel<{param}, {grad}, {exp_avg}, {rounding}, LONG_LIST<StepRecord>>"
+        yield f"step_kernel<{param}, {grad}, {exp_avg}, {rounding}, LONG_LIST<StepRecord>>"
     for (param, grad, rounding), fast, slow, stochastic in product(
         step_types(), ("SignedSqrt", "NoCodes"), ("Linear", "SignedSqrt"), ("true", "false")
     ):
         types = ", ".join((param, grad, fast, slow, stochastic, rounding))
-        yield "blockwise_kernel.cuh", f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
+        yield f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
     for format in FORMATS:
-        yield "blockwise_kernel.cuh", f"quantize_kernel<{format}, false>"
-        yield "blockwise_kernel.cuh", f"dequantize_kernel<{format}>"
-    yield "blockwise_kernel.cuh", "quantize_kernel<FourthRoot, true>"
+        yield f"quantize_kernel<{format}, false>"
+        yield f"dequantize_kernel<{format}>"
+    yield "quantize_kernel<FourthRoot, true>"
 
 
 def is_typical(name: str) -> bool:
@@ -52,16 +52,16 @@ def is_typical(name: str) -> bool:
     return not name.startswith("blockwise_step_kernel") or types[2:5] == ["SignedSqrt", "Linear", "true"]
 
 
-def compile_kernels(wanted: Iterable[tuple[str, str]], nvrtc: str | Path, capability: int, folder: Path) -> list[Path]:
+def compile_kernels(wanted: Iterable[str], nvrtc: str | Path, capability: int, folder: Path) -> list[Path]:
     """Files of their code, behind a first line (ops/cuda/compiler.cpp)."""
     script = ROOT / "tests/native/compile_kernels.py"
     library = Path(cuda.__file__).with_name("_cuda.so")
     done = subprocess.run(
-        [sys.executable, script, library, cuda.sources(), nvrtc, folder, str(capability)],
-        input="\n".join(f"{header} {name}" for header, name in wanted),
+        [sys.executable, script, library, nvrtc, folder, str(capability)],
+        input="\n".join(wanted),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    return [next(numbered.iterdir()) for numbered in sorted(folder.iterdir(), key=lambda path: int(path.name))]
+    return [next(numbered.glob("*.bin")) for numbered in sorted(folder.iterdir(), key=lambda path: int(path.name))]

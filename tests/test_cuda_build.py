@@ -36,11 +36,11 @@ Kernels = dict[str, Path]  # the code of each kernel, by its name
 
 def compile_all(folder: Path, nvrtc: int, capability: int) -> Kernels:
     whole = (nvrtc, capability) in WHOLE or os.environ.get("ALL_VARIANTS") == "1"
-    wanted = [(header, name) for header, name in kernels() if whole or is_typical(name)]
+    wanted = [name for name in kernels() if whole or is_typical(name)]
     files = compile_kernels(wanted, NVRTC[nvrtc], capability, folder / f"{nvrtc}-{capability}")
     for file in files:
         file.write_bytes(file.read_bytes().partition(b"\n")[2])  # the code alone
-    return {name: file for (_, name), file in zip(wanted, files, strict=True)}
+    return dict(zip(wanted, files, strict=True))
 
 
 @pytest.fixture(scope="module")

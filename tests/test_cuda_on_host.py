@@ -5,6 +5,7 @@ ones.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,12 @@ FLAGS += ["-DADEMAMIX_BLOCKWISE_WAVES=1"]
 
 def build(folder: Path) -> None:
     """cuda_ops.so, and libcuda.so.1 with the kernels."""
+    device_source = folder / "device_source.cpp"
+    runpy.run_path(str(ROOT / "ops/embed_sources.py"))["embed"](device_source)
     sources = [
         ("-std=c++17", NATIVE / "cuda_driver.cpp"),
         *(("-std=c++20", "-include", NATIVE / "cuda_ops.h", path) for path in sorted(ROOT.glob("ops/cuda/*.cpp"))),
+        (device_source,),
     ]
 
     def compiled(words: tuple) -> Path:

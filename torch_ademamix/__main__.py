@@ -1,12 +1,16 @@
-"""Prints versions, the build, and which kernels serve which device: `python -m torch_ademamix`."""
+"""Prints versions, the build, and which kernels serve which device: `python -m torch_ademamix`.
+
+`python -m torch_ademamix compile` compiles CUDA kernels ahead of time (precompile.py).
+"""
 
 import platform
+import sys
 from collections.abc import Iterator
 
 import torch
 
 import torch_ademamix
-from torch_ademamix import cuda, ops
+from torch_ademamix import cuda, ops, precompile
 
 
 def report() -> Iterator[tuple[str, str]]:
@@ -56,4 +60,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["compile"]:
+        precompile.main(sys.argv[2:])
+    else:
+        main()

@@ -240,14 +240,18 @@ class Plan:
         random = batch.quantized or stochastic
         return [(op, params, lists, {**options, **more}) for params, lists, more in batch.lists(chosen, grads, random)]
 
-    def load_kernels(self) -> None:
-        """On GPUs, for gradients of the parameters' dtypes: what is compiled and loaded at a first call, now."""
+    def load_kernels(self, grad_dtype: torch.dtype | None = None, device_type: str = "cuda") -> None:
+        """On GPUs, for gradients of one dtype (None: the parameters'): what a first call compiles and loads, now.
+
+        Long and short lists have kernels of their own, and a step has a short one where few gradients are present.
+        """
+        scaler = dict.fromkeys(ops.SCALER)
         for batch in self.batches:
-            if batch.params[0].device.type == "cuda":
-                grads = [p.detach() for p in batch.params]
-                scaler = dict.fromkeys(ops.SCALER)
-                for op, _, lists, options in self.calls(batch, range(len(grads)), grads, None, scaler):
-                    op(*lists, **options, dry_run=True)
+            if batch.params[0].device.type == device_type:
+                for count in (len(batch.params), 1):
+                    grads = [p.detach().to(grad_dtype or p.dtype) for p in batch.params[:count]]
+                    for op, _, lists, options in self.calls(batch, range(count), grads, None, scaler):
+                        op(*lists, **options, dry_run=True)
 
     def run(self, calls: Sequence[Call]) -> None:
         """Makes op calls; refuses before the first of them has written anything."""

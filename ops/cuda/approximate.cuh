@@ -21,6 +21,16 @@ __device__ __forceinline__ Approximate fma(Approximate a, Approximate b, Approxi
   return Approximate(fma(a.value, b.value, c.value));
 }
 
+// Toward zero: a root that should be 1 may be 1 + 2^-23 (PTX ISA, sqrt.approx), and MAX times that, with a random
+// number added, one more than MAX, which would be code 0.
+__device__ __forceinline__ Approximate fma_down(Approximate a, Approximate b, Approximate c) {
+#if defined(__CUDA_ARCH__)
+  return Approximate(__fmaf_rz(a.value, b.value, c.value));
+#else
+  return fma(a, b, c);
+#endif
+}
+
 // Scaled, so that the instruction, which takes denormal numbers for 0, finds none; above 2^104 the root is infinite,
 // which stores such an element as the largest of its block.
 __device__ __forceinline__ Approximate sqrt(Approximate a) {

@@ -110,10 +110,9 @@ inline Tensor empty_tensor(const TensorView& like, const std::vector<int64_t>& s
 }
 
 inline Kernel prologue_kernel(const CurrentDevice& device, ScalarType param_dtype, size_t tensors) {
-  return device.gpu().kernel(
-      {"prologue.cuh", kernel_expression("prologue_kernel", type_name(compute_dtype(param_dtype)),
-                                         capacity_name(tensors, "LONG_STEP_LIST"))},
-      PROLOGUE_THREADS, device.stream());
+  return device.gpu().kernel(kernel_expression("prologue_kernel", type_name(compute_dtype(param_dtype)),
+                                               capacity_name(tensors, "LONG_STEP_LIST")),
+                             PROLOGUE_THREADS, device.stream());
 }
 
 // The scalars of each tensor, in device memory that torch's allocator reuses in the order of the stream, also within

@@ -6,8 +6,6 @@
 namespace ademamix {
 namespace {
 
-constexpr const char* HEADER = "blockwise_kernel.cuh";
-
 // As many CTAs go through a launch's blocks as the GPU holds at once, times so many: each loads a tensor's scalars once
 // for several blocks, and what is left at the end is little.
 #if !defined(ADEMAMIX_BLOCKWISE_WAVES)  // tests have few blocks
@@ -30,7 +28,7 @@ struct BlockwiseKernel {
     const std::string expression = kernel_expression(
         "blockwise_step_kernel", type_name(param), type_name(grad), has_exp_avg ? "SignedSqrt" : "NoCodes",
         slow_bytes() == 2 ? "Linear" : "SignedSqrt", bool_name(stochastic_rounding), rounding_name(rounding), capacity);
-    return device.gpu().kernel({HEADER, expression}, BLOCKWISE_THREADS, device.stream());
+    return device.gpu().kernel(expression, BLOCKWISE_THREADS, device.stream());
   }
 
   // Whether all that the kernel reads and writes is aligned, but the gradient.
@@ -114,8 +112,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
   if (numel == 0) return {codes, absmax};
   const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
-  const KernelName name{HEADER,
-                        kernel_expression("quantize_kernel", format_name(block_format), bool_name(seed.has_value()))};
+  const auto name = kernel_expression("quantize_kernel", format_name(block_format), bool_name(seed.has_value()));
   launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(blocks),
          BLOCKWISE_THREADS, values.const_data_ptr(), codes.mutable_data_ptr(), absmax.mutable_data_ptr(), numel, key);
   return {codes, absmax};
@@ -128,7 +125,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
   Tensor values = torch::stable::new_empty(source_codes, source_codes.sizes(), ScalarType::Float);
   const int64_t numel = values.numel();
   if (numel == 0) return values;
-  const KernelName name{HEADER, kernel_expression("dequantize_kernel", format_name(block_format))};
+  const auto name = kernel_expression("dequantize_kernel", format_name(block_format));
   launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(block_count(numel)),
          BLOCKWISE_THREADS, source_codes.const_data_ptr(), source_absmax.const_data_ptr(), values.mutable_data_ptr(),
          numel);

@@ -1,273 +1,117 @@
 #include "compiler.h"
 
-#include <dirent.h>
-#include <dlfcn.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
+#include <chrono>
 #include <cstdio>
-#include <memory>
+#include <cstdlib>
 #include <stdexcept>
-#include <vector>
+
+#include "code_folder.h"
 
 namespace ademamix {
 namespace {
 
+// For debugging: to print each kernel and what it took, and a folder for the sources and the machine code.
+constexpr char VERBOSE[] = "TORCH_ADEMAMIX_VERBOSE", DUMP[] = "TORCH_ADEMAMIX_DUMP";
+
 struct {
-  std::string sources, cache, nvrtc;
+  std::string cache, precompiled;
 } settings;
 
-// ------------------------------------------------------------------------------------------------------------- files
+// A kernel for an architecture.
+struct Target {
+  std::string kernel, architecture, file;
 
-// By C's functions. Of C++'s files, streams and locales libtorch, or this library, may have copies of another
-// compiler's, and the loader mixes them.
-
-using File = std::unique_ptr<FILE, int (*)(FILE*)>;
-
-bool ends_with(const std::string& text, const std::string& end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
-}
-
-// The paths of what is in a folder, sorted; nothing where there is no such folder.
-std::vector<std::string> paths_in(const std::string& folder) {
-  std::vector<std::string> paths;
-  const std::unique_ptr<DIR, int (*)(DIR*)> open(opendir(folder.c_str()), closedir);
-  if (!open) return paths;
-  while (const dirent* entry = readdir(open.get())) paths.push_back(folder + "/" + entry->d_name);
-  std::sort(paths.begin(), paths.end());
-  return paths;
-}
-
-void make_folders(const std::string& path) {
-  for (size_t end = 1; end != std::string::npos;) {
-    end = path.find('/', end + 1);
-    mkdir(path.substr(0, end).c_str(), 0777);
+  Target(const std::string& kernel, int compute_capability)
+      : kernel(kernel), architecture(ademamix::architecture(compute_capability)) {
+    char key[17];
+    std::snprintf(key, sizeof key, "%016llx",
+                  static_cast<unsigned long long>(hash(kernel, compiler_hash(architecture))));
+    file = kernel.substr(0, kernel.find('<')) + "-" + architecture + "-" + key + ".bin";
   }
-}
 
-// Nothing, where there is no such file.
-std::string read_file(const std::string& path) {
-  std::string text;
-  const File file(std::fopen(path.c_str(), "rb"), std::fclose);
-  char part[1 << 16];
-  while (const size_t bytes = file ? std::fread(part, 1, sizeof part, file.get()) : 0) text.append(part, bytes);
-  return text;
-}
-
-bool write_file(const std::string& path, const std::string& text) {
-  FILE* const file = std::fopen(path.c_str(), "wb");
-  if (!file) return false;
-  const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
-  return std::fclose(file) == 0 && written;
-}
-
-// ------------------------------------------------------------------------------------------------------------- NVRTC
-
-using Program = struct _nvrtcProgram*;
-
-#define ADEMAMIX_NVRTC_FUNCTIONS(F)                                                                      \
-  F(nvrtcVersion, int*, int*)                                                                            \
-  F(nvrtcGetNumSupportedArchs, int*)                                                                     \
-  F(nvrtcGetSupportedArchs, int*)                                                                        \
-  F(nvrtcCreateProgram, Program*, const char*, const char*, int, const char* const*, const char* const*) \
-  F(nvrtcAddNameExpression, Program, const char*)                                                        \
-  F(nvrtcCompileProgram, Program, int, const char* const*)                                               \
-  F(nvrtcGetProgramLogSize, Program, size_t*)                                                            \
-  F(nvrtcGetProgramLog, Program, char*)                                                                  \
-  F(nvrtcGetLoweredName, Program, const char*, const char**)                                             \
-  F(nvrtcGetCUBINSize, Program, size_t*)                                                                 \
-  F(nvrtcGetCUBIN, Program, char*)                                                                       \
-  F(nvrtcGetPTXSize, Program, size_t*)                                                                   \
-  F(nvrtcGetPTX, Program, char*)                                                                         \
-  F(nvrtcDestroyProgram, Program*)
-
-struct Nvrtc {
-#define ADEMAMIX_DECLARE(name, ...) int (*name)(__VA_ARGS__);
-  ADEMAMIX_NVRTC_FUNCTIONS(ADEMAMIX_DECLARE)
-#undef ADEMAMIX_DECLARE
+  bool is_ptx() const { return architecture.rfind("compute_", 0) == 0; }
 };
 
-// NVRTC opens a second library by its name alone; where that isn't on the loader's path, it has to be there already.
-void open_builtins() {
-  const size_t end = settings.nvrtc.rfind('/');
-  if (end == std::string::npos) return;
-  for (const std::string& path : paths_in(settings.nvrtc.substr(0, end)))
-    if (path.find("/libnvrtc-builtins.so", end) == end) dlopen(path.c_str(), RTLD_LAZY);
+bool is_verbose() {
+  const char* value = std::getenv(VERBOSE);
+  return value && *value && std::string(value) != "0";
 }
 
-Nvrtc open_nvrtc() {
-  open_builtins();
-  void* library = dlopen(settings.nvrtc.c_str(), RTLD_LAZY);
-  if (!library) throw std::runtime_error(std::string("torch_ademamix: there is no NVRTC: ") + dlerror());
-  Nvrtc functions;
-  const auto find = [&](const char* name) {
-    void* function = dlsym(library, name);
-    if (!function) throw std::runtime_error("torch_ademamix: " + settings.nvrtc + " has no " + name);
-    return function;
-  };
-#define ADEMAMIX_FIND(name, ...) functions.name = reinterpret_cast<int (*)(__VA_ARGS__)>(find(#name));
-  ADEMAMIX_NVRTC_FUNCTIONS(ADEMAMIX_FIND)
-#undef ADEMAMIX_FIND
-  return functions;
+void write_text(const std::string& path, const std::string& text) {
+  FILE* const file = std::fopen(path.c_str(), "wb");
+  if (!file) return;
+  std::fwrite(text.data(), 1, text.size(), file);
+  std::fclose(file);
 }
 
-const Nvrtc& nvrtc() {
-  static const Nvrtc functions = open_nvrtc();
-  return functions;
+void report(const Target& target, const DeviceCode& code, const std::string& origin) {
+  if (is_verbose())
+    std::fprintf(stderr, "torch_ademamix: %s for %s: %s, %zu bytes\n", target.kernel.c_str(),
+                 target.architecture.c_str(), origin.c_str(), code.image.size());
+  const char* folder = std::getenv(DUMP);
+  if (!folder || !*folder) return;
+  make_folders(folder);
+  const std::string path = std::string(folder) + "/" + target.file.substr(0, target.file.rfind('.'));
+  write_text(path + ".cu", "// " + target.kernel + "\n" + program_source());
+  write_text(path + (target.is_ptx() ? ".ptx" : ".cubin"), code.image);
 }
 
-void check_nvrtc(int result, const char* what) {
-  if (result != 0)
-    throw std::runtime_error(std::string("torch_ademamix: ") + what + " failed: NVRTC error " + std::to_string(result));
-}
-
-// "sm_90"; where this NVRTC doesn't know the GPU yet, the latest architecture that it knows, "compute_120", whose PTX
-// the driver translates.
-std::string architecture(int compute_capability) {
-  int count = 0;
-  check_nvrtc(nvrtc().nvrtcGetNumSupportedArchs(&count), "nvrtcGetNumSupportedArchs");
-  std::vector<int> known(count);
-  check_nvrtc(nvrtc().nvrtcGetSupportedArchs(known.data()), "nvrtcGetSupportedArchs");
-  if (std::find(known.begin(), known.end(), compute_capability) != known.end())
-    return "sm_" + std::to_string(compute_capability);
-  int latest = 0;
-  for (const int each : known)
-    if (each < compute_capability) latest = std::max(latest, each);
-  if (latest == 0)
-    throw std::runtime_error("torch_ademamix: this CUDA has no code for GPUs of compute capability " +
-                             std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10));
-  return "compute_" + std::to_string(latest);
-}
-
-// No contraction, as for the host's code (../value.h).
-std::vector<std::string> options(const std::string& architecture) {
-  return {"--gpu-architecture=" + architecture, "--std=c++17", "--fmad=false", "-default-device"};
-}
-
-DeviceCode compile_now(const KernelName& kernel, const std::string& architecture) {
-  const std::string source = "#include \"cuda/" + std::string(kernel.header) + "\"\nusing namespace ademamix;\n";
-  const std::vector<const char*> standard_headers{"cfloat", "cmath", "cstdint", "cstring", "type_traits"};
-  const std::vector<const char*> contents(standard_headers.size(), "#include \"cuda/std.cuh\"\n");
-  Program program;
-  check_nvrtc(nvrtc().nvrtcCreateProgram(&program, source.c_str(), "torch_ademamix.cu",
-                                         static_cast<int>(contents.size()), contents.data(), standard_headers.data()),
-              "nvrtcCreateProgram");
-  struct Destroy {
-    Program program;
-    ~Destroy() { nvrtc().nvrtcDestroyProgram(&program); }
-  } destroy{program};
-
-  const char* expression = kernel.expression.c_str();
-  check_nvrtc(nvrtc().nvrtcAddNameExpression(program, expression), "nvrtcAddNameExpression");
-  auto words = options(architecture);
-  words.push_back("--include-path=" + settings.sources);
-  std::vector<const char*> arguments;
-  for (const std::string& word : words) arguments.push_back(word.c_str());
-  if (nvrtc().nvrtcCompileProgram(program, static_cast<int>(arguments.size()), arguments.data()) != 0) {
-    size_t bytes = 0;
-    nvrtc().nvrtcGetProgramLogSize(program, &bytes);
-    std::string log(bytes, '\0');
-    if (bytes) nvrtc().nvrtcGetProgramLog(program, log.data());
-    throw std::runtime_error("torch_ademamix: NVRTC could not compile " + kernel.expression + " for " + architecture +
-                             ":\n" + log.c_str());
+CompiledKernel compile_and_keep(const CodeFolder& cache, const Target& target) {
+  if (cache.speaks()) {
+    static const bool told = std::fprintf(stderr, "torch_ademamix: compiling CUDA kernels for %s, to be kept in %s\n",
+                                          target.architecture.c_str(), cache.path().c_str()) > 0;
+    static_cast<void>(told);
   }
-
-  const char* entry;
-  check_nvrtc(nvrtc().nvrtcGetLoweredName(program, expression, &entry), "nvrtcGetLoweredName");
-  const bool is_ptx = architecture.rfind("compute_", 0) == 0;
-  size_t bytes;
-  check_nvrtc((is_ptx ? nvrtc().nvrtcGetPTXSize : nvrtc().nvrtcGetCUBINSize)(program, &bytes), "the code's size");
-  std::string image(bytes, '\0');
-  check_nvrtc((is_ptx ? nvrtc().nvrtcGetPTX : nvrtc().nvrtcGetCUBIN)(program, image.data()), "the code");
-  return {entry, image};
-}
-
-// --------------------------------------------------------------------------------------------------------- the cache
-
-// FNV-1a.
-uint64_t hash(const std::string& text, uint64_t value = 0xcbf29ce484222325) {
-  for (const unsigned char c : text) value = (value ^ c) * 0x100000001b3;
-  return value;
-}
-
-// Of all that device code may include.
-uint64_t hash_of_sources() {
-  uint64_t value = hash("");
-  for (const char* folder : {"", "/cuda"})
-    for (const std::string& path : paths_in(settings.sources + folder))
-      if (ends_with(path, ".h") || ends_with(path, ".cuh"))
-        value = hash(read_file(path), hash(path.substr(settings.sources.size()), value));
-  return value;
-}
-
-std::string cache_file(const KernelName& kernel, const std::string& architecture) {
-  static const uint64_t sources = hash_of_sources();
-  int major, minor;
-  check_nvrtc(nvrtc().nvrtcVersion(&major, &minor), "nvrtcVersion");
-  std::string key = std::to_string(sources) + ' ' + std::to_string(major) + '.' + std::to_string(minor) + ' ' +
-                    kernel.header + ' ' + kernel.expression;
-  for (const std::string& option : options(architecture)) key += ' ' + option;
-  char name[17];
-  std::snprintf(name, sizeof name, "%016llx", static_cast<unsigned long long>(hash(key)));
-  return settings.cache + "/" + kernel.expression.substr(0, kernel.expression.find('<')) + "-" + architecture + "-" +
-         name + ".bin";
-}
-
-// A file has a line with the kernel's name, the number of bytes of code and their hash; and then these.
-std::string header_line(const DeviceCode& code) {
-  return code.entry + ' ' + std::to_string(code.image.size()) + ' ' + std::to_string(hash(code.image)) + '\n';
-}
-
-bool read_cache(const std::string& path, DeviceCode& code) {
-  const std::string text = read_file(path);
-  const size_t end = text.find('\n');
-  if (end == std::string::npos) return false;
-  code = {text.substr(0, text.find(' ')), text.substr(end + 1)};
-  return text.compare(0, end + 1, header_line(code)) == 0;
-}
-
-// Whoever reads sees the whole file or none. A folder that can't be written to costs a compilation per process.
-void write_cache(const std::string& path, const DeviceCode& code) {
-  static std::atomic<int> number{0};
-  make_folders(settings.cache);
-  const std::string written = path + "." + std::to_string(getpid()) + "." + std::to_string(number++);
-  if (!write_file(written, header_line(code) + code.image) || std::rename(written.c_str(), path.c_str()) != 0)
-    std::remove(written.c_str());
+  const auto begin = std::chrono::steady_clock::now();
+  const DeviceCode code = compile_now(target.kernel, target.architecture);
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  cache.write(target.file, code);
+  char origin[64];
+  std::snprintf(origin, sizeof origin, "compiled in %.2f s", took.count());
+  report(target, code, origin);
+  return {code, false};
 }
 
 }  // namespace
 
-DeviceCode compile(const KernelName& kernel, int compute_capability) {
-  const std::string target = architecture(compute_capability);
-  const std::string path = cache_file(kernel, target);
-  DeviceCode code;
-  if (read_cache(path, code)) return code;
-  static const bool told = std::fprintf(stderr, "torch_ademamix: compiling CUDA kernels for %s, to be kept in %s\n",
-                                        target.c_str(), settings.cache.c_str()) > 0;
-  static_cast<void>(told);
-  code = compile_now(kernel, target);
-  write_cache(path, code);
-  return code;
+CompiledKernel compile(const std::string& kernel, int compute_capability) {
+  const Target target(kernel, compute_capability);
+  const CodeFolder cache(settings.cache, /*trusts_owner=*/false);
+  CompiledKernel result;
+  const auto found_in = [&](const CodeFolder& folder) {
+    result.from_disk = folder.read(target.file, result.code);
+    if (result.from_disk) report(target, result.code, "from " + folder.path());
+    return result.from_disk;
+  };
+  if (!settings.precompiled.empty() && found_in(CodeFolder(settings.precompiled, /*trusts_owner=*/true))) return result;
+  if (found_in(cache)) return result;
+  cache.alone(target.file, [&] { return found_in(cache); }, [&] { result = compile_and_keep(cache, target); });
+  return result;
+}
+
+CompiledKernel compile_again(const std::string& kernel, int compute_capability) {
+  return compile_and_keep(CodeFolder(settings.cache, /*trusts_owner=*/false), Target(kernel, compute_capability));
 }
 
 }  // namespace ademamix
 
-extern "C" __attribute__((visibility("default"))) void ademamix_set_up(const char* sources, const char* cache,
+extern "C" __attribute__((visibility("default"))) void ademamix_set_up(const char* cache, const char* precompiled,
                                                                        const char* nvrtc) {
-  ademamix::settings.sources = sources;
   ademamix::settings.cache = cache;
-  ademamix::settings.nvrtc = nvrtc;
+  ademamix::settings.precompiled = precompiled;
+  ademamix::set_nvrtc(nvrtc);
 }
 
-extern "C" __attribute__((visibility("default"))) const char* ademamix_compile(const char* header,
-                                                                               const char* expression,
+extern "C" __attribute__((visibility("default"))) void ademamix_set_cache(const char* cache) {
+  ademamix::settings.cache = cache;
+  ademamix::settings.precompiled = "";
+}
+
+extern "C" __attribute__((visibility("default"))) const char* ademamix_compile(const char* kernel,
                                                                                int compute_capability) {
   static thread_local std::string error;
   try {
-    ademamix::compile({header, expression}, compute_capability);
+    ademamix::compile(kernel, compute_capability);
     return nullptr;
   } catch (const std::exception& thrown) {
     error = thrown.what();

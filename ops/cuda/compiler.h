@@ -3,27 +3,30 @@
 
 #include <string>
 
+#include "nvrtc.h"
+
 namespace ademamix {
 
-// One variant of a kernel.
-struct KernelName {
-  const char* header;      // in this folder
-  std::string expression;  // "step_kernel<float, half, true, ParamRounding::NEAREST, SHORT_LIST>"
+struct CompiledKernel {
+  DeviceCode code;
+  bool from_disk;
 };
 
-struct DeviceCode {
-  std::string entry;  // the kernel's name in it
-  std::string image;  // what cuModuleLoadData takes
-};
+// A variant of a kernel, "step_kernel<float, half, true, ParamRounding::NEAREST, SHORT_LIST>", for a GPU of a compute
+// capability, 90, say. Throws the compiler's log. Safe with many threads and processes.
+CompiledKernel compile(const std::string& kernel, int compute_capability);
 
-// For a GPU of a compute capability, 90, say. Throws the compiler's log. Safe with many threads and processes.
-DeviceCode compile(const KernelName& kernel, int compute_capability);
+// The same whatever is on disk, and kept there.
+CompiledKernel compile_again(const std::string& kernel, int compute_capability);
 
 }  // namespace ademamix
 
-// Before the first compilation: the folder of these sources (ops/), the folder of compiled code, which need not exist,
-// and NVRTC's file or name.
-extern "C" void ademamix_set_up(const char* sources, const char* cache, const char* nvrtc);
+// Before the first compilation: the folder in which compiled code is kept, which need not exist; one that is only read,
+// or ""; and NVRTC's file or name.
+extern "C" void ademamix_set_up(const char* cache, const char* precompiled, const char* nvrtc);
+
+// Another folder for what is compiled from now on, and none that is only read.
+extern "C" void ademamix_set_cache(const char* cache);
 
 // Compiles a kernel into the cache; nullptr, or what went wrong.
-extern "C" const char* ademamix_compile(const char* header, const char* expression, int compute_capability);
+extern "C" const char* ademamix_compile(const char* kernel, int compute_capability);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <memory>
 #include <stdexcept>
 
@@ -9,7 +10,18 @@
 
 namespace ademamix {
 
+namespace {
+std::atomic<int> only_compiled_for{0};
+}
+
+void Gpu::only_compile_for(int compute_capability) { only_compiled_for = compute_capability; }
+
 Gpu& Gpu::at(int32_t index) {
+  if (const int capability = only_compiled_for) {
+    static Gpu absent;
+    absent.compute_capability = capability;
+    return absent;
+  }
   static std::mutex mutex;
   static auto& all = *new std::map<int32_t, std::unique_ptr<Gpu>>;  // tensors may outlive every static object
   const std::lock_guard<std::mutex> lock(mutex);
@@ -34,15 +46,28 @@ int Gpu::attribute(int number) const {
   return value;
 }
 
-Kernel Gpu::kernel(const KernelName& name, int threads, CUstream stream) {
+Kernel Gpu::kernel(const std::string& name, int threads, CUstream stream) {
+  if (!context) return compile(name, compute_capability), Kernel{};
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (const auto found = kernels_.find(name.expression); found != kernels_.end()) return found->second;
+  if (const auto found = kernels_.find(name); found != kernels_.end()) return found->second;
   if (is_capturing(stream))
-    throw std::runtime_error("torch_ademamix: " + name.expression +
+    throw std::runtime_error("torch_ademamix: " + name +
                              " isn't loaded, which a graph's capture doesn't allow: call optimizer.init_state(), or "
                              "take a step, before the capture");
-  const DeviceCode code = compile(name, compute_capability);
+  const CompiledKernel compiled = compile(name, compute_capability);
   const RelaxedCapture relaxed;
+  Kernel kernel;
+  try {
+    kernel = load(compiled.code, threads);
+  } catch (const std::exception&) {
+    if (!compiled.from_disk) throw;
+    kernel = load(compile_again(name, compute_capability).code, threads);
+  }
+  kernels_[name] = kernel;
+  return kernel;
+}
+
+Kernel Gpu::load(const DeviceCode& code, int threads) const {
   CUmodule module;
   Kernel kernel;
   check_cuda(driver().cuModuleLoadData(&module, code.image.data()), "loading a kernel");
@@ -51,7 +76,6 @@ Kernel Gpu::kernel(const KernelName& name, int threads, CUstream stream) {
   check_cuda(driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&kernel.ctas_per_multiprocessor, kernel.function,
                                                                   threads, 0),
              "occupancy");
-  kernels_[name.expression] = kernel;
   return kernel;
 }
 
@@ -75,3 +99,7 @@ bool is_capturing(CUstream stream) {
 }
 
 }  // namespace ademamix
+
+extern "C" __attribute__((visibility("default"))) void ademamix_only_compile_for(int compute_capability) {
+  ademamix::Gpu::only_compile_for(compute_capability);
+}

@@ -21,21 +21,27 @@ class Gpu {
  public:
   static Gpu& at(int32_t index);  // torch's
 
+  // From now on any device is taken for a GPU of that compute capability that isn't there: kernels are compiled, not
+  // loaded. 0 ends it.
+  static void only_compile_for(int compute_capability);
+
   int32_t index;
   CUdevice device;
-  CUcontext context;  // the one that torch, and CUDA's runtime, use
+  CUcontext context;  // the one that torch, and CUDA's runtime, use; of a GPU that isn't there, nullptr
   int multiprocessors;
   int compute_capability;  // 90, say
   bool has_managed_memory;
   bool can_prefetch;  // managed memory; not under Windows, for example
 
   // Compiles and loads it where that hasn't been done; while the stream is captured, refuses to.
-  Kernel kernel(const KernelName& name, int threads, CUstream stream);
+  Kernel kernel(const std::string& name, int threads, CUstream stream);
 
  private:
+  Gpu() = default;
   explicit Gpu(int32_t index);
 
   int attribute(int number) const;
+  Kernel load(const DeviceCode& code, int threads) const;
 
   std::mutex mutex_;
   std::map<std::string, Kernel> kernels_;  // by their names
@@ -44,13 +50,18 @@ class Gpu {
 // Makes a GPU's context the thread's current one. A thread that hasn't used CUDA yet has none.
 class CurrentContext {
  public:
-  explicit CurrentContext(const Gpu& gpu) { check_cuda(driver().cuCtxPushCurrent_v2(gpu.context), "context"); }
+  explicit CurrentContext(const Gpu& gpu) : pushed_(gpu.context != nullptr) {
+    if (pushed_) check_cuda(driver().cuCtxPushCurrent_v2(gpu.context), "context");
+  }
   ~CurrentContext() {
     CUcontext popped;
-    driver().cuCtxPopCurrent_v2(&popped);
+    if (pushed_) driver().cuCtxPopCurrent_v2(&popped);
   }
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
+
+ private:
+  bool pushed_;
 };
 
 CUstream torch_stream(int32_t device_index);
@@ -59,7 +70,7 @@ CUstream torch_stream(int32_t device_index);
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device_index)
-      : gpu_(Gpu::at(device_index)), stream_(torch_stream(device_index)), context_(gpu_) {}
+      : gpu_(Gpu::at(device_index)), stream_(gpu_.context ? torch_stream(device_index) : nullptr), context_(gpu_) {}
 
   Gpu& gpu() const { return gpu_; }
   CUstream stream() const { return stream_; }

@@ -40,12 +40,13 @@ void for_each_table(const std::vector<Record>& records, size_t begin, size_t end
 #define ADEMAMIX_FETCH_BYTES size_t{256} << 20
 #endif
 constexpr size_t FETCH_BYTES = ADEMAMIX_FETCH_BYTES;  // at a time; two of them are wanted on the GPU at once
+constexpr size_t GAP_BYTES = FETCH_BYTES / 128;       // 2 MB, a page: less than that between two pieces comes anyway
 
 // The second stream of a device, on which memory is moved, and the events between it and the computing stream. Steps
 // of one device follow one another, also those of several host threads: an event is waited for as it is recorded.
 class Prefetcher {
  public:
-  // The managed memory that some tensors need: of each block the part from the first to the last of them.
+  // The managed memory that some tensors need, in as few pieces as fetch little beside it.
   class Pieces {
    public:
     // The bytes of it that are managed memory.
@@ -53,10 +54,22 @@ class Prefetcher {
       const auto block = ManagedMemory::instance().block_with(range.data);
       if (block.begin == 0) return 0;
       const auto begin = reinterpret_cast<CUdeviceptr>(range.data), end = begin + range.bytes;
-      Piece& piece = pieces_.try_emplace(block.begin, Piece{block, begin, end}).first->second;
-      piece.begin = std::min(piece.begin, begin);
-      piece.end = std::max(piece.end, end);
+      pieces_.push_back({block, begin, end});
       return range.bytes;
+    }
+
+    // To be called after the last.
+    void join() {
+      std::sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+      size_t joined = 0;
+      for (const Piece& piece : pieces_) {
+        Piece* const last = joined > 0 ? &pieces_[joined - 1] : nullptr;
+        if (last && last->block.begin == piece.block.begin && piece.begin <= last->end + GAP_BYTES)
+          last->end = std::max(last->end, piece.end);
+        else
+          pieces_[joined++] = piece;
+      }
+      pieces_.erase(pieces_.begin() + static_cast<int64_t>(joined), pieces_.end());
     }
 
    private:
@@ -65,7 +78,7 @@ class Prefetcher {
       ManagedMemory::Block block;
       CUdeviceptr begin, end;
     };
-    std::map<CUdeviceptr, Piece> pieces_;
+    std::vector<Piece> pieces_;
   };
 
   static Prefetcher& of(const Gpu& gpu) {
@@ -82,7 +95,7 @@ class Prefetcher {
   // Begins to fetch, once the computing stream is where it is now.
   void fetch(const Pieces& pieces, CUstream computing) {
     order(computed_, computing, stream_);
-    for (const auto& [begin, piece] : pieces.pieces_)
+    for (const Pieces::Piece& piece : pieces.pieces_)
       ManagedMemory::instance().fetch(piece.block, piece.begin, piece.end - piece.begin, stream_);
   }
 
@@ -133,6 +146,7 @@ void for_each_launch(const CurrentDevice& device, const std::vector<Record>& rec
     chunks.back().end = i + 1;
     for (const Range& range : state_of(records[i])) bytes += chunks.back().pieces.add(range);
   }
+  for (Chunk& chunk : chunks) chunk.pieces.join();
 
   Prefetcher& prefetcher = Prefetcher::of(device.gpu());
   const std::lock_guard<std::mutex> lock(prefetcher.in_use());

@@ -1,5 +1,7 @@
 #include "managed_memory.h"
 
+#include <unistd.h>
+
 namespace ademamix {
 
 constexpr size_t PLENTY_BYTES = size_t{1} << 30;  // so much is free only where nothing had to make room
@@ -17,7 +19,7 @@ void* ManagedMemory::allocate(size_t bytes, Gpu& gpu) {
   // A hint: where it isn't taken, the memory serves all the same.
   if (gpu.can_prefetch) driver().cuMemAdvise(begin, bytes, CU_MEM_ADVISE_SET_PREFERRED_LOCATION, gpu.device);
   const std::lock_guard<std::mutex> lock(mutex_);
-  blocks_[begin] = {begin, bytes, &gpu, false};
+  blocks_[begin] = {begin, bytes, &gpu, false, getpid()};
   statistics_.tensors += 1;
   statistics_.bytes += static_cast<int64_t>(bytes);
   return reinterpret_cast<void*>(begin);
@@ -34,6 +36,7 @@ void ManagedMemory::release(void* data) {
     statistics_.bytes -= static_cast<int64_t>(block.bytes);
     blocks_.erase(entry);
   }
+  if (block.process != getpid()) return;
   CUcontext popped;
   const bool pushed = driver().cuCtxPushCurrent_v2(block.gpu->context) == CUDA_SUCCESS;  // not at the process' end
   const RelaxedCapture relaxed;

@@ -1,6 +1,8 @@
 // CUDA managed memory: it lives on the GPU and moves to the host's memory when the GPU is full.
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -24,13 +26,15 @@ class ManagedMemory {
     size_t bytes;
     Gpu* gpu;
     bool paged_out;  // and not fetched since
+    pid_t process;   // that has it
   };
 
   static ManagedMemory& instance();
 
   void* allocate(size_t bytes, Gpu& gpu);
 
-  // Waits for the kernels that use the memory. Throws nothing: it runs when a tensor dies, in whatever thread.
+  // Waits for the kernels that use the memory. Throws nothing: it runs when a tensor dies, in whatever thread. In a
+  // forked process, which has no CUDA, only the entry goes.
   void release(void* data);
 
   Block block_with(const void* data);

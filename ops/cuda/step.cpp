@@ -19,7 +19,7 @@ struct StepKernel {
     const char* const capacity = capacity_name(tensors, "LONG_LIST<StepRecord>");
     const std::string expression = kernel_expression("step_kernel", type_name(param), type_name(grad),
                                                      bool_name(has_exp_avg), rounding_name(rounding), capacity);
-    return device.gpu().kernel({"step_kernel.cuh", expression}, STEP_THREADS, device.stream());
+    return device.gpu().kernel(expression, STEP_THREADS, device.stream());
   }
 
   bool aligned_at(const void* data, int bytes, int64_t element) const {

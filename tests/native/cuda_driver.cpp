@@ -2,6 +2,9 @@
 // which it then finds the kernel's own source, built for the host, and it keeps a log of what it was called for.
 #include "cuda_on_host.h"
 
+#include <unistd.h>
+
+#include <csignal>
 #include <map>
 #include <string>
 #include <type_traits>
@@ -159,6 +162,9 @@ size_t free_bytes = size_t{1} << 40;
 bool capturing = false;
 void* current_stream = nullptr;
 int contexts = 0;  // that are pushed now
+int compile_ms = 0;
+bool dies_compiling = false;
+int freed = 0;
 
 int failure(const char* function) {
   const auto node = failures.extract(function);
@@ -190,6 +196,9 @@ EXPORT void set_free_bytes(size_t bytes) { free_bytes = bytes; }
 EXPORT void set_capturing(bool value) { capturing = value; }
 EXPORT void set_current_stream(void* stream) { current_stream = stream; }
 EXPORT int pushed_contexts() { return contexts; }
+EXPORT void set_compile_ms(int value) { compile_ms = value; }
+EXPORT void set_dies_compiling(bool value) { dies_compiling = value; }
+EXPORT int freed_blocks() { return freed; }
 EXPORT const char* kernel_names() {
   static std::string names;
   for (const auto& [name, launch] : kernels) names += name + '\n';
@@ -231,6 +240,8 @@ EXPORT int nvrtcCompileProgram(NvrtcProgram*, int count, const char* const* opti
   for (int i = 0; i < count; ++i)
     if (const std::string option = options[i]; option.rfind("--gpu-architecture=", 0) == 0)
       log_text += "compile-" + option.substr(19) + ' ';
+  usleep(1000 * static_cast<useconds_t>(compile_ms));
+  if (dies_compiling) std::raise(SIGKILL);
   return failure("nvrtcCompileProgram");
 }
 constexpr char COMPILER_LOG[] = "kernel.cu(1): error: as the test wants it";
@@ -333,6 +344,7 @@ EXPORT int cuMemAllocManaged(CUdeviceptr* data, size_t bytes, unsigned int) {
 }
 EXPORT int cuMemFree_v2(CUdeviceptr data) {
   if (contexts == 0) return 201;
+  ++freed;
   std::free(reinterpret_cast<void*>(data));
   return 0;
 }

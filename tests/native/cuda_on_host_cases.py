@@ -1,6 +1,7 @@
 """The CUDA ops, run on the host, against the CPU ops: what test_cuda_on_host.py runs under the sanitizers."""
 
 import copy
+import os
 import threading
 from dataclasses import fields
 from typing import Any
@@ -373,6 +374,35 @@ def test_paged_state(kind: str, placed: bool) -> None:
     step(lists, ["launch"])
     del lists, tensors
     assert managed_memory()[:2] == [0, 0]
+
+
+@KINDS
+def test_what_lies_between_sparse_gradients_is_not_fetched(kind: str) -> None:
+    lists = in_arenas(make(kind, contiguous(300, 300, 300, 300)), count=1)
+    params, grads, *state, steps = lists.lists
+    state = [[paged(arena) for arena in arenas] for arenas in state]
+    first_and_last = [0, 3]
+    some = copy.copy(lists)
+    some.lists = [[tensors[i] for i in first_and_last] for tensors in (params, grads)] + [*state, steps]
+    some.places = [number for i in first_and_last for number in lists.places[3 * i : 3 * i + 3]]
+    driver.set_free_bytes(0)
+    prefetched = managed_memory()[2]
+    call(torch.ops.cuda_on_host, kind, some, **some.options)
+    driver.set_free_bytes(1 << 40)
+    of_a_parameter = 300 * 12 if kind == "32" else 300 * 4 + 3 * 8
+    assert managed_memory()[2] - prefetched == 2 * of_a_parameter
+
+
+def test_a_forked_process_leaves_the_driver_alone() -> None:
+    tensors = [torch.ops.cuda_on_host.paged_empty(torch.zeros(1), 300, torch.float32)]
+    before = driver.freed_blocks()
+    child = os.fork()
+    if child == 0:
+        tensors.clear()
+        os._exit(driver.freed_blocks() - before + 10 * managed_memory()[0])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    tensors.clear()
+    assert driver.freed_blocks() == before + 1
 
 
 def test_managed_memory_that_cannot_be_had() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 import torch_ademamix  # noqa: F401
+from torch_ademamix import cuda
 
 FOLDER = Path(os.environ["CUDA_ON_HOST"])
-SOURCES = Path(__file__).parents[2] / "ops"
 DRIVER = FOLDER / "libcuda.so.1"
 
 OPS = (
@@ -35,8 +35,8 @@ torch.ops.load_library(FOLDER / "cuda_ops.so")
 host = ctypes.CDLL(str(FOLDER / "cuda_ops.so"))
 
 
-def set_up(cache: Path, sources: Path = SOURCES, nvrtc: Path = DRIVER) -> None:
-    host.ademamix_set_up(*(os.fsencode(path) for path in (sources, cache, nvrtc)))
+def set_up(cache: Path, nvrtc: Path = DRIVER) -> None:
+    cuda.set_up(host, cache, nvrtc)
 
 
 set_up(FOLDER / "cache")
