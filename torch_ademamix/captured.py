@@ -1,6 +1,5 @@
 """A training step as one CUDA graph, and what to compare at each replay for that to be right."""
 
-import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,13 +10,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from torch_ademamix import sharding
 from torch_ademamix.loop import Loop, checked, given_by_scaler
-from torch_ademamix.micro_batches import micro_batches
+from torch_ademamix.micro_batches import check_leaves, micro_batches
 from torch_ademamix.options import CONSTANT_OPTIONS
 
 WARM_UP_STEPS = 3  # what torch.cuda.make_graphed_callables does: libraries choose kernels and make their workspaces
-
-# Leaves of a batch that aren't tensors, which the graph has for good.
-_PLAIN = (int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 
 
 class CapturedTrainStep:
@@ -27,12 +23,7 @@ class CapturedTrainStep:
         self._loop = loop
         self._device = _one_cuda_device(loop)
         leaves, self._spec = _flatten(sample_batch, sample_kwargs)
-        for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, (Tensor, *_PLAIN)):
-                raise TypeError(
-                    f"leaf {i} of the batch is a {type(leaf).__name__}, but must be a tensor, a number, a string or "
-                    "None, in dicts, lists and tuples; of another kind of mapping, give dict(batch)"
-                )
+        check_leaves(leaves)
         self._inputs = [
             leaf.detach().to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
@@ -50,8 +41,13 @@ class CapturedTrainStep:
                 self._capture()
             self._take(leaves)
             self._graph.replay()  # type: ignore[union-attr]
-        self._loop.tell_of_step()
-        return tree_map_only(Tensor, Tensor.clone, self._result)
+        result = tree_map_only(Tensor, Tensor.clone, self._result)
+        if self._in_graph:
+            self._loop.tell_of_step()
+        for p, grad in self._grads:
+            p.grad = grad
+        self._loop.step_rest(self._in_graph)
+        return result
 
     def _check(self, leaves: list[Any], spec: TreeSpec) -> None:
         if spec != self._spec:
@@ -83,18 +79,23 @@ class CapturedTrainStep:
             optimizer.max_grad_norm,
             loop.param_hooks(),
             loop.step_hooks(),
+            loop.in_graph(),
+            list(map(id, loop.kept)),
             (torch.is_autocast_enabled(self._device.type), torch.get_autocast_dtype(self._device.type)),
         ]
 
     def _capture(self) -> None:
         optimizer = self._loop.optimizer
         self._graph = self._result = None  # an earlier one's memory is free for this one
+        self._grads: list[tuple[Tensor, Tensor | None]] = []
+        self._in_graph = self._loop.in_graph()
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream), self._without_effect():
                 for _ in range(WARM_UP_STEPS):
                     self._run(self._skip_update)
+                    self._loop.clear_gradients()
             torch.cuda.current_stream().wait_stream(stream)
             # Autocast around the step caches weights in low precision: those of the warm-up would be the graph's for
             # good, and those of the graph would be used outside of it.
@@ -103,12 +104,20 @@ class CapturedTrainStep:
             # Other threads, such as those that pin the next batch, may go on. The stream is of the parameters' device,
             # where torch's own for captures is of the device that first had one.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                result = self._run(lambda: type(optimizer).step(optimizer))
+                result, grads = self._run(lambda: type(optimizer).step(optimizer))
             torch.clear_autocast_cache()
+        # Gradients that the graph leaves to other optimizers lie in its memory: each replay writes them again.
+        self._grads = list(zip(self._kept(), grads, strict=True))
+        self._loop.clear_gradients()
         self._graph, self._result, self._captured = graph, result, self._constants()
 
-    def _run(self, step: Callable[[], Any]) -> Any:
-        return checked(self._loop.run(self._micro_batches, step))
+    def _run(self, step: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
+        """What the step returns, and the gradients that the graph leaves."""
+        result = checked(self._loop.run(self._micro_batches, step if self._in_graph else None))
+        return result, [p.grad for p in self._kept()]
+
+    def _kept(self) -> list[Tensor]:
+        return self._loop.kept if self._in_graph else self._loop.of_optimizers
 
     @torch.no_grad()
     def _skip_update(self) -> None:

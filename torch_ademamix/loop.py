@@ -1,4 +1,4 @@
-"""What a whole training step does, in one place for compiled and captured steps: the plain loop, in its order::
+"""What a full training step does, in one place for compiled and captured steps: the plain loop, in its order::
 
 optimizer.zero_grad()
 loss = loss_fn(model, *batch)
@@ -7,8 +7,10 @@ optimizer.step()
 optimizer.zero_grad()
 """
 
+import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_map_only
 
@@ -28,15 +31,17 @@ from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.options import HyperparameterTensors
 from torch_ademamix.release import GradientRelease, refuse_wrapped
+from torch_ademamix.step_method import check_step_not_replaced, overrides_step
 
 # Of a parameter: its number in Loop.params, its gradient's hooks, and those after that has been accumulated.
 ParamHooks = tuple[int, tuple[Callable[..., Any], ...], tuple[Callable[..., Any], ...]]
 
 
 class Loop:
-    """A model, its optimizer and its loss, and one step with them.
+    """A model, its optimizers and its loss, and one step with them.
 
     Args:
+        optimizers: an AdEMAMix, or several optimizers in the order of their steps, one of them an AdEMAMix.
         accumulate: micro-batches per update.
         average: whether an update's loss is the mean of theirs, else the sum.
         scaler: scales the loss; None for none.
@@ -45,49 +50,85 @@ class Loop:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: AdEMAMix,
+        optimizers: Optimizer | Sequence[Optimizer],
         loss_fn: Callable[..., Any],
         accumulate: int,
         average: bool,
         scaler: GradScaler | None,
     ) -> None:
-        refuse_wrapped(optimizer)
+        self.optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        self.optimizer = _ademamix_of(self.optimizers)
         _refuse_reducing(model)
         if not (isinstance(accumulate, int) and accumulate >= 1):
             raise ValueError(f"accumulate is {accumulate!r}, but must be an int of at least 1")
-        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.model, self.loss_fn = model, loss_fn
         self.accumulate, self.average = accumulate, average
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._tensors = HyperparameterTensors()
         self._found_inf: Tensor | None = None
-        self._shared: set[Tensor] = set()  # the optimizer's parameters that are the model's
+        self._shared: set[Tensor] = set()  # the optimizers' parameters that are the model's
+        self._told_of_untrained = False
         self.has_other_leaves = False  # in a graph of the step: gradients go to tensors that aren't in `params`
+        self.left: list[tuple[int, str]] = []  # attributes of `modules` that the forward pass leaves with a history
         self._name = tracing.enter(self)
         self._look()
-        if not any(p.requires_grad for p in self._shared):
+        if not any(p.requires_grad for p in self._shared.intersection(_params([self.optimizer]))):
             raise ValueError("the optimizer has no parameter of the model that requires a gradient")
 
     def _look(self) -> None:
         """Finds the parameters there are.
 
         Raises:
-            RuntimeError: some of the optimizer's aren't the model's any more.
+            RuntimeError: some of the optimizers' aren't the model's any more.
         """
         of_model = dict.fromkeys(self.model.parameters())
-        of_optimizer = dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"])
-        if lost := sum(p in self._shared and p not in of_model for p in of_optimizer):
+        self.of_optimizers = _params(self.optimizers)
+        of_optimizers = dict.fromkeys(self.of_optimizers)
+        if lost := sum(p in self._shared and p not in of_model for p in of_optimizers):
             raise RuntimeError(
                 f"{lost} of the optimizer's parameters are no longer the model's, where others have taken their place "
                 "(load_state_dict(assign=True) does that, or assigning a module); make an optimizer of the "
                 "parameters that the model has now, and the step anew"
             )
-        self._shared = {p for p in of_optimizer if p in of_model}
-        self._others = [p for p in of_model if p not in of_optimizer]
-        self.params = [*of_optimizer, *self._others]
+        self._shared = {p for p in of_optimizers if p in of_model}
+        self._others = [p for p in of_model if p not in of_optimizers]
+        self.params = [*of_optimizers, *self._others]
+        of_rest = set(_params(self.rest))
+        self.kept = [p for p in of_optimizers if p in of_rest]  # whose gradients other optimizers' steps need
+        self._share_params = len(of_optimizers) < len(self.of_optimizers)
+        self._own = [p for p in self.params if p not in of_rest]
         self._sharded = any(map(sharding.is_dtensor, self.params))
         self.modules = list(self.model.modules())
         self._structure = _Structure(self.modules)
         self._plan = self.optimizer._layout.plan
+        self._tell_of_untrained()
+
+    def _tell_of_untrained(self) -> None:
+        others = set(self._others)
+        untrained = [name for name, p in self.model.named_parameters() if p in others and p.requires_grad]
+        if untrained and not self._told_of_untrained:
+            self._told_of_untrained = True
+            warnings.warn(
+                f"{len(untrained)} parameters of the model (such as {untrained[0]}) require a gradient, but belong to "
+                "no optimizer of this training step, which clears their gradients: neither it nor an optimizer that is "
+                "stepped after it trains them. Pass all optimizers as a list, as in compile_train_step(model, [muon, "
+                "ademamix], loss_fn), or freeze what another training step trains with requires_grad_(False)",
+                stacklevel=5,
+            )
+
+    @property
+    def rest(self) -> list[Optimizer]:
+        return [optimizer for optimizer in self.optimizers if optimizer is not self.optimizer]
+
+    def in_graph(self) -> bool:
+        """Whether the graph has AdEMAMix's update; else its `step()` is called after it, in its turn.
+
+        That may only come before the steps of optimizers that stand before it where nothing can tell the difference.
+        """
+        if overrides_step(self.optimizer):
+            return False
+        first = self.optimizers[0] is self.optimizer
+        return first or not (self._share_params or any(map(_step_hooks, self.optimizers)))
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -101,14 +142,43 @@ class Loop:
                 "anomaly detection is on, which watches a backward pass op by op, where a whole step is one graph; "
                 "look for the anomaly with the plain loop, and make steps outside of detect_anomaly"
             )
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "the training step was called under torch.no_grad or torch.inference_mode, but it computes gradients; "
+                "call it outside, or within torch.enable_grad (and inference_mode(False))"
+            )
+        check_step_not_replaced(self.optimizer)
         with self.optimizer._reading(self._tensors):
-            if self.optimizer._layout.plan is not self._plan or not self._structure.holds():
+            if not self._is_up_to_date():
                 self._look()
-            for p in self.params:
-                if p.grad is not None:
-                    p.grad = None
+            self.clear_gradients()
             with self._scaling():
                 yield
+
+    def _is_up_to_date(self) -> bool:
+        if self.optimizer._layout.plan is not self._plan or not self._structure.holds():
+            return False
+        if len(self.optimizers) == 1:
+            return True
+        params = _params(self.optimizers)
+        return len(params) == len(self.of_optimizers) and all(map(is_, params, self.of_optimizers))
+
+    def clear_gradients(self) -> None:
+        for p in self.params:
+            if p.grad is not None:
+                p.grad = None
+
+    def step_rest(self, in_graph: bool) -> None:
+        """Calls `step()` of the optimizers whose update the graph doesn't have, as the plain loop does.
+
+        Args:
+            in_graph: whether it has that of AdEMAMix.
+        """
+        optimizers = self.rest if in_graph else self.optimizers
+        for optimizer in optimizers:
+            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if optimizers:
+            self.clear_gradients()
 
     def _scaling(self) -> AbstractContextManager[None]:
         """The optimizer has what `scaler.step(optimizer)` gives it."""
@@ -132,12 +202,15 @@ class Loop:
             record["stage"] = OptState.STEPPED
 
     def run(
-        self, micro_batches: Sequence[MicroBatch], step: Callable[[], Any], hooks: Sequence[ParamHooks] = ()
+        self,
+        micro_batches: Sequence[MicroBatch],
+        step: Callable[[], Any] | None,
+        hooks: Sequence[ParamHooks] = (),
     ) -> tuple[bool, Any]:
         """What a step does inside of its graph.
 
         Args:
-            step: updates the parameters by their gradients.
+            step: updates AdEMAMix's parameters by their gradients; None leaves all gradients of optimizers.
             hooks: those that are called here, where autograd doesn't.
 
         Returns:
@@ -154,10 +227,13 @@ class Loop:
             self._backward(loss, hooks)
             losses.append(loss.detach())
             more.append(tree_map_only(Tensor, torch.Tensor.detach, others))
-        if self.scaler is not None:
-            self._look_for_inf()
-        step()
-        for params in (*self.optimizer._layout.plan.params, self._others):
+        if step is not None:
+            if self.scaler is not None:
+                self._look_for_inf()
+            step()
+        # Those of the plan are what Dynamo knows already, from the update.
+        done = (*self.optimizer._layout.plan.params, self._others) if len(self.optimizers) == 1 else (self._own,)
+        for params in done if step is not None else (self._others,):
             for p in params:
                 p.grad = None
         loss = sum(losses[1:], start=losses[0])
@@ -175,6 +251,10 @@ class Loop:
             return
         params, name = [p for p in self.params if p.requires_grad], self._name  # noqa: F841 (name: at compile time)
         comptime(tracing.look_for_other_leaves)
+        comptime(tracing.look_for_left)
+        for i, attribute in self.left:
+            value = getattr(self.modules[i], attribute)
+            setattr(self.modules[i], attribute, tree_map_only(Tensor, torch.Tensor.detach, value))
         # Dynamo's backward() finds every leaf, but makes more of each gradient than is needed here, can't be hooked,
         # and places gradients as their parameters: replicated ones would be reduced at each micro-batch.
         if self.has_other_leaves and not hooks and not self._sharded:
@@ -221,13 +301,50 @@ class Loop:
         )
 
     def step_hooks(self) -> list[Callable[..., Any]]:
-        optimizer = self.optimizer
-        return [
-            *optimizer._optimizer_step_pre_hooks.values(),
-            *optimizer._optimizer_step_post_hooks.values(),
-            *_global_optimizer_pre_hooks.values(),
-            *_global_optimizer_post_hooks.values(),
-        ]
+        return _step_hooks(self.optimizer)
+
+
+def _step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
+    return [
+        *optimizer._optimizer_step_pre_hooks.values(),
+        *optimizer._optimizer_step_post_hooks.values(),
+        *_global_optimizer_pre_hooks.values(),
+        *_global_optimizer_post_hooks.values(),
+    ]
+
+
+def _params(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _ademamix_of(optimizers: Sequence[Optimizer]) -> AdEMAMix:
+    """The one AdEMAMix of a training step's optimizers.
+
+    Raises:
+        TypeError: there is none, or something isn't an optimizer.
+        ValueError: there are several, one needs a closure, or something was put in place of AdEMAMix's `step()`.
+    """
+    if len(optimizers) == 1:
+        refuse_wrapped(optimizers[0])
+    for i, optimizer in enumerate(optimizers):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizers[{i}] is a {type(optimizer).__name__}, but must be a torch.optim.Optimizer")
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"optimizers[{i}] is a {type(optimizer).__name__}, whose step() needs a closure that evaluates the "
+                "model again; keep the plain loop for it"
+            )
+    found = [optimizer for optimizer in optimizers if isinstance(optimizer, AdEMAMix)]
+    if not found:
+        raise TypeError("there is no AdEMAMix among the optimizers; of a wrapper, give what it wraps")
+    if len(found) > 1:
+        raise ValueError(
+            f"there are {len(found)} AdEMAMix among the optimizers, but a step takes one: make parameter groups of one "
+            "optimizer, or, for several losses, a training step for each"
+        )
+    check_step_not_replaced(found[0])
+    return found[0]
 
 
 class _Structure:

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.step_method import check_step_not_replaced, overrides_step
 
 
 def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease":
@@ -32,7 +33,8 @@ def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease
 
     Raises:
         ValueError: the optimizer clips gradients, the model is replicated by `DistributedDataParallel` (which reduces
-            gradients after they have been released), or it has none of the optimizer's parameters.
+            gradients after they have been released), or it has none of the optimizer's parameters; the optimizer's
+            class overrides `step()`, or `optimizer.step` was replaced: the updates don't go through it.
         TypeError: the optimizer is another one, or a wrapper of one.
         RuntimeError: in the backward pass or in step(), if it turns out that gradients are scaled or accumulated.
 
@@ -54,6 +56,13 @@ class GradientRelease:
 
     def __init__(self, model: nn.Module, optimizer: AdEMAMix) -> None:
         _refuse_clipping(optimizer, ValueError)
+        check_step_not_replaced(optimizer)
+        if overrides_step(optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} overrides step(), but gradients that are released as they arrive are "
+                "updated without it: keep the plain loop, or do in gradient hooks (register_hook of a parameter) what "
+                "step() does"
+            )
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError("gradients can't be released under DistributedDataParallel; fully_shard allows it")
         of_model = set(model.parameters())
@@ -82,6 +91,7 @@ class GradientRelease:
                 "accumulated"
             )
         if not self._updated:
+            check_step_not_replaced(optimizer)
             optimizer._prepare()
         optimizer._update_param(p)
         self._updated.add(id(p))

@@ -67,6 +67,38 @@ def look_for_other_leaves(context: Any) -> None:
         _objects[context.get_local("name").as_python_constant()].has_other_leaves = True
 
 
+def look_for_left(context: Any) -> None:
+    """Adds to `left` of the loop of that name the attributes of modules that the graph so far gives a history.
+
+    Dynamo has no public way to ask for what a traced function has assigned; what isn't found here, it rejects itself.
+    """
+    loop = _objects[context.get_local("name").as_python_constant()]
+    assigned = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
+    numbers = {id(module): i for i, module in enumerate(loop.modules)}
+    for variable, attributes in assigned.store_attr_mutations.items():
+        if (i := numbers.get(id(getattr(variable, "value", None)))) is None:
+            continue
+        for name, value in attributes.items():
+            if (i, name) not in loop.left and _has_history(value):
+                loop.left.append((i, name))
+
+
+def _has_history(variable: Any) -> bool:
+    """Whether a variable of Dynamo's is a tensor that autograd has a history of, or a list or dict of some."""
+    from torch._dynamo.variables.dicts import ConstDictVariable
+    from torch._dynamo.variables.lists import BaseListVariable
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    if isinstance(variable, BaseListVariable):
+        return any(map(_has_history, variable.items))
+    if isinstance(variable, ConstDictVariable):
+        return any(map(_has_history, variable.items.values()))
+    if not isinstance(variable, TensorVariable):
+        return False
+    example = variable.proxy.node.meta["example_value"]
+    return isinstance(example, torch.Tensor) and example.grad_fn is not None
+
+
 def decoded(text: str) -> Any:
     """What a text holds as JSON, whose parts no guard looks at one by one: the text is guarded."""
     return json.loads(text)

@@ -1,6 +1,6 @@
-"""Whole training steps as one graph, compiled or captured on a GPU.
+"""Full training steps as one graph, compiled or captured on a GPU.
 
-Both do what this loop does, or refuse::
+Both do what this loop does, or raise::
 
     optimizer.zero_grad()
     loss = loss_fn(model, *batch)
@@ -14,6 +14,13 @@ Both do what this loop does, or refuse::
   in a compiled step.
 - Hooks of parameters, modules and the optimizer's steps are called; a compiled step with a module's backward hook is
   refused by Dynamo. What a model logs is left out of a compiled step, which it would break (with torch 2.13).
+- An overridden `step()` of the optimizer's class is called, after the graph. One that was put on the instance raises;
+  LR schedulers' wrapper is fine.
+- Several optimizers are stepped in the given order: AdEMAMix in the graph, others by their own `step()` after it, from
+  the gradients that the graph leaves. Parameters that belong to none of them are warned of.
+- Tensors with a history that the forward pass leaves on modules, such as an auxiliary loss, are detached in a compiled
+  step.
+- With TORCH_COMPILE_DISABLE=1, a compiled step runs as the plain loop.
 - Learning rates, betas, α, the warm-ups, eps and weight decay are read anew at each step, so that schedulers, made
   before or after, change them: call `scheduler.step()` after the step as ever. Other options are noticed too.
 - Parameters that are frozen, moved or added to the optimizer are noticed at the next step. Where the model has other
@@ -33,6 +40,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from torch_ademamix.captured import CapturedTrainStep
 from torch_ademamix.loop import Loop, ParamHooks, checked
@@ -47,7 +55,7 @@ _numbers = itertools.count()
 
 def compile_train_step(
     model: nn.Module,
-    optimizer: AdEMAMix,
+    optimizer: AdEMAMix | Sequence[Optimizer],
     loss_fn: Callable[..., Any],
     *,
     accumulate: int = 1,
@@ -62,12 +70,13 @@ def compile_train_step(
 
     Args:
         model: the module to train.
-        optimizer: an optimizer of parameters of `model`; several groups and frozen parameters are fine.
+        optimizer: an optimizer of parameters of `model`; several groups and frozen parameters are fine. Or a list of
+            optimizers, one of them an AdEMAMix, others any of torch.optim, in the order of their steps.
         loss_fn: `loss_fn(model, *batch, **more)` returns the loss, a tensor of one element, or a tuple that begins
             with it.
         accumulate: micro-batches per update: each tensor of a batch is split along its first dimension into so many
-            equal parts, of a DTensor the rows that each process has; other arguments, and tensors without dimensions,
-            go to each.
+            equal parts, of a DTensor the rows that each process has; numbers, text, modules, and tensors without
+            dimensions go to each.
         average: whether their losses are averaged, else summed, for a `loss_fn` that divides by a number of the whole
             batch, such as that of its tokens.
         scaler: scales the loss, for float16; call `scaler.update()` after the step as ever.
@@ -78,13 +87,16 @@ def compile_train_step(
         what follows the loss in a tuple are lists of each micro-batch's.
 
     Raises:
-        TypeError: the optimizer is another one, or a wrapper of one; in `step`, if `loss_fn` returns no loss.
+        TypeError: the optimizer is another one, or a wrapper of one, or there is no AdEMAMix among several; in `step`,
+            if `loss_fn` returns no loss, or with `accumulate`, if a batch has something in it that can't be opened,
+            such as a `UserDict` or an object: pass `dict(batch)`, or the object's tensors.
         ValueError: gradients are reduced by `DistributedDataParallel`, `fully_shard` or FSDP1, in hooks that have no
             place in a graph (docs/distributed.md, "Data parallelism in one graph", has what does), or released by
             :func:`torch_ademamix.release.release_gradients`; the optimizer has no parameter of the model; `fullgraph`
-            is False; in `step`, if `accumulate` doesn't divide a batch.
-        RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model, or in
-            :func:`torch.autograd.detect_anomaly`.
+            is False; something was put in place of `optimizer.step`; there are several AdEMAMix; in `step`, if
+            `accumulate` doesn't divide a batch, or its tensors have different numbers of rows.
+        RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model, under
+            :func:`torch.no_grad`, or in :func:`torch.autograd.detect_anomaly`.
 
     >>> model = nn.Linear(8, 1)
     >>> optimizer = AdEMAMix(model.parameters(), lr=1e-2)
@@ -101,7 +113,10 @@ def compile_train_step(
             "fullgraph is False, but a whole step is one graph; where that can't be, compile the model, and the "
             "optimizer's step, each by itself"
         )
-    config: dict[str, Any] = {"trace_autograd_ops": True}  # .backward() is inside the graph
+    config: dict[str, Any] = {
+        "trace_autograd_ops": True,  # .backward() is inside the graph
+        "allow_unspec_int_on_nn_module": True,  # counters of calls, as some layers have them
+    }
     isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # since torch 2.13
     if isolates:
         compile_options.setdefault("isolate_recompiles", True)
@@ -109,18 +124,19 @@ def compile_train_step(
         ignored = torch._dynamo.config.ignore_logging_functions
         config["ignore_logging_functions"] = {*ignored, *_logging_methods()}
     loop = Loop(model, optimizer, loss_fn, accumulate, average, scaler)
+    ademamix = loop.optimizer
     loop.param_hooks()
-    optimizer.init_state()
+    ademamix.init_state()
 
-    def train_step(parts: list[MicroBatch], has_step_hooks: bool, hooks: tuple[ParamHooks, ...]) -> Any:
+    def train_step(parts: list[MicroBatch], in_graph: bool, has_step_hooks: bool, hooks: tuple[ParamHooks, ...]) -> Any:
         def update() -> None:
             if has_step_hooks:
-                type(optimizer).step(optimizer)  # an LR scheduler hides optimizer.step behind what can't be traced
+                type(ademamix).step(ademamix)  # an LR scheduler hides optimizer.step behind what can't be traced
             else:  # without torch's profiling around it, of which Dynamo warns
                 with torch.no_grad():
-                    optimizer._update()
+                    ademamix._update()
 
-        return loop.run(parts, update, hooks)
+        return loop.run(parts, update if in_graph else None, hooks)
 
     # Dynamo counts compilations by code, and learns by its name which shapes vary: not from another step.
     code = train_step.__code__.replace(co_name=f"train_step_{next(_numbers)}")
@@ -131,13 +147,22 @@ def compile_train_step(
     def step(*batch: Any, **more: Any) -> Any:
         nonlocal first
         parts = micro_batches(batch, more, loop.accumulate)
+        in_graph = loop.in_graph()
         with loop.around(), _configured(config), _collecting_no_garbage() if first else nullcontext():
-            result = checked(compiled(parts, bool(loop.step_hooks()), loop.param_hooks()))
+            run = train_step if _compiling_is_disabled() else compiled
+            result = checked(run(parts, in_graph, bool(loop.step_hooks()), loop.param_hooks()))
         first = False
-        loop.tell_of_step()
+        if in_graph:
+            loop.tell_of_step()
+        loop.step_rest(in_graph)
         return result
 
     return step
+
+
+def _compiling_is_disabled() -> bool:
+    """Whether torch.compile is switched off (TORCH_COMPILE_DISABLE=1): with `fullgraph=True` it would raise."""
+    return bool(torch._dynamo.config.disable) or torch._dynamo.eval_frame._stance.stance == "force_eager"
 
 
 @contextmanager
@@ -172,7 +197,7 @@ def _logging_methods() -> set[Callable[..., Any]]:
 
 def capture_train_step(
     model: nn.Module,
-    optimizer: AdEMAMix,
+    optimizer: AdEMAMix | Sequence[Optimizer],
     loss_fn: Callable[..., Any],
     sample_batch: Sequence[Any],
     sample_kwargs: Mapping[str, Any] | None = None,
