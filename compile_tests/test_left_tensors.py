@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from config import assert_identical
 from loops import batch, plain
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
@@ -90,3 +91,57 @@ def test_left_tensors_are_detached():
     assert model[1].aux_loss.item() > 0
     with_auxiliary_losses(model, *batch(1)).backward()  # an eager pass between steps
     step(*batch(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 1)
+
+    def forward(self, x):
+        return self.rnn(x[None])[0][0]
+
+
+class Growing(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 1)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(len(self.seen))
+        return super().forward(x)
+
+
+class Elsewhere(nn.Linear):
+    """Leaves a loss where the step doesn't look for one."""
+
+    def __init__(self):
+        super().__init__(8, 1)
+        self.losses = []
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.losses.append(y.mean())
+        return y
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (Recurrent, Unsupported, "Dynamo does not support RNN, GRU, or LSTM"),
+        (lambda: nn.Sequential(nn.Linear(8, 1), nn.BatchNorm1d(1, momentum=None)), UserError, "data-dependent"),
+        (Growing, FailOnRecompileLimitHit, "fullgraph=True"),
+        (Elsewhere, Unsupported, "consumed returned tensor's grad_fn"),
+    ],
+)
+def test_what_torch_rejects(build, error, message):
+    """docs/models.md has the ways out."""
+    model = build()
+    step = compile_train_step(model, AdEMAMix(model.parameters()), with_auxiliary_losses, backend="eager")
+
+    def train():
+        for i in range(10):
+            step(*batch(i))
+
+    with pytest.raises(error, match=message):
+        train()

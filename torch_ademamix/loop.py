@@ -56,7 +56,7 @@ class Loop:
         average: bool,
         scaler: GradScaler | None,
     ) -> None:
-        self.optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        self.optimizers: list[Optimizer] = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         self.optimizer = _ademamix_of(self.optimizers)
         _refuse_reducing(model)
         if not (isinstance(accumulate, int) and accumulate >= 1):
