@@ -24,7 +24,7 @@ SIZE ?=
 OUT ?= out/demo
 SECONDS ?= 600
 
-.PHONY: demo test test-fast fuzz lint format docs bench convergence drift memory gpu-check gpu-training cuda-load-check wheel wheel-check build clean
+.PHONY: demo test test-fast fuzz lint format docs bench convergence drift memory gpu-check gpu-training cuda-load-check aarch64-check wheel wheel-check build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -94,10 +94,13 @@ cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU: the C
 	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
 	cd $(CUDA_CHECK) && ALL_VARIANTS=1 $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py
 
+aarch64-check: $(ENVIRONMENT)  ## without an ARM machine: the libraries compile for it, and compute the same bits in an emulator
+	$(PY) -m tools.aarch64
+
 wheel: $(ENVIRONMENT)  ## dist/*.whl, for every Linux that its tag names
 	$(PY) -m tools.wheel
 
-TORCH_VERSIONS ?= 2.11.0 2.13.0
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.1 2.15.0
 wheel-check: $(ENVIRONMENT) $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/environment.stamp)  ## the wheel, tested beside TORCH_VERSIONS
 	$(PY) -m tools.wheel --check $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/bin/python)
 

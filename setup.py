@@ -9,10 +9,12 @@ TORCH_ADEMAMIX_NATIVE=0 leaves them out; the package then runs on its reference 
 """
 
 import os
-import platform
 import runpy
+import shlex
 import shutil
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from setuptools import setup
@@ -29,28 +31,46 @@ except ImportError as error:
 
 PACKAGE = "torch_ademamix"
 
-# Per library the flags that torch compiles its own kernels of that instruction set with.
-CPU_CAPABILITIES = {"default": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    CPU_CAPABILITIES |= {
-        "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
-        "avx512": [
-            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
-            "-DCPU_CAPABILITY_AVX512",
-        ],
-    }
-
 # No contraction: where a product is added, the source says whether it is rounded in between (ops/value.h).
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # the compiler's own intrinsics headers
-CXX_FLAGS += ["-Wno-psabi"]  # a note that gcc's calling convention was another one before 4.6
-# A compiler that links C++'s library statically would have the loader mix it with torch's, down to crashes.
-LINK_FLAGS = ["-Wl,--exclude-libs,libstdc++.a"] if platform.system() == "Linux" else []
+CXX_FLAGS += ["-Wno-uninitialized"]  # the compiler's own intrinsics headers
+
+
+@cache
+def compiler_macros():
+    """The names of the macros that the C++ compiler defines: which one it is, and for what it compiles."""
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "-dM", "-E", "-x", "c++", os.devnull]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {line.split()[1] for line in lines}
+
+
+def cpu_capabilities():
+    """Per library of CPU kernels, the flags that torch compiles its own kernels of that instruction set with."""
+    capabilities = {"default": []}
+    if "__x86_64__" in compiler_macros():
+        capabilities["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
+        capabilities["avx512"] = [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+            "-DCPU_CAPABILITY_AVX512",
+        ]
+    return {name: [*flags, f"-DCPU_CAPABILITY={name.upper()}"] for name, flags in capabilities.items()}
+
+
+def compile_flags():
+    if "__clang__" in compiler_macros():
+        return CXX_FLAGS
+    # Of the intrinsics headers again, and a note that gcc's calling convention was another one before 4.6.
+    return [*CXX_FLAGS, "-Wno-maybe-uninitialized", "-Wno-psabi"]
+
+
+def link_flags():
+    # A compiler that links C++'s library statically would have the loader mix it with torch's, down to crashes.
+    return ["-Wl,--exclude-libs,libstdc++.a"] if "__linux__" in compiler_macros() else []
 
 
 def libraries():
-    for capability, flags in CPU_CAPABILITIES.items():
-        yield library(f"_cpu_{capability}", "ops/cpu", [*flags, f"-DCPU_CAPABILITY={capability.upper()}"])
+    for capability, flags in cpu_capabilities().items():
+        yield library(f"_cpu_{capability}", "ops/cpu", flags)
     yield library("_cuda", "ops/cuda", [], embedded_sources())
 
 
@@ -66,8 +86,8 @@ def library(name, folder, flags, generated=()):
         f"{PACKAGE}.{name}",
         [*sorted(str(path) for path in Path(folder).glob("*.cpp")), *generated],
         depends=["setup.py", *sorted(str(path) for path in Path("ops").rglob("*.h"))],
-        extra_compile_args=[*CXX_FLAGS, *flags],
-        extra_link_args=LINK_FLAGS,
+        extra_compile_args=[*compile_flags(), *flags],
+        extra_link_args=link_flags(),
         py_limited_api=True,  # no symbol of Python's: these are libraries, not modules
     )
 
@@ -80,7 +100,7 @@ def python_module():
         cxx_std=17,
         define_macros=[
             ("BUILT_WITH_TORCH", f'"{torch.__version__}"'),
-            ("CPU_CAPABILITIES", f'"{" ".join(CPU_CAPABILITIES)}"'),
+            ("CPU_CAPABILITIES", f'"{" ".join(cpu_capabilities())}"'),
         ],
     )
 
@@ -108,4 +128,5 @@ def native_extensions():
     return [*libraries(), python_module()]
 
 
-setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":  # tools/aarch64.py wants the libraries alone
+    setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildNative})

@@ -5,6 +5,8 @@
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace ademamix {
@@ -72,6 +74,36 @@ inline void store_codes(Ints codes, int16_t* p) {
   const __m256i quads = _mm256_shuffle_epi8(codes, _mm256_set1_epi64x(0x0d0c090805040100));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(quads, 0x08)));
 }
+
+#elif defined(__aarch64__) && !defined(CPU_CAPABILITY_SVE)
+
+inline Simd<float> load_codes(const int8_t* p) {
+  int32_t codes;
+  std::memcpy(&codes, p, sizeof codes);
+  const int16x8_t halves = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(codes)));
+  return at::vec::Vectorized<float>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves))));
+}
+
+inline Simd<float> load_codes(const uint8_t* p) {
+  uint32_t codes;
+  std::memcpy(&codes, p, sizeof codes);
+  const uint16x8_t halves = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(codes)));
+  return at::vec::Vectorized<float>(vcvtq_f32_u32(vmovl_u16(vget_low_u16(halves))));
+}
+
+inline Simd<float> load_codes(const int16_t* p) {
+  return at::vec::Vectorized<float>(vcvtq_f32_s32(vmovl_s16(vld1_s16(p))));
+}
+
+inline Ints load_bits(const uint16_t* p) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))); }
+
+inline void store_codes(Ints codes, uint8_t* p) {
+  const int16x4_t halves = vmovn_s32(codes);
+  const int32_t bytes = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+
+inline void store_codes(Ints codes, int16_t* p) { vst1_s16(p, vmovn_s32(codes)); }
 
 #else
 
