@@ -49,7 +49,7 @@ def test_graph():
         """\
 _set_grad_enabled(
     False)
-_ademamix_blockwise_step_.tensor_lr(
+_ademamix_blockwise_step_.default(
     [f32[70, 60], f32[4096]]
     [f32[70, 60], f32[4096]]
     [i8[8448]]
@@ -59,52 +59,38 @@ _ademamix_blockwise_step_.tensor_lr(
     [u8[8448]]
     [f32[33]]
     [f32[2]]
-    f32[]
-    beta1=0.9
-    beta2=0.999
-    beta3=0.9999
-    alpha=5.0
-    t_alpha=20
-    t_beta3=20
-    schedule_start=0
-    eps=1e-08
-    weight_decay=0.01
+    []
+    [0.0, 0.9, 0.999, 0.9999, 5.0, 20.0, 20.0, 0.0, 1e-08, 0.01]
+    [f32[]]
+    rows=[]
     maximize=False
     stochastic_param_rounding=False
     seed=5
+    streams=[0, 2]
+    places=[0, 0, 0, 0, 4352, 1]
     grad_scale=None
     found_inf=None
-    stochastic_rounding=True
-    remainders=[]
-    streams=[0, 2]
-    places=[0, 0, 0, 0, 4352, 1])
+    stochastic_rounding=True)
 increment_version(
     [f32[70, 60], f32[4096], i8[8448], f32[33], i16[8448], f32[33], u8[8448], f32[33], f32[2]])
-_ademamix_step_.tensor_lr(
+_ademamix_step_.default(
     [f32[4], f32[3, 5]]
     [f32[4], f32[3, 5]]
     [f32[512]]
     [f32[512]]
     [f32[512]]
     [f32[2]]
-    f32[]
-    beta1=0.9
-    beta2=0.999
-    beta3=0.9999
-    alpha=5.0
-    t_alpha=20
-    t_beta3=20
-    schedule_start=0
-    eps=1e-08
-    weight_decay=0.01
+    []
+    [0.0, 0.9, 0.999, 0.9999, 5.0, 20.0, 20.0, 0.0, 1e-08, 0.01]
+    [f32[]]
+    rows=[]
     maximize=False
     stochastic_param_rounding=False
     seed=5
-    grad_scale=None
-    found_inf=None
-    remainders=[]
     streams=[]
-    places=[0, 0, 0, 0, 256, 1])
+    places=[0, 0, 0, 0, 256, 1]
+    grad_scale=None
+    found_inf=None)
 increment_version(
     [f32[4], f32[3, 5], f32[512], f32[512], f32[512], f32[2]])
 _set_grad_enabled(

@@ -8,22 +8,22 @@
 
 namespace ademamix {
 
-// One call's options.
+// The numbers of one parameter group. An op call has one or more rows of them, as numbers or in a tensor, in this order
+// (torch_ademamix/reference.py has the same).
 struct Hyperparameters {
-  double beta1, beta2, beta3, alpha;
+  double lr, beta1, beta2, beta3, alpha;
   double t_alpha, t_beta3;  // steps of warm-up of alpha and beta3; 0 for none
   double schedule_start;    // steps before the warm-ups begin
   double eps, weight_decay;
-  bool maximize;
 };
 
-// A call may have these numbers in a tensor: lr, then Hyperparameters' in their order.
 constexpr int64_t HYPERPARAMETERS = 10;
+static_assert(sizeof(Hyperparameters) == HYPERPARAMETERS * sizeof(double));
 
 template <class S>
-ADEMAMIX_INLINE Hyperparameters read_hyperparameters(const S* numbers, bool maximize) {
-  const auto number = [numbers](int i) { return static_cast<double>(numbers[i]); };
-  return {number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9), maximize};
+ADEMAMIX_INLINE Hyperparameters read_hyperparameters(const S* row) {
+  const auto number = [row](int i) { return static_cast<double>(row[i]); };
+  return {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9)};
 }
 
 // The schedules' t. A tensor that has done fewer steps than schedule_start waits at 0.
@@ -54,10 +54,13 @@ ADEMAMIX_INLINE float next_step(float step) {
   return next > step ? next : float_from_bits(float_bits(step) + 1);
 }
 
+// What gradients are multiplied with: -1 to maximize, and the inverse of GradScaler's scale.
+ADEMAMIX_INLINE double grad_factor(bool maximize, double grad_scale) { return (maximize ? -1 : 1) / grad_scale; }
+
 // What the update of a tensor's elements needs, fixed for one step.
 template <class V>
 struct StepScalars {
-  V grad_factor;  // -1 to maximize, times 1 / grad_scale
+  V grad_factor;
   V beta1, one_minus_beta1;
   V beta2, one_minus_beta2;
   V beta3, one_minus_beta3;
@@ -69,8 +72,8 @@ struct StepScalars {
   StepScalars() = default;
 
   // All in float64, rounded once: in float32, 1 - 0.9999 alone would be off by 1.7e-4. `step` counts from 1.
-  ADEMAMIX_INLINE StepScalars(const Hyperparameters& h, double step, double lr, double grad_scale)
-      : grad_factor(V((h.maximize ? -1 : 1) / grad_scale)),
+  ADEMAMIX_INLINE StepScalars(const Hyperparameters& h, double step, double grad_factor)
+      : grad_factor(V(grad_factor)),
         beta1(V(h.beta1)),
         one_minus_beta1(V(1 - h.beta1)),
         beta2(V(h.beta2)),
@@ -79,7 +82,7 @@ struct StepScalars {
         inv_bias1(V(1 / (1 - ::pow(h.beta1, step)))),
         inv_sqrt_bias2(V(1 / ::sqrt(1 - ::pow(h.beta2, step)))),
         eps(V(h.eps)),
-        minus_lr(V(-lr)),
+        minus_lr(V(-h.lr)),
         weight_decay(V(h.weight_decay)) {
     const double beta3_t = beta3_schedule(schedule_step(step, h), h);
     beta3 = V(beta3_t);

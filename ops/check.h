@@ -96,25 +96,13 @@ inline bool overlaps_itself(const TensorView& t) {
   return false;
 }
 
-// The hyperparameters of a call as numbers, but for lr.
-struct Numbers {
-  double beta1, beta2, beta3, alpha;
-  std::optional<double> t_alpha, t_beta3;
-  int64_t schedule_start;
-  double eps, weight_decay;
+// The rows of hyperparameters of a call as numbers.
+struct NumberRows {
+  std::vector<double> numbers;  // HYPERPARAMETERS of each row
+  TensorList lrs;               // of each row, in place of its lr; or none
 
-  Hyperparameters with(bool maximize) const {
-    return {beta1,
-            beta2,
-            beta3,
-            alpha,
-            t_alpha.value_or(0),
-            t_beta3.value_or(0),
-            static_cast<double>(schedule_start),
-            eps,
-            weight_decay,
-            maximize};
-  }
+  size_t count() const { return numbers.size() / HYPERPARAMETERS; }
+  Hyperparameters row(size_t i) const { return read_hyperparameters(numbers.data() + i * HYPERPARAMETERS); }
 };
 
 // The checks of one op call; `op` begins every text. Without `places` the lists of state have one tensor for each
@@ -239,29 +227,27 @@ class Checker {
     }
   }
 
-  void lr(double) const {}
-  void lr(const Tensor& lr) const { float_scalar("lr", view_of(lr)); }
-
-  void hyperparameters(const Numbers& n) const {
-    in_range("beta1", n.beta1, n.beta1 >= 0 && n.beta1 < 1, "in [0, 1)");
-    in_range("beta2", n.beta2, n.beta2 >= 0 && n.beta2 < 1, "in [0, 1)");
-    in_range("beta3", n.beta3, n.beta3 >= 0 && n.beta3 < 1, "in [0, 1)");
-    if (n.t_alpha) in_range("t_alpha", *n.t_alpha, *n.t_alpha > 0, "positive or None");
-    if (n.t_beta3) in_range("t_beta3", *n.t_beta3, *n.t_beta3 > 0, "positive or None");
-    in_range("schedule_start", static_cast<double>(n.schedule_start), n.schedule_start >= 0, "at least 0");
-    in_range("eps", n.eps, n.eps >= 0, "at least 0");
-    if (!has_exp_avg_) in_range("beta1", n.beta1, n.beta1 == 0, "0 without exp_avgs");
+  void hyperparameters(const NumberRows& h, const std::vector<int64_t>& rows) const {
+    if (h.numbers.empty() || h.numbers.size() % HYPERPARAMETERS != 0)
+      refuse(op_, ": hyperparameters has length ", h.numbers.size(), ", but must have ", HYPERPARAMETERS,
+             " for each row");
+    if (h.lrs.size() != 0 && h.lrs.size() != h.count())
+      refuse(op_, ": lrs has length ", h.lrs.size(), ", but must have ", h.count(), ", one for each row, or none");
+    for (size_t i = 0; i < h.lrs.size(); ++i) float_scalar("lrs[" + std::to_string(i) + "]", view_of(h.lrs[i]));
+    this->rows(rows, static_cast<int64_t>(h.count()));
+    for (size_t i = 0; i < h.count(); ++i) row(h, i);
   }
 
   // As a tensor, whose values aren't looked at.
-  void hyperparameters(const Tensor& tensor) const {
+  void hyperparameters(const Tensor& tensor, const std::vector<int64_t>& rows) const {
     const char* name = "hyperparameters";
     const TensorView t = view_of(tensor);
     floating(name, t);
-    if (t.dims != 1 || t.numel != HYPERPARAMETERS)
-      refuse(op_, ": ", name, " has shape ", shape_name(t), ", but must have shape [", HYPERPARAMETERS, "]");
+    if (t.dims != 2 || t.sizes[0] == 0 || t.sizes[1] != HYPERPARAMETERS)
+      refuse(op_, ": ", name, " has shape ", shape_name(t), ", but must have shape [rows, ", HYPERPARAMETERS, "]");
     if (!t.contiguous) refuse(op_, ": ", name, " must be contiguous");
     on_params_device(name, t);
+    this->rows(rows, t.sizes[0]);
   }
 
   // GradScaler's tensors: one element each, on the parameters' device.
@@ -319,30 +305,52 @@ class Checker {
   // The parameter that tensor i of a list of state is compared to.
   size_t param_of(size_t i) const { return places_.empty() ? i : 0; }
 
+  // Each parameter's row of hyperparameters.
+  void rows(const std::vector<int64_t>& rows, int64_t count) const {
+    if (rows.empty()) return;
+    length("rows", rows.size());
+    for (size_t i = 0; i < rows.size(); ++i)
+      if (rows[i] < 0 || rows[i] >= count)
+        refuse(op_, ": rows[", i, "] is ", rows[i], ", but must be in [0, ", count, ")");
+  }
+
+  void row(const NumberRows& rows, size_t i) const {
+    const Hyperparameters h = rows.row(i);
+    const auto in_range = [&](const char* name, double value, bool ok, const char* allowed) {
+      if (ok) return;
+      const std::string which = rows.count() > 1 ? " of row " + std::to_string(i) : "";
+      refuse(op_, ": ", name, which, " is ", value, ", but must be ", allowed);
+    };
+    in_range("beta1", h.beta1, h.beta1 >= 0 && h.beta1 < 1, "in [0, 1)");
+    if (!has_exp_avg_) in_range("beta1", h.beta1, h.beta1 == 0, "0 without exp_avgs");
+    in_range("beta2", h.beta2, h.beta2 >= 0 && h.beta2 < 1, "in [0, 1)");
+    in_range("beta3", h.beta3, h.beta3 >= 0 && h.beta3 < 1, "in [0, 1)");
+    in_range("t_alpha", h.t_alpha, h.t_alpha >= 0, "at least 0");
+    in_range("t_beta3", h.t_beta3, h.t_beta3 >= 0, "at least 0");
+    in_range("schedule_start", h.schedule_start, h.schedule_start >= 0, "at least 0");
+    in_range("eps", h.eps, h.eps >= 0, "at least 0");
+  }
+
   ScalarType param_dtype() const { return params_.empty() ? ScalarType::Float : params_[0].dtype; }
 
-  void floating(const char* name, const TensorView& t) const {
+  void floating(const std::string& name, const TensorView& t) const {
     if (t.dtype != ScalarType::Float && t.dtype != ScalarType::Double)
       refuse(op_, ": ", name, " has dtype ", dtype_name(t.dtype), ", but must be torch.float32 or torch.float64");
   }
 
-  void float_scalar(const char* name, const TensorView& t) const {
+  void float_scalar(const std::string& name, const TensorView& t) const {
     floating(name, t);
     one_element(name, t);
   }
 
-  void one_element(const char* name, const TensorView& t) const {
+  void one_element(const std::string& name, const TensorView& t) const {
     if (t.numel != 1) refuse(op_, ": ", name, " has shape ", shape_name(t), ", but must hold one element");
     on_params_device(name, t);
   }
 
-  void on_params_device(const char* name, const TensorView& t) const {
+  void on_params_device(const std::string& name, const TensorView& t) const {
     if (!params_.empty() && !same_device(params_[0], t))
       refuse(op_, ": ", name, " is on ", device_name(t), ", but params are on ", device_name(params_[0]));
-  }
-
-  void in_range(const char* name, double value, bool ok, const char* allowed) const {
-    if (!ok) refuse(op_, ": ", name, " is ", value, ", but must be ", allowed);
   }
 
   void uniform(const char* name, const Views& list, size_t i) const {

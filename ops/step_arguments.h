@@ -63,6 +63,8 @@ struct BlockwiseLists {
 
 // What a call has beside its lists.
 struct StepOptions {
+  std::variant<NumberRows, Tensor> hyperparameters;
+  std::vector<int64_t> rows;  // of hyperparameters, each parameter's; empty where all have the first
   bool maximize;
   bool stochastic_rounding;  // of exp_avg_sq
   bool stochastic_param_rounding;
@@ -70,67 +72,50 @@ struct StepOptions {
   std::vector<int64_t> streams, places;
   std::optional<Tensor> grad_scale, found_inf;
   bool dry_run;
-  std::variant<double, Tensor> lr{};  // the first element of the tensor, which may be that of all hyperparameters
-  std::variant<Hyperparameters, Tensor> hyperparameters{};
+
+  size_t row_of(size_t param) const { return rows.empty() ? 0 : static_cast<size_t>(rows[param]); }
 };
 
 // Checks a call, and lets `step` do it; in a dry run, what it does ahead of its first write.
-template <class Lists, class Step, class CheckNumbers>
-void run_op(Lists lists, const StepOptions& options, const Step& step, const CheckNumbers& check_numbers) {
+template <class Lists, class Step>
+void run_op(Lists lists, const StepOptions& options, const Step& step) {
   Checker check(Lists::OP, lists.params, options.places);
   lists.check(check);
   check.param_rounding(lists.remainders, options.stochastic_param_rounding);
   check.places(lists.steps);
   const bool draws = std::is_same_v<Lists, BlockwiseLists> || options.stochastic_param_rounding;
   if (draws) check.length("streams", options.streams.size());
-  check_numbers(check);
+  std::visit([&](const auto& h) { check.hyperparameters(h, options.rows); }, options.hyperparameters);
   check.scaler(options.grad_scale, options.found_inf);
   if (lists.params.empty()) return;
   if (!options.places.empty()) lists.place(places_of(options.places));
   step(lists, options);
 }
 
-template <class Lists, class Lr, class Step>
-void run_with_numbers(Lists lists, const Lr& lr, const Numbers& numbers, StepOptions options, const Step& step) {
-  options.lr = lr;
-  options.hyperparameters = numbers.with(options.maximize);
-  run_op(std::move(lists), options, step, [&](const Checker& check) {
-    check.lr(lr);
-    check.hyperparameters(numbers);
-  });
-}
-
-template <class Lists, class Step>
-void run_with_tensor(Lists lists, const Tensor& hyperparameters, StepOptions options, const Step& step) {
-  options.lr = hyperparameters;
-  options.hyperparameters = hyperparameters;
-  run_op(std::move(lists), options, step, [&](const Checker& check) { check.hyperparameters(hyperparameters); });
-}
-
 // The overloads of ademamix_step_, where STEP is a device's void(StepLists&, const StepOptions&).
-template <auto STEP, class Lr>
+template <auto STEP>
 struct StepOp {
   static void with_numbers(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows,
-                           TensorList exp_avg_sqs, TensorList steps, Lr lr, double beta1, double beta2, double beta3,
-                           double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3,
-                           int64_t schedule_start, double eps, double weight_decay, bool maximize,
-                           TensorList remainders, bool stochastic_param_rounding, int64_t seed,
-                           std::vector<int64_t> streams, std::vector<int64_t> places, std::optional<Tensor> grad_scale,
+                           TensorList exp_avg_sqs, TensorList steps, TensorList remainders,
+                           std::vector<double> hyperparameters, TensorList lrs, std::vector<int64_t> rows,
+                           bool maximize, bool stochastic_param_rounding, int64_t seed, std::vector<int64_t> streams,
+                           std::vector<int64_t> places, std::optional<Tensor> grad_scale,
                            std::optional<Tensor> found_inf, bool dry_run) {
-    run_with_numbers(
-        lists(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders), lr,
-        {beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay},
-        {maximize, false, stochastic_param_rounding, seed, streams, places, grad_scale, found_inf, dry_run}, STEP);
+    run_op(lists(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders),
+           {NumberRows{std::move(hyperparameters), lrs}, std::move(rows), maximize, false, stochastic_param_rounding,
+            seed, std::move(streams), std::move(places), grad_scale, found_inf, dry_run},
+           STEP);
   }
 
   static void with_tensor(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_slows,
-                          TensorList exp_avg_sqs, TensorList steps, Tensor hyperparameters, bool maximize,
-                          TensorList remainders, bool stochastic_param_rounding, int64_t seed,
+                          TensorList exp_avg_sqs, TensorList steps, TensorList remainders, Tensor hyperparameters,
+                          std::vector<int64_t> rows, bool maximize, bool stochastic_param_rounding, int64_t seed,
                           std::vector<int64_t> streams, std::vector<int64_t> places, std::optional<Tensor> grad_scale,
                           std::optional<Tensor> found_inf, bool dry_run) {
-    run_with_tensor(lists(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders), hyperparameters,
-                    {maximize, false, stochastic_param_rounding, seed, streams, places, grad_scale, found_inf, dry_run},
-                    STEP);
+    run_op(lists(params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders),
+           {hyperparameters, std::move(rows), maximize, false, stochastic_param_rounding, seed, std::move(streams),
+            std::move(places), grad_scale, found_inf, dry_run},
+           STEP);
   }
 
  private:
@@ -142,44 +127,39 @@ struct StepOp {
 
 template <auto STEP>
 void register_step(torch::stable::detail::StableLibrary& m) {
-  using WithLr = StepOp<STEP, double>;
-  using WithTensorLr = StepOp<STEP, Tensor>;
-  m.impl("_ademamix_step_", TORCH_BOX(&WithLr::with_numbers));
-  m.impl("_ademamix_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
-  m.impl("_ademamix_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
+  m.impl("_ademamix_step_", TORCH_BOX(&StepOp<STEP>::with_numbers));
+  m.impl("_ademamix_step_.tensor_hyperparameters", TORCH_BOX(&StepOp<STEP>::with_tensor));
 }
 
 // The overloads of ademamix_blockwise_step_, where STEP is a device's void(BlockwiseLists&, const StepOptions&).
-template <auto STEP, class Lr>
+template <auto STEP>
 struct BlockwiseStepOp {
   static void with_numbers(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
                            TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
-                           TensorList exp_avg_sq_absmaxs, TensorList steps, Lr lr, double beta1, double beta2,
-                           double beta3, double alpha, std::optional<double> t_alpha, std::optional<double> t_beta3,
-                           int64_t schedule_start, double eps, double weight_decay, bool maximize,
-                           bool stochastic_rounding, TensorList remainders, bool stochastic_param_rounding,
-                           int64_t seed, std::vector<int64_t> streams, std::vector<int64_t> places,
-                           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, bool dry_run) {
-    run_with_numbers(lists(params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs,
-                           exp_avg_sq_absmaxs, steps, remainders),
-                     lr, {beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay},
-                     {maximize, stochastic_rounding, stochastic_param_rounding, seed, streams, places, grad_scale,
-                      found_inf, dry_run},
-                     STEP);
+                           TensorList exp_avg_sq_absmaxs, TensorList steps, TensorList remainders,
+                           std::vector<double> hyperparameters, TensorList lrs, std::vector<int64_t> rows,
+                           bool maximize, bool stochastic_rounding, bool stochastic_param_rounding, int64_t seed,
+                           std::vector<int64_t> streams, std::vector<int64_t> places, std::optional<Tensor> grad_scale,
+                           std::optional<Tensor> found_inf, bool dry_run) {
+    run_op(lists(params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs,
+                 exp_avg_sq_absmaxs, steps, remainders),
+           {NumberRows{std::move(hyperparameters), lrs}, std::move(rows), maximize, stochastic_rounding,
+            stochastic_param_rounding, seed, std::move(streams), std::move(places), grad_scale, found_inf, dry_run},
+           STEP);
   }
 
   static void with_tensor(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_absmaxs,
                           TensorList exp_avg_slows, TensorList exp_avg_slow_absmaxs, TensorList exp_avg_sqs,
-                          TensorList exp_avg_sq_absmaxs, TensorList steps, Tensor hyperparameters, bool maximize,
-                          bool stochastic_rounding, TensorList remainders, bool stochastic_param_rounding, int64_t seed,
-                          std::vector<int64_t> streams, std::vector<int64_t> places, std::optional<Tensor> grad_scale,
+                          TensorList exp_avg_sq_absmaxs, TensorList steps, TensorList remainders,
+                          Tensor hyperparameters, std::vector<int64_t> rows, bool maximize, bool stochastic_rounding,
+                          bool stochastic_param_rounding, int64_t seed, std::vector<int64_t> streams,
+                          std::vector<int64_t> places, std::optional<Tensor> grad_scale,
                           std::optional<Tensor> found_inf, bool dry_run) {
-    run_with_tensor(lists(params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs,
-                          exp_avg_sq_absmaxs, steps, remainders),
-                    hyperparameters,
-                    {maximize, stochastic_rounding, stochastic_param_rounding, seed, streams, places, grad_scale,
-                     found_inf, dry_run},
-                    STEP);
+    run_op(lists(params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs,
+                 exp_avg_sq_absmaxs, steps, remainders),
+           {hyperparameters, std::move(rows), maximize, stochastic_rounding, stochastic_param_rounding, seed,
+            std::move(streams), std::move(places), grad_scale, found_inf, dry_run},
+           STEP);
   }
 
  private:
@@ -191,11 +171,8 @@ struct BlockwiseStepOp {
 
 template <auto STEP>
 void register_blockwise_step(torch::stable::detail::StableLibrary& m) {
-  using WithLr = BlockwiseStepOp<STEP, double>;
-  using WithTensorLr = BlockwiseStepOp<STEP, Tensor>;
-  m.impl("_ademamix_blockwise_step_", TORCH_BOX(&WithLr::with_numbers));
-  m.impl("_ademamix_blockwise_step_.tensor_lr", TORCH_BOX(&WithTensorLr::with_numbers));
-  m.impl("_ademamix_blockwise_step_.tensor_hyperparameters", TORCH_BOX(&WithLr::with_tensor));
+  m.impl("_ademamix_blockwise_step_", TORCH_BOX(&BlockwiseStepOp<STEP>::with_numbers));
+  m.impl("_ademamix_blockwise_step_.tensor_hyperparameters", TORCH_BOX(&BlockwiseStepOp<STEP>::with_tensor));
 }
 
 }  // namespace ademamix

@@ -77,19 +77,32 @@ def step(kernel: str, lists: Iterable[list[Tensor]], lr: Tensor | float = 1e-2, 
 def step_call(
     packet: Any, lists: Iterable[list[Tensor]], lr: Tensor | float = 1e-2, **options: Any
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The overload of an op, and its positional and keyword arguments; `hyperparameters` take the place of numbers."""
-    options = {**HYPERPARAMETERS, "places": [], **options}
-    if (hyperparameters := options.pop("hyperparameters", None)) is None:
-        return packet.tensor_lr if isinstance(lr, Tensor) else packet.default, (*lists, lr), options
-    for name in reference.HYPERPARAMETERS:
-        options.pop(name, None)
-    return packet.tensor_hyperparameters, (*lists, hyperparameters), options
+    """The overload of an op, and its positional and keyword arguments.
+
+    Args:
+        options: `hyperparameters` take the place of numbers, of which an lr that is a tensor is one of `lrs`.
+    """
+    options = {**HYPERPARAMETERS, "places": [], "rows": [], **options}
+    numbers = {name: options.pop(name) for name in reference.HYPERPARAMETERS[1:]}
+    lists = (*lists, options.pop("remainders"))
+    hyperparameters = options.pop("hyperparameters", None)
+    lrs = options.pop("lrs", [lr] if isinstance(lr, Tensor) else [])
+    if isinstance(hyperparameters, Tensor):
+        return packet.tensor_hyperparameters, (*lists, hyperparameters), options
+    if hyperparameters is None:
+        hyperparameters = row_of(0.0 if isinstance(lr, Tensor) else lr, **numbers)
+    return packet.default, (*lists, hyperparameters, lrs), options
+
+
+def row_of(lr: float = 1e-2, **options: Any) -> list[float]:
+    """What a call with these options has, as one row of numbers."""
+    numbers = {**FORMULA, "lr": lr, **options}
+    return [float(numbers[name] or 0) for name in reference.HYPERPARAMETERS]
 
 
 def hyperparameter_tensor(lr: Tensor | float = 1e-2, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-    """What a call with these options has, in one tensor."""
-    numbers = {**FORMULA, "lr": lr, **options}
-    return torch.tensor([float(numbers[name] or 0) for name in reference.HYPERPARAMETERS], dtype=dtype)
+    """The same in a tensor."""
+    return torch.tensor([row_of(float(lr), **options)], dtype=dtype)
 
 
 @dataclass

@@ -27,8 +27,9 @@ def step_types() -> Iterator[tuple[str, str, str]]:
 
 def kernels() -> Iterator[str]:
     """Names. All but the prologue are for long lists: short ones differ in a number."""
-    for dtype, tensors in product(("float", "double"), ("SHORT_LIST", "LONG_STEP_LIST")):
-        yield f"prologue_kernel<{dtype}, {tensors}>"
+    tables = ("SHORT_LIST, 1", "LONG_STEP_LIST<1>, 1", "LONG_STEP_LIST<MANY_ROWS>, MANY_ROWS")
+    for dtype, table in product(("float", "double"), tables):
+        yield f"prologue_kernel<{dtype}, {table}>"
     for (param, grad, rounding), exp_avg in product(step_types(), ("true", "false")):
         yield f"step_kernel<{param}, {grad}, {exp_avg}, {rounding}, LONG_LIST<StepRecord>>"
     for (param, grad, rounding), fast, slow, stochastic in product(

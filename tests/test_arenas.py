@@ -66,11 +66,16 @@ def test_state_is_views_of_a_few_flat_tensors(cls):
         assert state["step"].shape == ()
 
 
-def test_each_group_has_its_own():
-    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    optimizer = AdEMAMix([{"params": [a]}, {"params": [b]}])
+def test_groups_share_them():
+    """But for groups that store state otherwise, and those that come later."""
+    params = [nn.Parameter(torch.ones(300)) for _ in range(4)]
+    groups = [{"params": [p], "lr": 10.0**-i} for i, p in enumerate(params[:3])]
+    optimizer = AdEMAMix([*groups[:2], {**groups[2], "optim_bits": 8, "min_8bit_size": 1}])
     optimizer.init_state()
-    assert len(flats(optimizer)) == 8
+    assert len(flats(optimizer)) == 4 + 7
+    optimizer.add_param_group({"params": [params[3]]})
+    optimizer.init_state()
+    assert len(flats(optimizer)) == 4 + 7 + 4
 
 
 def test_all_parameters_get_state_at_the_first_step():

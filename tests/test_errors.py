@@ -5,7 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from config import CONTIGUOUS, HYPERPARAMETERS, assert_identical, make_lists, step, step_call
+from config import (
+    CONTIGUOUS,
+    HYPERPARAMETERS,
+    assert_identical,
+    hyperparameter_tensor,
+    make_lists,
+    row_of,
+    step,
+    step_call,
+)
 from places import in_arenas
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -14,7 +23,7 @@ from torch_ademamix import ademamix
 
 NAN = float("nan")
 STATE = ("exp_avgs", "exp_avg_slows", "exp_avg_sqs")
-SCALARS = ("lr", "grad_scale", "found_inf")
+SCALARS = {"lr": "lrs[0]", "grad_scale": "grad_scale", "found_inf": "found_inf"}  # and what the op calls them
 PARAMETER_DTYPES = "torch.float32, torch.bfloat16, torch.float16, torch.float64"
 OTHER_DTYPES = (
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.bool),
@@ -113,21 +122,21 @@ REFUSALS = {
         for x in ("params", *STATE)
     },
     "steps[3] has shape [2], but must hold one element": replace("steps", 3, lambda t: t.repeat(2)),
-    "lr has dtype torch.int64, but must be torch.float32 or torch.float64": give(lr=torch.tensor(1)),
+    "lrs[0] has dtype torch.int64, but must be torch.float32 or torch.float64": give(lr=torch.tensor(1)),
     "grad_scale has dtype torch.float16, but must be torch.float32 or torch.float64": give(
         grad_scale=torch.ones(1).half()
     ),
     "found_inf has dtype torch.float64, but must be torch.float32": give(found_inf=torch.ones(1).double()),
-    **{f"{x} has shape [2], but must hold one element": give(**{x: torch.ones(2)}) for x in SCALARS},
+    **{f"{SCALARS[x]} has shape [2], but must hold one element": give(**{x: torch.ones(2)}) for x in SCALARS},
     **{
         f"{x} is {value:g}, but must be in [0, 1)": give(**{x: value})
         for x in ("beta1", "beta2", "beta3")
         for value in (1.0, -0.1, NAN)
     },
     **{
-        f"{x} is {value:g}, but must be positive or None": give(**{x: value})
+        f"{x} is {value:g}, but must be at least 0": give(**{x: value})
         for x in ("t_alpha", "t_beta3")
-        for value in (0.0, -100.0)
+        for value in (-100.0, NAN)
     },
     "remainders has length 3, but params has length 4": remain(3),
     "remainders[1] is on meta, but params[1] is on cpu": remain(4, 1, lambda r: r.to("meta")),
@@ -159,7 +168,7 @@ OP_REFUSALS = {
     f"params[1] is torch.float32 on meta, but params[0] is torch.float32 on cpu; {ONE_CALL}": convert(
         "params", 1, "meta"
     ),
-    **{f"{x} is on meta, but params are on cpu": give(**{x: torch.ones((), device="meta")}) for x in SCALARS},
+    **{f"{SCALARS[x]} is on meta, but params are on cpu": give(**{x: torch.ones((), device="meta")}) for x in SCALARS},
     "places has length 11, but must have 12, 3 for each of params, or none": place(
         lambda lists, options: options["places"].pop()
     ),
@@ -188,14 +197,36 @@ OP_REFUSALS = {
     },
     **{f"places[8] is {n}, but must be in [0, 7)": move(8, n) for n in (-1, 7)},
     "hyperparameters has dtype torch.int64, but must be torch.float32 or torch.float64": give(
-        hyperparameters=torch.zeros(10, dtype=torch.int64)
+        hyperparameters=torch.zeros(1, 10, dtype=torch.int64)
     ),
     **{
-        f"hyperparameters has shape {list(shape)}, but must have shape [10]": give(hyperparameters=torch.zeros(shape))
-        for shape in ((), (9,), (1, 10))
+        f"hyperparameters has shape {list(shape)}, but must have shape [rows, 10]": give(
+            hyperparameters=torch.zeros(shape)
+        )
+        for shape in ((), (10,), (1, 9), (0, 10), (1, 1, 10))
     },
-    "hyperparameters must be contiguous": give(hyperparameters=torch.zeros(20)[::2]),
-    "hyperparameters is on meta, but params are on cpu": give(hyperparameters=torch.zeros(10, device="meta")),
+    "hyperparameters must be contiguous": give(hyperparameters=torch.zeros(10, 2).mT),
+    "hyperparameters is on meta, but params are on cpu": give(hyperparameters=torch.zeros(1, 10, device="meta")),
+    **{
+        f"hyperparameters has length {n}, but must have 10 for each row": give(hyperparameters=[0.0] * n)
+        for n in (0, 9, 21)
+    },
+    "lrs has length 1, but must have 2, one for each row, or none": give(
+        hyperparameters=row_of() * 2, lrs=[torch.tensor(0.1)]
+    ),
+    "lrs[1] has dtype torch.int64, but must be torch.float32 or torch.float64": give(
+        hyperparameters=row_of() * 2, lrs=[torch.tensor(0.1), torch.tensor(1)]
+    ),
+    **{
+        f"rows has length {n}, but params has length 4": give(hyperparameters=hyperparameters, rows=[0] * n)
+        for n, hyperparameters in ((3, row_of()), (5, hyperparameter_tensor()))
+    },
+    **{
+        f"rows[2] is {row}, but must be in [0, 2)": give(hyperparameters=hyperparameters, rows=[0, 1, row, 7])
+        for row, hyperparameters in ((2, row_of() * 2), (-1, hyperparameter_tensor().repeat(2, 1)))
+    },
+    "beta2 of row 1 is 1, but must be in [0, 1)": give(hyperparameters=row_of() + row_of(beta2=1.0)),
+    "eps of row 2 is -1, but must be at least 0": give(hyperparameters=row_of() * 2 + row_of(eps=-1.0)),
 }
 
 

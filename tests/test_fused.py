@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torch_ademamix import fused, reference
+from torch_ademamix.reference import Hyperparameters
 
 pytestmark = [pytest.mark.inductor]
 
@@ -41,12 +42,23 @@ def make(kind: str, entries: Any = MIXED, *dtypes: torch.dtype, **kwargs: Any) -
     return lists, {"streams": lists.streams, "stochastic_rounding": True}
 
 
+def row(lr: Any, options: dict[str, Any]) -> Hyperparameters:
+    """The numbers among options, which it takes out of them."""
+    numbers = [options.pop(name) for name in Hyperparameters._fields[1:]]
+    return Hyperparameters(lr, *(0.0 if x is None else x for x in numbers))
+
+
 def check(kind: str, lists: Any, lr: Any = 1e-2, **options: Any) -> None:
+    """In two rows, of which the first has another lr."""
     expected = lists.clone()
     before = [p.clone() for p in lists.params]
-    expected_remainders = [r.clone() for r in options["remainders"]]
-    fused.run(STEPS[kind], list(lists), lr, **options)
-    STEPS[kind](*expected, lr, **{**options, "remainders": expected_remainders})
+    remainders = options.pop("remainders")
+    expected_remainders = [r.clone() for r in remainders]
+    second = row(lr, options)
+    rows = [second._replace(lr=second.lr * 3), second]
+    numbers = [i % 2 for i in range(len(before))]
+    fused.run(STEPS[kind], [*lists, remainders], rows, numbers, **options)
+    STEPS[kind](*expected, expected_remainders, [rows[i] for i in numbers], **options)
     assert any(not torch.equal(bits(a), bits(b)) for a, b in zip(lists.params, before, strict=True))
     for actual, wanted in zip(lists, expected, strict=True):
         for a, b in zip(actual, wanted, strict=True):
@@ -91,7 +103,7 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
 @KINDS
 def test_scaler_and_tensors_of_numbers(kind: str) -> None:
     lists, options = make(kind, MIXED[1:4])
-    numbers = dict(zip(reference.HYPERPARAMETERS, hyperparameter_tensor().unbind(), strict=True))
+    numbers = dict(zip(reference.HYPERPARAMETERS, hyperparameter_tensor()[0].unbind(), strict=True))
     options |= {**numbers, "grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)}
     check(kind, lists, options.pop("lr"), **{**REST, **options})
 
@@ -116,10 +128,11 @@ def test_where_torch_compile_fails_it_runs_plain(monkeypatch: pytest.MonkeyPatch
     lists, options = make("32", MIXED[:6])
     expected = lists.clone()
     arguments = {**REST, **HYPERPARAMETERS, **options}
+    remainders, numbers = arguments.pop("remainders"), row(1e-2, arguments)
     with pytest.warns(UserWarning, match="torch.compile doesn't serve cpu here"):
-        fused.run(STEPS["32"], list(lists), 1e-2, **arguments)
+        fused.run(STEPS["32"], [*lists, remainders], [numbers], [], **arguments)
     assert fused._unable == {"cpu"}
-    STEPS["32"](*expected, 1e-2, **arguments)
+    STEPS["32"](*expected, remainders, [numbers] * len(expected.params), **arguments)
     for actual, wanted in zip(lists, expected, strict=True):
         torch.testing.assert_close(list(actual), list(wanted))
 

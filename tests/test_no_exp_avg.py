@@ -290,5 +290,4 @@ def test_the_lists_without_exp_avg_are_the_optimizers() -> None:
     train(params, optimizer, 1)
     plan = optimizer._layout.plan
     ((_, _, lists, _),) = plan.calls(plan.batches[0], range(3), [p.grad for p in params], None, {})
-    assert isinstance(StepLists(*lists).exp_avgs, list)
-    assert StepLists(*lists).exp_avgs == []
+    assert StepLists(*lists[:-1]).exp_avgs == []  # the last are the remainders

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, hyperparameter_tensor, make_lists, step_call
+from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS, hyperparameter_tensor, make_lists, row_of, step_call
 from places import in_arenas
 
 from torch_ademamix import AdEMAMix, ademamix
@@ -39,6 +39,15 @@ def test_places(rounding, count, hyperparameters):
 def test_hyperparameters_in_a_tensor(length):
     lists = make_lists((MIXED[1:5] * 2)[:length])
     torch.library.opcheck(*step_call(PACKET, lists, hyperparameters=hyperparameter_tensor()))
+
+
+@pytest.mark.parametrize("in_tensor", [False, True])
+def test_rows_of_hyperparameters(in_tensor):
+    rows = [*row_of(), *row_of(beta1=0.0, t_beta3=40)]
+    options = {"hyperparameters": rows, "lrs": [torch.tensor(0.1), torch.tensor(0.2)], "rows": [0, 1, 1, 0]}
+    if in_tensor:
+        options["hyperparameters"] = torch.tensor(rows, dtype=torch.float64).view(2, -1)
+    torch.library.opcheck(*step_call(PACKET, make_lists(MIXED[1:5]), **options))
 
 
 def test_dry_run():
@@ -83,6 +92,19 @@ def test_backward_after_a_step_raises(optimizer):
     optimizer([p]).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_mutation_of_saved_tensors_is_allowed():
+    """Its mode takes keyword-only lists that are written to for out arguments."""
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        p = torch.nn.Parameter(torch.randn(3))
+        loss = p.square().sum()
+        loss.backward(retain_graph=True)
+        before = p.grad.clone()
+        AdEMAMix([p]).step()
+        p.grad = None
+        loss.backward()
+        assert torch.equal(p.grad, before)
 
 
 def test_mutations_are_declared():

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from config import DTYPES, MIXED, OPTIONS, assert_identical, hyperparameter_tensor, make_lists, step, step_call
+from config import (
+    DTYPES,
+    MIXED,
+    OPTIONS,
+    assert_identical,
+    hyperparameter_tensor,
+    make_lists,
+    row_of,
+    step,
+    step_call,
+)
 from places import in_arenas
 from quantized import SEED, blockwise_step, make_blockwise, streams_of
 
@@ -100,6 +110,30 @@ def test_hyperparameters_in_float32(kernel, kind):
     run(kernel, kind, double, hyperparameters=hyperparameters.double())
     run(kernel, kind, single, hyperparameters=hyperparameters)
     assert_identical(list(single), list(double))
+
+
+ROWS = [row_of(), row_of(lr=0.3, beta1=0.0, alpha=2.0, t_alpha=9, t_beta3=9), row_of(eps=1e-3, weight_decay=0.3)]
+
+
+@KINDS
+@pytest.mark.parametrize("given", ["numbers", "lrs", "tensor"])
+def test_rows_of_hyperparameters(kernel, kind, given):
+    """Parameters of several rows: bit for bit as in a call for each row."""
+    lists = make(kind, ENTRIES)
+    expected, rows = lists.clone(), [2 - i % 3 for i in range(len(ENTRIES))]
+    streams = streams_of(lists.params)
+    for row, numbers in enumerate(ROWS):
+        chosen = [i for i in range(len(rows)) if rows[i] == row]
+        some = type(lists)(*([tensors[i] for i in chosen] for tensors in expected))
+        run(kernel, kind, some, hyperparameters=numbers, streams=[streams[i] for i in chosen])
+    options = {"hyperparameters": [x for row in ROWS for x in row]}
+    if given == "lrs":
+        options = {"hyperparameters": [x for row in ROWS for x in (7.0, *row[1:])]}
+        options["lrs"] = [torch.tensor([row[0]], dtype=torch.float64) for row in ROWS]
+    if given == "tensor":
+        options = {"hyperparameters": torch.tensor(ROWS, dtype=torch.float64)}
+    run(kernel, kind, lists, rows=rows, streams=streams, **options)
+    assert_identical(list(lists), list(expected))
 
 
 @KINDS

@@ -157,8 +157,8 @@ REFUSALS = [
         for name in names
     ],
     (
-        setting(hyperparameters=torch.zeros(9)),
-        "hyperparameters has shape [9], but must have shape [10]",
+        setting(hyperparameters=torch.zeros(1, 9)),
+        "hyperparameters has shape [1, 9], but must have shape [rows, 10]",
     ),
 ]
 

@@ -38,7 +38,6 @@ NAMES = ("step", *MOMENTS, *(f"{name}{SCALES}" for name in MOMENTS), MASTER_REMA
 class Storage(NamedTuple):
     """How the state of a parameter is stored: what parameters have in common that share an arena."""
 
-    group: int  # the group's number
     device: torch.device
     paged: bool
     entries: tuple[tuple[str, torch.dtype], ...]  # names and dtypes, but for the step

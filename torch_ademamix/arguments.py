@@ -20,7 +20,9 @@ def check_step(
     exp_avg_slows: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    lr: Tensor | float,
+    remainders: Sequence[Tensor],
+    hyperparameters: Tensor | Sequence[float],
+    lrs: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
     check = Checker("ademamix_step_", params, options["places"])
@@ -29,7 +31,8 @@ def check_step(
         check.state("exp_avgs", exp_avgs)
     check.state("exp_avg_slows", exp_avg_slows)
     check.state("exp_avg_sqs", exp_avg_sqs)
-    _check_options(check, steps, lr, draws=options["stochastic_param_rounding"], **options)
+    draws = options["stochastic_param_rounding"]
+    _check_options(check, steps, remainders, hyperparameters, lrs, draws=draws, **options)
 
 
 def check_blockwise_step(
@@ -42,7 +45,9 @@ def check_blockwise_step(
     exp_avg_sqs: Sequence[Tensor],
     exp_avg_sq_absmaxs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    lr: Tensor | float,
+    remainders: Sequence[Tensor],
+    hyperparameters: Tensor | Sequence[float],
+    lrs: Sequence[Tensor] = (),
     *,
     stochastic_rounding: bool,
     **options: Any,
@@ -58,17 +63,19 @@ def check_blockwise_step(
     check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
     check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
     check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
-    _check_options(check, steps, lr, draws=True, **options)
+    _check_options(check, steps, remainders, hyperparameters, lrs, draws=True, **options)
 
 
 def _check_options(
     check: Checker,
     steps: Sequence[Tensor],
-    lr: Tensor | float,
+    remainders: Sequence[Tensor],
+    hyperparameters: Tensor | Sequence[float],
+    lrs: Sequence[Tensor],
     *,
+    rows: Sequence[int],
     draws: bool,
     maximize: bool,
-    remainders: Sequence[Tensor],
     stochastic_param_rounding: bool,
     seed: int,
     streams: Sequence[int],
@@ -76,20 +83,18 @@ def _check_options(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     dry_run: bool = False,
-    **hyperparameters: Any,
 ) -> None:
     """What both ops have.
 
     Args:
         draws: whether each parameter must have a stream of random bits.
-        hyperparameters: without them, lr is the tensor of all.
     """
     check.steps(steps)
     check.param_rounding(remainders, stochastic_param_rounding)
     check.places(steps)
     if draws:
         check.length("streams", streams)
-    check.numbers(lr, **hyperparameters)
+    check.hyperparameters(hyperparameters, lrs, rows)
     check.scaler(grad_scale, found_inf)
 
 

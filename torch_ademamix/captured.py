@@ -74,6 +74,7 @@ class CapturedTrainStep:
             [(p.data_ptr(), p.requires_grad) for p in loop.params],
             [buffer.data_ptr() for buffer in buffers],
             [batch.addresses() for batch in optimizer._layout.plan.batches],
+            [table.data_ptr() for table in optimizer._hyperparameters.values()],  # type: ignore[union-attr]
             [module.training for module in loop.modules],
             [[group[name] for name in CONSTANT_OPTIONS] for group in optimizer.param_groups],
             optimizer.max_grad_norm,

@@ -4,14 +4,14 @@ The native kernels ask the same, in the same words (ops/check.h). arguments.py h
 """
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.places import PLACE_NUMBERS
-from torch_ademamix.reference import HYPERPARAMETERS, compute_dtype
+from torch_ademamix.reference import HYPERPARAMETERS, Hyperparameters, compute_dtype
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -170,13 +170,22 @@ class Checker:
                 )
         self.refuse(f"places[{at + 2}] is {step}, but must be in [0, {counts[arena]})")
 
-    def numbers(self, lr: Tensor | float, **hyperparameters: Any) -> None:
-        """The hyperparameters: as numbers, of which lr may be a tensor, or all in a tensor in lr's place."""
-        if not hyperparameters:
-            return self._hyperparameter_tensor(lr)  # type: ignore[arg-type]
-        if isinstance(lr, Tensor):
-            self._float_scalar("lr", lr)
-        self._hyperparameters(**hyperparameters)
+    def hyperparameters(self, given: Tensor | Sequence[float], lrs: Sequence[Tensor], rows: Sequence[int]) -> None:
+        """The rows of hyperparameters: as numbers, of which lrs may be tensors, or in one tensor."""
+        if isinstance(given, Tensor):
+            self._hyperparameter_tensor(given)
+            return self._rows(rows, given.shape[0])
+        count, rest = divmod(len(given), len(HYPERPARAMETERS))
+        if count == 0 or rest:
+            self.refuse(f"hyperparameters has length {len(given)}, but must have {len(HYPERPARAMETERS)} for each row")
+        if lrs and len(lrs) != count:
+            self.refuse(f"lrs has length {len(lrs)}, but must have {count}, one for each row, or none")
+        for i, lr in enumerate(lrs):
+            self._float_scalar(f"lrs[{i}]", lr)
+        self._rows(rows, count)
+        for i in range(count):
+            row = Hyperparameters(*given[i * len(HYPERPARAMETERS) : (i + 1) * len(HYPERPARAMETERS)])
+            self._row(row, f" of row {i}" if count > 1 else "")
 
     def scaler(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """GradScaler's tensors: one element each, on the parameters' device."""
@@ -191,33 +200,29 @@ class Checker:
         """The tensor of all, whose values aren't looked at."""
         name, count = "hyperparameters", len(HYPERPARAMETERS)
         self._float(name, tensor)
-        if tensor.shape != (count,):
-            self.refuse(f"{name} has shape {list(tensor.shape)}, but must have shape [{count}]")
+        if tensor.dim() != 2 or tensor.shape[0] == 0 or tensor.shape[1] != count:
+            self.refuse(f"{name} has shape {list(tensor.shape)}, but must have shape [rows, {count}]")
         if not tensor.is_contiguous():
             self.refuse(f"{name} must be contiguous")
         self._on_params_device(name, tensor)
 
-    def _hyperparameters(
-        self,
-        *,
-        beta1: float,
-        beta2: float,
-        beta3: float,
-        t_alpha: float | None,
-        t_beta3: float | None,
-        schedule_start: int,
-        eps: float,
-        **_: Any,  # alpha and weight_decay may have any value
-    ) -> None:
-        for name, beta in (("beta1", beta1), ("beta2", beta2), ("beta3", beta3)):
-            self._in_range(name, beta, 0 <= beta < 1, "in [0, 1)")
-        for name, steps in (("t_alpha", t_alpha), ("t_beta3", t_beta3)):
-            if steps is not None:
-                self._in_range(name, steps, steps > 0, "positive or None")
-        self._in_range("schedule_start", schedule_start, schedule_start >= 0, "at least 0")
-        self._in_range("eps", eps, eps >= 0, "at least 0")
-        if not self._has_exp_avg:
-            self._in_range("beta1", beta1, beta1 == 0, "0 without exp_avgs")
+    def _rows(self, rows: Sequence[int], count: int) -> None:
+        """Each parameter's row of hyperparameters."""
+        if rows:
+            self.length("rows", rows)
+        for i, row in enumerate(rows):
+            if not 0 <= row < count:
+                self.refuse(f"rows[{i}] is {row}, but must be in [0, {count})")
+
+    def _row(self, row: Hyperparameters, which: str) -> None:
+        """alpha and weight_decay may have any value, and so may lr."""
+        for name in ("beta1", "beta2", "beta3", "t_alpha", "t_beta3", "schedule_start", "eps"):
+            value = getattr(row, name)
+            is_beta = name.startswith("beta")
+            if not (0 <= value < 1 if is_beta else value >= 0):
+                self.refuse(f"{name}{which} is {value:g}, but must be {'in [0, 1)' if is_beta else 'at least 0'}")
+            if name == "beta1" and value != 0 and not self._has_exp_avg:
+                self.refuse(f"{name}{which} is {value:g}, but must be 0 without exp_avgs")
 
     def _state(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._state_length(name, tensors)
@@ -256,10 +261,6 @@ class Checker:
     def _param_of(self, i: int) -> int:
         """The parameter that tensor i of a list of state is compared to."""
         return 0 if self._places else i
-
-    def _in_range(self, name: str, value: float, ok: bool, allowed: str) -> None:
-        if not ok:
-            self.refuse(f"{name} is {value:g}, but must be {allowed}")
 
     def _floating(self, name: str, i: int, tensor: Tensor) -> None:
         if problem := floating_problem(tensor):

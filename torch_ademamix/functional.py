@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import ops
+from torch_ademamix.reference import Hyperparameters
 
 Batch = tuple[Sequence[Any], ...]  # the lists of an op call
 Rounding = dict[str, Any]  # the arguments of an op call that say how its parameters are rounded
@@ -84,17 +85,9 @@ def ademamix(
     >>> t.item(), round(p[0].item(), 5)
     (1.0, 0.89995)
     """
+    row = (lr, beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay)
     options: dict[str, Any] = dict(
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        beta3=beta3,
-        alpha=alpha,
-        t_alpha=t_alpha,
-        t_beta3=t_beta3,
-        schedule_start=schedule_start,
-        eps=eps,
-        weight_decay=weight_decay,
+        **_one_row(*row),
         maximize=maximize,
         seed=seed,
         places=(),
@@ -165,17 +158,9 @@ def ademamix_blockwise(
     >>> t.item(), round(p[0].item(), 5)
     (1.0, 0.89995)
     """
+    row = (lr, beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay)
     options: dict[str, Any] = dict(
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        beta3=beta3,
-        alpha=alpha,
-        t_alpha=t_alpha,
-        t_beta3=t_beta3,
-        schedule_start=schedule_start,
-        eps=eps,
-        weight_decay=weight_decay,
+        **_one_row(*row),
         maximize=maximize,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
@@ -197,6 +182,13 @@ def ademamix_blockwise(
     remainders, streams = _of_each(params, remainders, streams)
     batches = blockwise_batches(lists, remainders, streams, stochastic_param_rounding)
     _step_batches(ops.ademamix_blockwise_step_, batches, options)
+
+
+def _one_row(lr: Tensor | float, *numbers: float | None) -> dict[str, Any]:
+    """The arguments of an op call that all its parameters' hyperparameters come from."""
+    is_tensor = isinstance(lr, Tensor)
+    row = Hyperparameters(0.0 if is_tensor else lr, *(0.0 if x is None else x for x in numbers))
+    return {"hyperparameters": list(map(float, row)), "lrs": [lr] if is_tensor else [], "rows": []}
 
 
 def _of_each(
@@ -221,9 +213,9 @@ def plain_batches(
     """The calls of `ademamix_step_` that step these lists: those of each, and how the parameters are rounded."""
     batches = []
     for *batch, some_remainders, some_streams in _split(*lists, remainders, streams, by=(0, 1, 6)):
-        rounding = _rounding(batch[0], some_remainders, stochastic)
-        rounding["streams"] = some_streams if rounding["stochastic_param_rounding"] else []
-        batches.append((tuple(batch), rounding))
+        stochastic_here = _rounds_stochastically(batch[0], stochastic)
+        rounding = {"stochastic_param_rounding": stochastic_here, "streams": some_streams if stochastic_here else []}
+        batches.append(((*batch, _those_given(some_remainders)), rounding))
     return batches
 
 
@@ -231,19 +223,21 @@ def blockwise_batches(
     lists: Sequence[Sequence[Any]], remainders: Sequence[Tensor | None], streams: Sequence[int], stochastic: bool
 ) -> list[tuple[Batch, Rounding]]:
     """The same for `ademamix_blockwise_step_`, in one call of which exp_avg_slows have one dtype too."""
-    return [
-        (tuple(batch), {**_rounding(batch[0], some_remainders, stochastic), "streams": some_streams})
-        for *batch, some_remainders, some_streams in _split(*lists, remainders, streams, by=(0, 1, 4, 9))
-    ]
+    batches = []
+    for *batch, some_remainders, some_streams in _split(*lists, remainders, streams, by=(0, 1, 4, 9)):
+        stochastic_here = _rounds_stochastically(batch[0], stochastic)
+        rounding = {"stochastic_param_rounding": stochastic_here, "streams": some_streams}
+        batches.append(((*batch, _those_given(some_remainders)), rounding))
+    return batches
 
 
-def _rounding(params: Sequence[Tensor], remainders: Sequence[Tensor | None], stochastic: bool) -> Rounding:
+def _rounds_stochastically(params: Sequence[Tensor], stochastic: bool) -> bool:
     # A float32 or float64 parameter isn't rounded; a float16 one is for the op to refuse.
-    rounded = len(params) > 0 and params[0].dtype not in (torch.float32, torch.float64)
-    return {
-        "remainders": [r for r in remainders if r is not None],
-        "stochastic_param_rounding": stochastic and rounded,
-    }
+    return stochastic and len(params) > 0 and params[0].dtype not in (torch.float32, torch.float64)
+
+
+def _those_given(remainders: Sequence[Tensor | None]) -> list[Tensor]:
+    return [r for r in remainders if r is not None]
 
 
 def _split(*lists: Sequence[Any], by: Sequence[int]) -> list[Batch]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix.reference import HYPERPARAMETERS, ademamix_blockwise_step_
+from torch_ademamix.reference import Hyperparameters, ademamix_blockwise_step_
 
 MIN_NUMEL = 2**16  # elements of a call, below which it isn't worth seconds of compiling
 
@@ -25,30 +25,37 @@ _unable: set[str] = set()  # types of devices
 def run(
     step: Callable[..., None],
     lists: Sequence[Sequence[Tensor]],
-    lr: Tensor | float,
+    hyperparameters: Sequence[Hyperparameters],
+    rows: Sequence[int],
     *,
-    remainders: Sequence[Tensor],
     seed: int,
     streams: Sequence[int],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     **options: Any,
 ) -> None:
-    """`step`, one of the reference kernels, compiled where that is worth it and torch.compile serves the device."""
+    """`step`, one of the reference kernels, compiled where that is worth it and torch.compile serves the device.
+
+    Args:
+        lists: the lists of tensors of an op call; the last are the remainders.
+        hyperparameters: the call's rows.
+        rows: each parameter's; empty where all have the first.
+    """
     params = lists[0]
-    all_lists = (*lists, remainders)
-    given = tuple(len(tensors) > 0 for tensors in all_lists)
+    given = tuple(len(tensors) > 0 for tensors in lists)
+    rows = rows or [0] * len(params)
     device = params[0].device if params else None
     if device is None or device.type in _unable or sum(p.numel() for p in params) < MIN_NUMEL:
-        rest = {"remainders": remainders, "seed": seed, "streams": streams, **options}
-        return step(*lists, lr, grad_scale=grad_scale, found_inf=found_inf, **rest)
+        scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
+        return step(*lists, [hyperparameters[row] for row in rows], seed=seed, streams=streams, **scaler, **options)
 
-    numbers = _in_one_tensor([lr, *(options.pop(name) for name in HYPERPARAMETERS[1:])], device)
+    numbers = [_in_one_tensor(row, device) for row in hyperparameters]
     integers = torch.tensor([[_signed(seed), stream] for stream in streams or [0] * len(params)], device=device)
     call = partial(_call, device.type)
-    for i, tensors in enumerate(zip(*(tensors for tensors in all_lists if tensors), strict=True)):
+    for i, tensors in enumerate(zip(*(tensors for tensors in lists if tensors), strict=True)):
         flat = _flat(tensors, in_order=bool(streams))
-        arguments = (step, flat or tensors, given, numbers, integers[i].clone(), grad_scale, found_inf)
+        values = (numbers[rows[i]], integers[i].clone(), grad_scale, found_inf)
+        arguments = (step, flat or tensors, given, *values)
         if flat is None or flat[0].numel() == 0:
             _update(*arguments, **options)
         elif step is ademamix_blockwise_step_:  # in stages: of all at once, Inductor makes slower code
@@ -86,15 +93,13 @@ def _update(
 ) -> None:
     """A step of one parameter, whose numbers are in tensors: as numbers, they would be compiled in.
 
-    `given` tells which of the op's lists, and the remainders, the tensors are of; the others are empty.
+    `given` tells which of the op's lists the tensors are of; the others are empty.
     """
-    hyperparameters = dict(zip(HYPERPARAMETERS, numbers.unbind(), strict=True))
-    lr = hyperparameters.pop("lr")
     present = iter(tensors)
-    *lists, remainders = ([next(present)] if is_given else [] for is_given in given)
+    lists = [[next(present)] if is_given else [] for is_given in given]
     seed, stream = integers.unbind()
     scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
-    step(*lists, lr, remainders=remainders, seed=seed, streams=[stream], **scaler, **options, **hyperparameters)
+    step(*lists, [Hyperparameters(*numbers.unbind())], seed=seed, streams=[stream], **scaler, **options)
 
 
 @cache
@@ -102,11 +107,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _in_one_tensor(numbers: Sequence[Tensor | float | None], device: torch.device) -> Tensor:
+def _in_one_tensor(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
     if not any(isinstance(x, Tensor) for x in numbers):
-        return torch.tensor([x or 0.0 for x in numbers], dtype=torch.float64, device=device)
-    tensors = [torch.as_tensor(x or 0.0 if x is None else x, dtype=torch.float64) for x in numbers]
-    return torch.stack([t.to(device).reshape(()) for t in tensors])
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64).to(device).reshape(()) for x in numbers])
 
 
 def _signed(seed: int) -> int:

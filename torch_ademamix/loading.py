@@ -154,18 +154,18 @@ def take_state(state: OptimizerState, entries: Mapping[Any, Any], groups: Sequen
     values come from, that user keeps it, and state gets new memory. A parameter that has state, but no entries, is as
     before its first step then.
     """
-    params = {p: (number, group) for number, group in enumerate(groups) for p in group["params"]}
+    params = {p: group for group in groups for p in group["params"]}
     for key in [key for key in state if key not in entries and key not in params]:
         del state[key]
     fresh: list[tuple[Tensor, Storage]] = []
     values: dict[Tensor, dict[str, Tensor]] = {}
     changed: dict[Arena, None] = {}  # those that are written to
-    for p, (number, group) in params.items():
+    for p, group in params.items():
         if p not in entries and p not in state:
             continue
         new = dict(entries.get(p, ()))
         own = {name: new[name] for name in NAMES if name in new}
-        kind = storage(p, number, group, "exp_avg" in formats_of(own))
+        kind = storage(p, group, "exp_avg" in formats_of(own))
         if own and not _fits(own, p, kind):  # an older pickle's, say: the step refuses what it can't use
             state[p] = new
             continue

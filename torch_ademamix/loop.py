@@ -29,7 +29,7 @@ from torch_ademamix.clipping import total_norm
 from torch_ademamix.micro_batches import MicroBatch
 from torch_ademamix.ops import SCALER
 from torch_ademamix.optimizer import AdEMAMix
-from torch_ademamix.options import HyperparameterTensors
+from torch_ademamix.options import HyperparameterTables
 from torch_ademamix.release import GradientRelease, refuse_wrapped
 from torch_ademamix.step_method import check_step_not_replaced, overrides_step
 
@@ -64,7 +64,7 @@ class Loop:
         self.model, self.loss_fn = model, loss_fn
         self.accumulate, self.average = accumulate, average
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._tensors = HyperparameterTensors()
+        self._tables = HyperparameterTables()
         self._found_inf: Tensor | None = None
         self._shared: set[Tensor] = set()  # the optimizers' parameters that are the model's
         self._told_of_untrained = False
@@ -148,7 +148,7 @@ class Loop:
                 "call it outside, or within torch.enable_grad (and inference_mode(False))"
             )
         check_step_not_replaced(self.optimizer)
-        with self.optimizer._reading(self._tensors):
+        with self.optimizer._reading(self._tables):
             if not self._is_up_to_date():
                 self._look()
             self.clear_gradients()

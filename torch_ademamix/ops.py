@@ -20,31 +20,28 @@ from torch import Tensor
 from torch_ademamix import blockwise, cuda, fused, places, reference
 from torch_ademamix.arguments import check_blockwise_step, check_dequantize, check_quantize, check_step
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.reference import Hyperparameters
 
 FORMATS = tuple(CODE_DTYPES)
 
 _LISTS = (
     "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_slows, "
-    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps"
+    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(z!)[] remainders"
 )
 _BLOCKWISE_LISTS = (
     "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_absmaxs, "
     "Tensor(d!)[] exp_avg_slows, Tensor(e!)[] exp_avg_slow_absmaxs, Tensor(f!)[] exp_avg_sqs, "
-    "Tensor(g!)[] exp_avg_sq_absmaxs, Tensor(h!)[] steps"
+    "Tensor(g!)[] exp_avg_sq_absmaxs, Tensor(h!)[] steps, Tensor(z!)[] remainders"
 )
-_NUMBERS = (
-    "float beta1, float beta2, float beta3, float alpha, float? t_alpha, float? t_beta3, "
-    "int schedule_start, float eps, float weight_decay, "
-)
-# The overloads of an op, by what it takes its hyperparameters from: numbers, with an lr that may be a tensor, or one
-# tensor (reference.HYPERPARAMETERS).
+# The overloads of an op, by where its rows of hyperparameters (reference.Hyperparameters) come from: numbers, row after
+# row, with learning rates of each row that may be tensors; or one tensor of shape [rows, numbers]. `rows` has each
+# parameter's row; it is empty where all have the first.
 _OVERLOADS = {
-    "": f"float lr, *, {_NUMBERS}",
-    ".tensor_lr": f"Tensor lr, *, {_NUMBERS}",
-    ".tensor_hyperparameters": "Tensor hyperparameters, *, ",
+    "": "float[] hyperparameters, Tensor[] lrs, *, int[] rows, ",
+    ".tensor_hyperparameters": "Tensor hyperparameters, *, int[] rows, ",
 }
-# What bfloat16 parameters are rounded with, beside their values; no remainders are an empty list.
-_PARAM_ROUNDING = "Tensor(z!)[] remainders, bool stochastic_param_rounding, int seed, int[] streams"
+# How bfloat16 parameters are rounded, where they have no remainders.
+_PARAM_ROUNDING = "bool stochastic_param_rounding, int seed, int[] streams"
 SCALER = ("grad_scale", "found_inf")
 _SCALER = ", ".join(f"Tensor? {name}=None" for name in SCALER)
 # `places` says where state lies in tensors that parameters share (places.py); it is empty where each has its own. A dry
@@ -76,20 +73,17 @@ def cpu_capability(native: ModuleType) -> str:
     return wanted if wanted in native.cpu_capabilities.split() else "default"
 
 
-def _define_in_place(
-    schema: str, *, mutated: Sequence[int], fake: Callable[..., None], kernel: Callable[..., None]
-) -> Callable[..., None]:
+def _define_in_place(schema: str, *, fake: Callable[..., None], kernel: Callable[..., None]) -> Callable[..., None]:
     """Registers an in-place op, and returns it without the dispatcher's way to it.
 
     The kernels are those of a second op, by the same name with an underscore before, which leaves the version counters
     of what it changes as they were: a backward after it would silently use the new values where torch's own optimizers
     make it raise. A traced graph has that one: what AOTAutograd compiles counts versions itself, and would go through
     Python, with all its tensors, for a rule at the dispatch key ADInplaceOrView.
-
-    Args:
-        mutated: the positions of the lists that it changes, beside `remainders`.
     """
     kernels = _define(f"_{schema}", fake, kernel)
+    arguments = torch._C.parse_schema(f"torch_ademamix::{schema}").arguments
+    mutated = [i for i, argument in enumerate(arguments) if argument.alias_info is not None]
 
     def op(*args: Any, **kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -99,8 +93,7 @@ def _define_in_place(
                 kernels(*args, **kwargs)
         if kwargs.get("dry_run"):
             return
-        changed = [args[i] for i in mutated]
-        torch.autograd.graph.increment_version(list(chain(*changed, kwargs["remainders"])))
+        torch.autograd.graph.increment_version(list(chain.from_iterable(args[i] for i in mutated)))
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(schema.split("(")[0], op, "CompositeImplicitAutograd")
@@ -121,6 +114,7 @@ def _reference_step(
     check: Callable[..., None], step: Callable[..., None], parts: Sequence[places.Part]
 ) -> Callable[..., None]:
     """The kernel of an op's overloads; `parts` are those that its lists of state have of arenas."""
+    count = len(parts) + len(("params", "grads", "steps", "remainders"))
 
     def kernel(*args: Any, **kwargs: Any) -> None:
         check(*args, **kwargs)
@@ -128,15 +122,18 @@ def _reference_step(
             return
         if args[0] and args[0][0].device.type == "cuda":
             _warn_of_reference_on_cuda()
-        *lists, lr = args
-        if "beta1" not in kwargs:  # lr is the tensor of all hyperparameters
-            numbers = dict(zip(reference.HYPERPARAMETERS, lr.double().unbind(), strict=True))
-            lr = numbers.pop("lr")
-            kwargs |= numbers
-        views, remainders = places.one_for_each(parts, lists, kwargs["remainders"], kwargs.pop("places"))
-        fused.run(step, views, lr, **{**dict.fromkeys(SCALER), **kwargs, "remainders": remainders})
+        lists, hyperparameters = args[:count], args[count:]
+        views = places.one_for_each(parts, lists, kwargs.pop("places"))
+        fused.run(step, views, _rows(*hyperparameters), **{**dict.fromkeys(SCALER), **kwargs})
 
     return kernel
+
+
+def _rows(hyperparameters: Tensor | Sequence[float], lrs: Sequence[Tensor] = ()) -> list[Hyperparameters]:
+    if isinstance(hyperparameters, Tensor):
+        return [Hyperparameters(*row.unbind()) for row in hyperparameters.double().unbind()]
+    rows = [Hyperparameters(*row) for row in zip(*[iter(hyperparameters)] * len(Hyperparameters._fields), strict=True)]
+    return [row._replace(lr=lr) for row, lr in zip(rows, lrs, strict=True)] if lrs else rows
 
 
 @cache
@@ -184,7 +181,6 @@ def _reference_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
 _steps = [
     _define_in_place(
         f"ademamix_step_{overload}({_LISTS}, {numbers}bool maximize, {_REST}) -> ()",
-        mutated=(0, 2, 3, 4, 5),
         fake=check_step,
         kernel=_reference_step(check_step, reference.ademamix_step_, places.STEP_PARTS),
     )
@@ -194,7 +190,6 @@ _blockwise_steps = [
     _define_in_place(
         f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {numbers}bool maximize, "
         f"bool stochastic_rounding, {_REST}) -> ()",
-        mutated=(0, 2, 3, 4, 5, 6, 7, 8),
         fake=check_blockwise_step,
         kernel=_reference_step(check_blockwise_step, reference.ademamix_blockwise_step_, places.BLOCKWISE_PARTS),
     )
@@ -225,9 +220,10 @@ without_cuda = cuda.load()  # why CUDA tensors are served by the reference kerne
 
 
 def ademamix_step_(*lists: Sequence[Any], **options: Any) -> None:
-    """The op `ademamix_step_`, which takes lists of one dtype and device, with `lr` and numbers, or `hyperparameters`.
+    """The op `ademamix_step_`, which takes lists of one dtype and device.
 
-    Its scalars may be tensors of another device.
+    Args:
+        options: the op's, with `hyperparameters` (numbers, or a tensor) and `lrs`; tensors may be on another device.
     """
     _call(_steps, lists, options)
 
@@ -238,18 +234,16 @@ def ademamix_blockwise_step_(*lists: Sequence[Any], **options: Any) -> None:
 
 
 def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any]], options: dict[str, Any]) -> None:
-    numbers, tensor_lr, tensor_hyperparameters = overloads
+    numbers, tensor_hyperparameters = overloads
     # With several devices, the scalars that are tensors are on one only.
     device = lists[0][0].device if lists[0] else None
     for name in SCALER:
         if options.get(name) is not None:
             options[name] = _beside(options[name], device)
-    if "hyperparameters" in options:
-        return tensor_hyperparameters(*lists, _beside(options.pop("hyperparameters"), device), **options)
-    lr = options.pop("lr")
-    if isinstance(lr, Tensor):
-        return tensor_lr(*lists, _beside(lr, device), **options)
-    numbers(*lists, lr, **options)
+    hyperparameters = options.pop("hyperparameters")
+    if isinstance(hyperparameters, Tensor):
+        return tensor_hyperparameters(*lists, _beside(hyperparameters, device), **options)
+    numbers(*lists, hyperparameters, [_beside(lr, device) for lr in options.pop("lrs")], **options)
 
 
 def _beside(scalar: Tensor, device: torch.device | None) -> Tensor:

@@ -15,8 +15,8 @@ from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, Para
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
 from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, take_state
 from torch_ademamix.options import (
-    Checked,
-    HyperparameterTensors,
+    GroupOptions,
+    HyperparameterTables,
     check_grads,
     check_options,
     check_params,
@@ -179,8 +179,8 @@ class AdEMAMix(Optimizer):
 
     def _init_internals(self) -> None:
         self._layout = Layout()
-        self._checked = Checked()
-        self._hyperparameters: list[Tensor] | None = None  # of each group, for whole steps as one graph
+        self._options = GroupOptions()
+        self._hyperparameters: dict[str, Tensor] | None = None  # by device, for full training steps as one graph
         self._name = tracing.enter(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -238,8 +238,7 @@ class AdEMAMix(Optimizer):
 
     def _prepare(self) -> None:
         """Checks the options, makes state that is missing, and sees to it that the plan holds."""
-        for number, group in enumerate(self.param_groups):
-            self._checked(number, group)
+        self._options.update(self.param_groups)
         check_max_norm(self.max_grad_norm)
         plan = self._layout.plan
         if plan is not None and plan.holds(self.param_groups) and not any(map(is_trained, plan.stateless)):
@@ -254,7 +253,8 @@ class AdEMAMix(Optimizer):
 
     @torch.no_grad()
     def _make_plan(self) -> None:
-        self._layout.plan = Plan(self.param_groups, self.state)
+        self._options.update(self.param_groups)
+        self._layout.plan = Plan(self.param_groups, self._options, self.state)
 
     def _update(self) -> None:
         is_traced = torch.compiler.is_compiling()
@@ -264,10 +264,10 @@ class AdEMAMix(Optimizer):
             tracing.end_step(self._name)
 
     @contextmanager
-    def _reading(self, tensors: HyperparameterTensors) -> Iterator[None]:
-        """Steps read the options' numbers from these tensors, which are brought up to date now."""
+    def _reading(self, tables: HyperparameterTables) -> Iterator[None]:
+        """Steps read the options' numbers from these tables, which are brought up to date now."""
         self._prepare()
-        self._hyperparameters = tensors.write(self.param_groups)
+        self._hyperparameters = tables.write(self._options.rows, self._layout.plan.devices)
         try:
             yield
         finally:
@@ -388,7 +388,7 @@ class AdEMAMix(Optimizer):
         settle_lrs(self.param_groups)
         self._layout.forget()
         entries = brought_out(self.__dict__["state"])
-        if shared is not None:  # the tensors are those of another process
+        if isinstance(shared, list):  # the tensors are those of another process
             self.state = OptimizerState(self._layout, entries)
             self.state.place(shared)
             return

@@ -1,16 +1,19 @@
 """The options of a parameter group: what they may be, and how the ops take them."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from numbers import Integral
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_ademamix import sharding
 from torch_ademamix.check import floating_problem, in_place_problem
+from torch_ademamix.reference import HYPERPARAMETERS, Hyperparameters, hyperparameters
 
 Options = dict[str, Any]
 
@@ -18,66 +21,143 @@ Options = dict[str, Any]
 CONSTANT_OPTIONS = ("maximize", "seed", "stochastic_rounding", "param_rounding")
 
 
-class Checked:
-    """Refuses options out of their range; of those that haven't changed since the last time, without looking again."""
+_PLAIN_TYPES = (int, float, bool, str, tuple, type(None))
+
+
+class _Identical:
+    """Is equal to one object only."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: Any) -> bool:
+        return other is self.value
+
+
+class _Seen(NamedTuple):
+    """A group when it was last looked at."""
+
+    options: Options
+    row: Hyperparameters
+    constants: tuple[Any, ...]
+
+
+class GroupOptions:
+    """The options of all groups, checked, and as the ops take them; looked at again only where they have changed."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, list[Any]] = {}  # by the group's number
+        self.rows: list[Hyperparameters] = []  # of each group
+        self.constants: list[tuple[Any, ...]] = []  # of each group
+        self._groups: list[_Seen] = []
+        self._lrs: list[Any] = []  # of each group
+        self._values: list[Any] = []  # of all groups' options; empty where one may change its contents
+        self.has_both_kinds_of_lr = False  # numbers and tensors
 
-    def __call__(self, number: int, group: Options) -> None:
-        values = list(group.values())
-        seen = self._seen.get(number)
-        # What was seen is kept, so an object of the same identity is the same; only lists change their contents.
-        if seen is not None and len(seen) == len(values) and all(map(_unchanged, seen, values)):
+    def update(self, groups: Sequence[Options]) -> None:
+        """Raises what :func:`check_options` and :func:`check_params` do."""
+        values = [*chain.from_iterable(map(dict.values, groups))]
+        lrs = [group["lr"] for group in groups]
+        if self._are_seen(lrs, values):
             return
+        self._values = []
+        self._groups = [self._look(number, group) for number, group in enumerate(groups)]
+        self.rows = [seen.row for seen in self._groups]
+        self.constants = [seen.constants for seen in self._groups]
+        self.has_both_kinds_of_lr = len({isinstance(row.lr, Tensor) for row in self.rows}) > 1
+        if not any(_may_change(name, value) for group in groups for name, value in group.items()):
+            self._lrs, self._values = lrs, [x if type(x) in _PLAIN_TYPES else _Identical(x) for x in values]
+
+    def _are_seen(self, lrs: list[Any], values: list[Any]) -> bool:
+        if len(lrs) != len(self._lrs) or not all(map(is_, lrs, self._lrs)):
+            return False
+        try:
+            return self._values == values  # of all ways to compare thousands of values the quickest
+        except RuntimeError:  # a tensor that isn't one number has taken the place of one
+            return False
+
+    def _look(self, number: int, group: Options) -> _Seen:
+        seen = self._groups[number] if number < len(self._groups) else None
+        before = {} if seen is None else seen.options
+        changed = [name for name, x in group.items() if before.get(name, before) is not x or _may_change(name, x)]
+        if seen is not None and not changed and len(before) == len(group):
+            return seen
         with refusals_of(f"param_groups[{number}]"):
-            check_options(group)
+            check_options(group, changed)
         if group["param_rounding"] == "stochastic":
             check_params(group, number)
-        self._seen[number] = values
+        return _Seen(dict(group), hyperparameters(group), constant_options(group))
 
 
-def _unchanged(seen: Any, value: Any) -> bool:
-    return seen is value and (type(value) is not list or (len(value) > 0 and isinstance(value[0], Tensor)))
+def _may_change(name: str, value: Any) -> bool:
+    """Whether an option may have other contents and be the same object; parameters and lr are looked at elsewhere."""
+    return isinstance(value, (list, Tensor)) and name not in ("params", "param_names", "lr")
 
 
-def check_options(options: Mapping[str, Any], first: bool = False) -> None:
-    """Refuses options out of their range; `first` is where they come from the user.
+def constant_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(group[name] for name in CONSTANT_OPTIONS)
+
+
+def _is_lr(lr: Any) -> bool:
+    if isinstance(lr, Tensor):
+        return lr.numel() == 1 and lr.dtype in (torch.float32, torch.float64)
+    return not math.isnan(lr)  # a schedule that ends at 0 may pass it by rounding
+
+
+def _at_least_0(value: Any) -> bool:
+    return bool(value >= 0)
+
+
+def _is_flag(value: Any) -> bool:
+    return value in (True, False)
+
+
+# What each option may be: as a text, and as a function. That may raise a TypeError, or a RuntimeError for a tensor that
+# isn't one number.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a number, or a float32 or float64 tensor of one element", _is_lr),
+    **dict.fromkeys(("alpha", "eps", "weight_decay", "min_8bit_size"), ("at least 0", _at_least_0)),
+    "betas": ("three numbers in [0, 1)", lambda betas: len(betas) == 3 and all(0 <= beta < 1 for beta in betas)),
+    **dict.fromkeys(("t_alpha", "t_beta3"), ("at least 0, or None", lambda steps: steps is None or steps >= 0)),
+    "schedule_start": ("an int of at least 0", lambda start: isinstance(start, int) and 0 <= start < 2**63),
+    "seed": ("an int of 64 bits", lambda seed: isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**63),
+    **dict.fromkeys(("maximize", "stochastic_rounding", "capturable", "is_paged"), ("True or False", _is_flag)),
+    "optim_bits": ("8 or 32", lambda bits: bits in (8, 32)),
+    "slow_ema_bits": ("8 or 16", lambda bits: bits in (8, 16)),
+    "master_weights": ("'remainder' or None", lambda kind: kind in ("remainder", None)),
+    "param_rounding": ("'nearest' or 'stochastic'", lambda rounding: rounding in ("nearest", "stochastic")),
+}
+
+
+def check_options(options: Mapping[str, Any], names: Iterable[str] | None = None, first: bool = False) -> None:
+    """Refuses options out of their range.
+
+    Args:
+        options: all options of a group.
+        names: those to check; None for all.
+        first: whether they come from the user.
 
     Raises:
         ValueError: a value is out of its range.
         TypeError: a value is of a type that can't be compared with it.
     """
+    for name in _ALLOWED if names is None else names:
+        if name in _ALLOWED:
+            allowed, ok = _ALLOWED[name]
+            if name == "lr" and not isinstance(options["lr"], Tensor):
+                allowed = "at least 0" if first else "a number"
+                ok = _at_least_0 if first else ok
+            _require(name, options[name], allowed, ok)
+    if options["master_weights"]:
+        _require("param_rounding", options["param_rounding"], "'nearest'", lambda rounding: rounding == "nearest")
 
-    def require(name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
-        try:
-            error: type[Exception] | None = None if ok(options[name]) else ValueError
-        except (TypeError, RuntimeError):  # the latter of a tensor that isn't one number
-            error = TypeError
-        if error is not None:
-            raise error(f"{name} is {options[name]!r}, but must be {allowed}")
 
-    if isinstance(options["lr"], Tensor):
-        lr_dtypes = (torch.float32, torch.float64)
-        allowed = "a number, or a float32 or float64 tensor of one element"
-        require("lr", allowed, lambda lr: lr.numel() == 1 and lr.dtype in lr_dtypes)
-    else:
-        # A schedule that ends at 0 may pass it by rounding, so a step takes any number.
-        require("lr", "at least 0" if first else "a number", lambda lr: lr >= 0 if first else not math.isnan(lr))
-    for name in ("alpha", "eps", "weight_decay", "min_8bit_size"):
-        require(name, "at least 0", lambda value: value >= 0)
-    require("betas", "three numbers in [0, 1)", lambda betas: len(betas) == 3 and all(0 <= b < 1 for b in betas))
-    for name in ("t_alpha", "t_beta3"):
-        require(name, "at least 0, or None", lambda steps: steps is None or steps >= 0)
-    require("schedule_start", "an int of at least 0", lambda start: isinstance(start, int) and 0 <= start < 2**63)
-    require("seed", "an int of 64 bits", lambda seed: isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**63)
-    for name in ("maximize", "stochastic_rounding", "capturable", "is_paged"):
-        require(name, "True or False", lambda flag: flag in (True, False))
-    require("optim_bits", "8 or 32", lambda bits: bits in (8, 32))
-    require("slow_ema_bits", "8 or 16", lambda bits: bits in (8, 16))
-    require("master_weights", "'remainder' or None", lambda kind: kind in ("remainder", None))
-    roundings = ("nearest",) if options["master_weights"] else ("nearest", "stochastic")
-    require("param_rounding", " or ".join(map(repr, roundings)), lambda rounding: rounding in roundings)
+def _require(name: str, value: Any, allowed: str, ok: Callable[[Any], bool]) -> None:
+    try:
+        error: type[Exception] | None = None if ok(value) else ValueError
+    except (TypeError, RuntimeError):
+        error = TypeError
+    if error is not None:
+        raise error(f"{name} is {value!r}, but must be {allowed}")
 
 
 def check_params(group: Options, number: int) -> None:
@@ -134,56 +214,34 @@ def refusals_of(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from None
 
 
-def hyperparameters(group: Mapping[str, Any]) -> Options:
-    """The numbers of a group's update, by the names that the ops have for them."""
-    beta1, beta2, beta3 = group["betas"]
-    return dict(
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        beta3=beta3,
-        alpha=group["alpha"],
-        t_alpha=group["t_alpha"] or None,  # 0 is bitsandbytes' none
-        t_beta3=group["t_beta3"] or None,
-        schedule_start=group["schedule_start"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-    )
-
-
-class HyperparameterTensors:
-    """The numbers of each group in a small tensor on its parameters' device, for steps that are compiled or captured.
+class HyperparameterTables:
+    """The rows of all groups in one tensor on each device, for steps that are compiled or captured.
 
     Such a step reads them anew each time, so that it follows every change without a recompilation or a new capture.
     """
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self._written: list[list[float]] = []
+        self.tables: dict[str, Tensor] = {}  # by the devices' names
+        self._written: dict[str, list[Hyperparameters]] = {}
 
-    def write(self, groups: Sequence[Options]) -> list[Tensor]:
-        """Brings the tensors up to date, and returns them, one for each group."""
-        for number, group in enumerate(groups):
-            numbers = hyperparameters(group)
-            lr = numbers["lr"]
-            if isinstance(lr, Tensor):  # it may have been written to, where others can't see it
-                numbers["lr"] = 0.0
-            values = [0.0 if value is None else float(value) for value in numbers.values()]
-            device = next((p.device for p in group["params"]), torch.device("cpu"))
-            if number < len(self.tensors) and self.tensors[number].device != device:  # the parameters have been moved
-                del self.tensors[number:], self._written[number:]
-            if number == len(self.tensors):
-                tensor = torch.zeros(len(values), dtype=number_dtype(device), device=device)
-                torch._dynamo.mark_static_address(tensor)
-                self.tensors.append(tensor)
-                self._written.append([])
-            if values != self._written[number]:
-                tensor = self.tensors[number]
-                tensor.copy_(torch.tensor(values, dtype=tensor.dtype), non_blocking=True)
-                self._written[number] = values
-            if isinstance(lr, Tensor):
-                self.tensors[number][:1].copy_(lr.detach().reshape(1), non_blocking=True)
-        return self.tensors
+    def write(self, rows: Sequence[Hyperparameters], devices: Iterable[torch.device]) -> dict[str, Tensor]:
+        """Brings the tables up to date, and returns them."""
+        lrs = [(i, row.lr) for i, row in enumerate(rows) if isinstance(row.lr, Tensor)]
+        for device in devices:
+            name = str(device)
+            if name not in self.tables or len(self.tables[name]) != len(rows):
+                table = torch.zeros(len(rows), len(HYPERPARAMETERS), dtype=number_dtype(device), device=device)
+                torch._dynamo.mark_static_address(table)
+                self.tables[name], self._written[name] = table, []
+            table, written = self.tables[name], self._written[name]
+            if len(written) != len(rows) or not all(map(is_, written, rows)):
+                values = [row._replace(lr=0.0) if isinstance(row.lr, Tensor) else row for row in rows]
+                table.copy_(torch.tensor(values, dtype=table.dtype), non_blocking=True)
+                self._written[name] = list(rows)
+            if lrs:  # which may have been written to, where others can't see it
+                targets, sources = [table[i, :1] for i, _ in lrs], [lr.detach().reshape(1) for _, lr in lrs]
+                torch._foreach_copy_(targets, sources, non_blocking=True)
+        return self.tables
 
 
 def settle_lrs(groups: Sequence[Options]) -> None:

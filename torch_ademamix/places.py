@@ -47,12 +47,12 @@ BLOCKWISE_PARTS = (code_part, absmax_part) * 3
 
 
 def one_for_each(
-    parts: Sequence[Part], lists: Sequence[Sequence[Tensor]], remainders: Sequence[Tensor], places: Sequence[int]
-) -> tuple[Sequence[Sequence[Tensor]], Sequence[Tensor]]:
-    """An op's lists, and remainders, with views for each parameter in place of the arenas, which `parts` are of."""
+    parts: Sequence[Part], lists: Sequence[Sequence[Tensor]], places: Sequence[int]
+) -> Sequence[Sequence[Tensor]]:
+    """An op's lists, with views for each parameter in place of the arenas, which `parts` are of."""
     if not places:
-        return lists, remainders
-    params, grads, *state, steps = lists
+        return lists
+    params, grads, *state, steps, remainders = lists
     arenas, firsts, indices = (places[i::PLACE_NUMBERS] for i in range(PLACE_NUMBERS))
 
     def views(part: Part, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -62,4 +62,4 @@ def one_for_each(
 
     placed = [views(part, tensors) for part, tensors in zip(parts, state, strict=True)]
     placed_steps = [steps[k][i] for k, i in zip(arenas, indices, strict=True)]
-    return [params, grads, *placed, placed_steps], views(state_part, remainders)
+    return [params, grads, *placed, placed_steps, views(state_part, remainders)]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 from weakref import ref
@@ -14,8 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch_ademamix import ops, sharding, tracing
 from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, ParamState, Part, check_memory
 from torch_ademamix.check import are_floating
-from torch_ademamix.options import Options, check_grads, hyperparameters, param_name
+from torch_ademamix.options import (
+    CONSTANT_OPTIONS,
+    GroupOptions,
+    Options,
+    check_grads,
+    constant_options,
+    param_name,
+)
 from torch_ademamix.places import PLACE_NUMBERS
+from torch_ademamix.reference import Hyperparameters, hyperparameters
 from torch_ademamix.state import Formats, entries, formats_of, has_state, op_entries
 
 Lists = tuple[Sequence[Any], ...]  # of an op call
@@ -23,24 +32,30 @@ Call = tuple[Callable[..., None], Sequence[Tensor], Lists, Options]  # an op, wh
 
 
 class Batch:
-    """Parameters of one group, with state of one kind and, in arenas or each by itself, one kind of memory."""
+    """Parameters that one op call can update: of groups that differ in hyperparameters only, with state of one kind.
 
-    def __init__(self, group: int, formats: Formats, sharded: bool) -> None:
-        self.group = group  # its number
+    State lies in arenas, or of each parameter by itself.
+    """
+
+    def __init__(self, constants: tuple[Any, ...], device: str, formats: Formats, sharded: bool) -> None:
+        self.constants = constants  # the groups' CONSTANT_OPTIONS
+        self.device = device
         self.quantized = any(formats.values())
         self.has_exp_avg = "exp_avg" in formats
         self.sharded = sharded  # the parameters are DTensors
         self.params: list[Tensor] = []
+        self.groups: list[int] = []  # each parameter's
         self.streams: list[int] = []
         # The op's arguments. State that is replaced is heard of, so nothing here has to keep it.
-        self.names = op_entries(formats)
-        self.state: list[list[ref[Tensor]]] = [[] for _ in self.names]
-        self.remainders: list[ref[Tensor]] = []
+        self.names = (*op_entries(formats), MASTER_REMAINDER)
+        self.state: list[list[ref[Tensor]]] = [[] for _ in self.names]  # empty where parameters don't have it
         self.places: list[int] = []
+        self.hyperparameters: tuple[list[Hyperparameters], Options] | None = None  # of all, for these rows of groups
         self._arenas: dict[int, int] = {}  # by identity, their numbers in the lists
 
-    def add(self, p: Tensor, stream: int, state: Mapping[str, Tensor], part: Part | None) -> None:
+    def add(self, p: Tensor, group: int, stream: int, state: Mapping[str, Tensor], part: Part | None) -> None:
         self.params.append(p)
+        self.groups.append(group)
         self.streams.append(stream)
         if part is None:
             self._append(state)
@@ -53,26 +68,23 @@ class Batch:
 
     def _append(self, tensors: Mapping[str, Tensor]) -> None:
         for target, name in zip(self.state, self.names, strict=True):
-            if name is None:
-                continue
-            target.append(ref(tensors[name]))
-        if MASTER_REMAINDER in tensors:
-            self.remainders.append(ref(tensors[MASTER_REMAINDER]))
+            if name is not None and name in tensors:
+                target.append(ref(tensors[name]))
 
     def settle(self) -> None:
         """To be called when the last parameter has been added."""
-        self._numbers = json.dumps([self.streams, self.places])
+        self._numbers = json.dumps([self.groups, self.streams, self.places])
 
-    def numbers(self) -> tuple[Sequence[int], Sequence[int]]:
-        """The streams and places of all parameters."""
+    def numbers(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """The groups, streams and places of all parameters."""
         if torch.compiler.is_compiling():  # Dynamo would guard each number of a list
-            streams, places = tracing.decoded(self._numbers)
-            return streams, places
-        return self.streams, self.places
+            groups, streams, places = tracing.decoded(self._numbers)
+            return groups, streams, places
+        return self.groups, self.streams, self.places
 
     def addresses(self) -> list[Any]:
         """Where the state lies, for a graph that has this for good."""
-        tensors = [tensor() for refs in (*self.state, self.remainders) for tensor in refs]
+        tensors = [tensor() for refs in self.state for tensor in refs]
         return [*((t.dtype, t.data_ptr()) for t in tensors if t is not None), *self.places]
 
     def placed(self, chosen: Sequence[int], grads: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -83,43 +95,29 @@ class Batch:
 
     def lists(
         self, chosen: Sequence[int], grads: Sequence[Tensor], random: bool
-    ) -> list[tuple[Sequence[Tensor], Lists, Options]]:
-        """For each dtype of the gradients parameters, the lists of an op call, and the arguments that go with these.
+    ) -> tuple[Sequence[Tensor], Sequence[int], Lists, Options]:
+        """Parameters and their groups, the lists of an op call, and the arguments that go with these.
 
         Args:
             chosen: which of the parameters have a gradient.
-            grads: these gradients, placed as their parameters.
+            grads: these gradients, of one dtype, placed as their parameters.
             random: whether the op draws random bits.
         """
-        dtypes = list(dict.fromkeys(grad.dtype for grad in grads))
-        if len(dtypes) > 1:
-            return [
-                lists
-                for dtype in dtypes
-                for lists in self.lists(
-                    [i for i, grad in zip(chosen, grads, strict=True) if grad.dtype == dtype],
-                    [grad for grad in grads if grad.dtype == dtype],
-                    random,
-                )
-            ]
-        if not chosen:
-            return []
         whole = len(chosen) == len(self.params)
         params = local = self.params if whole else [self.params[i] for i in chosen]
         if self.sharded:
             grads = [sharding.local_grad(grad) for grad in grads]
             local = [sharding.local_param(p) for p in params]
-        state, remainders = self.state, self.remainders
-        streams, places = self.numbers()
+        state = self.state
+        groups, streams, places = self.numbers()
         if not (whole or places):
-            *state, remainders = ([refs[i] for i in chosen] if refs else [] for refs in (*state, remainders))
+            state = [[refs[i] for i in chosen] if refs else [] for refs in state]
         lists = (local, grads, *([tensor() for tensor in refs] for refs in state))
         more = {
-            "remainders": [tensor() for tensor in remainders],
             "streams": [] if not random else streams if whole else [streams[i] for i in chosen],
             "places": places if whole else [k for i in chosen for k in _place(places, i)],
         }
-        return [(params, lists, more)]
+        return params, groups if whole else [groups[i] for i in chosen], lists, more
 
 
 def _place(places: Sequence[int], i: int) -> Sequence[int]:
@@ -132,9 +130,12 @@ Work = tuple[Batch, Sequence[int], Sequence[Tensor]]  # a batch, which of its pa
 class Plan:
     """The batches of a whole optimizer, by what to tell that they still hold, and the op calls that update them."""
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Any]) -> None:
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], options: GroupOptions, states: Mapping[Tensor, Any]
+    ) -> None:
         # The optimizer's own dicts. (Dynamo guards a traced step by every option where that reads `param_groups`.)
         self.groups = list(groups)
+        self._options, self._constants = options, options.constants
         self.params: list[list[Tensor]] = [list(group["params"]) for group in groups]
         self.stateless: list[Tensor] = []
         batches: dict[Any, Batch] = {}
@@ -156,14 +157,15 @@ class Plan:
                     if part is not None:
                         views += local
                     storages |= {id(t): t for t in (local if part is None else part.arena.flats.values())}
-                    _add(batches, number, p, stream, state, part)
+                    _add(batches, options.constants[number], p, number, stream, state, part)
                 else:
                     self.stateless.append(p)
                 stream += 1
         self.batches = list(batches.values())
         for batch in self.batches:
             batch.settle()
-        self.lacks_exp_avg = {batch.group for batch in self.batches if not batch.has_exp_avg}  # groups' numbers
+        self.lacks_exp_avg = {number for batch in self.batches if not batch.has_exp_avg for number in batch.groups}
+        self.devices = list(dict.fromkeys(batch.params[0].device for batch in self.batches))
         self.places = {id(p): (batch, i) for batch in self.batches for i, p in enumerate(batch.params)}
         self._views = [view for view in views if not isinstance(view, FakeTensor)]  # which have no addresses
         self._pointers = list(map(Tensor.data_ptr, self._views))
@@ -179,8 +181,9 @@ class Plan:
         That state tensors were replaced by others is heard of elsewhere.
         """
         return (
-            _same(groups, self.groups)
-            and all(_same(group["params"], params) for group, params in zip(groups, self.params, strict=True))
+            self._options.constants == self._constants
+            and _same(groups, self.groups)
+            and _same_lists([group["params"] for group in groups], self.params)
             and _dtypes(self._planned) == self._dtypes
             and list(map(Tensor.stride, self._planned)) == self._strides
             and list(map(Tensor.data_ptr, self._views)) == self._pointers
@@ -190,9 +193,8 @@ class Plan:
 
     def work(self) -> list[Work]:
         """The parameters that have a gradient."""
-        for group, params in zip(self.groups, self.params, strict=True):
-            if torch.compiler.is_compiling() and any(p is not q for p, q in zip(group["params"], params, strict=True)):
-                raise AssertionError  # never: this is what a traced step is guarded by
+        if torch.compiler.is_compiling():
+            self._guard()
         work: list[Work] = []
         for batch in self.batches:
             grads = [p.grad for p in batch.params]
@@ -200,11 +202,22 @@ class Plan:
             work.append((batch, chosen, [grad for grad in grads if grad is not None]))
         return work
 
+    def _guard(self) -> None:
+        """Reads what a traced step has to be guarded by, beside gradients and hyperparameters; it never raises."""
+        for group, params in zip(self.groups, self.params, strict=True):
+            if any(p is not q for p, q in zip(group["params"], params, strict=True)):
+                raise AssertionError
+        for batch in self.batches:
+            for number in dict.fromkeys(batch.numbers()[0]):
+                if constant_options(self.groups[number]) != batch.constants:
+                    raise AssertionError
+
     def check(self, work: Sequence[Work]) -> None:
         """Refuses gradients that no op call can take."""
         for batch, _, grads in work:
             if batch.sharded or not are_floating(grads):
-                check_grads(self.groups[batch.group], batch.group)
+                for number in dict.fromkeys(batch.groups):
+                    check_grads(self.groups[number], number)
 
     def placed(self, work: Sequence[Work]) -> Sequence[Work]:
         """The same with gradients that are placed as their parameters: communicated once, for norm and update."""
@@ -215,30 +228,77 @@ class Plan:
         batch: Batch,
         chosen: Sequence[int],
         grads: Sequence[Tensor],
-        tensors: Sequence[Tensor] | None,
+        tables: Mapping[str, Tensor] | None,
         scaler: Mapping[str, Tensor | None],
     ) -> list[Call]:
-        """The op calls that update the chosen parameters of a batch.
+        """The op calls that update the chosen parameters of a batch: one, but for gradients of several dtypes.
 
         Args:
-            tensors: what the op reads its hyperparameters from, for each group; None for the groups' numbers.
+            tables: by device, the tensor that the op reads its hyperparameters from; None for the groups' numbers.
             scaler: `grad_scale` and `found_inf`.
         """
-        group = self.groups[batch.group]
-        stochastic = group["param_rounding"] == "stochastic" and batch.params[0].dtype == torch.bfloat16
+        kinds: list[Any] = [grad.dtype for grad in grads]
+        if tables is None and self._options.has_both_kinds_of_lr:
+            groups, _, _ = batch.numbers()
+            is_tensor = {number: isinstance(self.groups[number]["lr"], Tensor) for number in dict.fromkeys(groups)}
+            kinds = [(dtype, is_tensor[groups[i]]) for dtype, i in zip(kinds, chosen, strict=True)]
+        distinct = list(dict.fromkeys(kinds))
+        if len(distinct) <= 1:
+            return [self._call(batch, chosen, grads, tables, scaler)] if distinct else []
+        calls = []
+        for kind in distinct:
+            some = [i for i, k in zip(chosen, kinds, strict=True) if k == kind]
+            some_grads = [grad for grad, k in zip(grads, kinds, strict=True) if k == kind]
+            calls.append(self._call(batch, some, some_grads, tables, scaler))
+        return calls
+
+    def _call(
+        self,
+        batch: Batch,
+        chosen: Sequence[int],
+        grads: Sequence[Tensor],
+        tables: Mapping[str, Tensor] | None,
+        scaler: Mapping[str, Tensor | None],
+    ) -> Call:
+        constants = dict(zip(CONSTANT_OPTIONS, batch.constants, strict=True))
+        stochastic = constants["param_rounding"] == "stochastic" and batch.params[0].dtype == torch.bfloat16
+        params, groups, lists, more = batch.lists(chosen, grads, random=batch.quantized or stochastic)
         options: Options = dict(
-            **(hyperparameters(group) if tensors is None else {"hyperparameters": tensors[batch.group]}),
-            maximize=group["maximize"],
+            **self._hyperparameters(batch, groups, None if tables is None else tables[batch.device]),
+            maximize=constants["maximize"],
             stochastic_param_rounding=stochastic,
-            seed=int(group["seed"]),
+            seed=int(constants["seed"]),
+            **more,
             **scaler,
         )
-        op = ops.ademamix_step_
         if batch.quantized:
-            op = ops.ademamix_blockwise_step_
-            options["stochastic_rounding"] = group["stochastic_rounding"]
-        random = batch.quantized or stochastic
-        return [(op, params, lists, {**options, **more}) for params, lists, more in batch.lists(chosen, grads, random)]
+            options["stochastic_rounding"] = constants["stochastic_rounding"]
+        op = ops.ademamix_blockwise_step_ if batch.quantized else ops.ademamix_step_
+        return op, params, lists, options
+
+    def _hyperparameters(self, batch: Batch, groups: Sequence[int], table: Tensor | None) -> Options:
+        """The hyperparameters of an op call on parameters of these groups; `table` has the rows of all groups."""
+        if table is not None:
+            return {"hyperparameters": table, "rows": groups if any(groups) else []}
+        if torch.compiler.is_compiling() or groups is not batch.groups:
+            return self._numbers(groups)
+        if batch.hyperparameters is None or batch.hyperparameters[0] is not self._options.rows:
+            batch.hyperparameters = self._options.rows, self._numbers(groups)
+        return batch.hyperparameters[1]
+
+    def _numbers(self, groups: Sequence[int]) -> Options:
+        used = list(dict.fromkeys(groups))
+        if torch.compiler.is_compiling():  # Dynamo guards what it reads
+            rows = [hyperparameters(self.groups[number]) for number in used]
+        else:
+            rows = [self._options.rows[number] for number in used]
+        lrs = [row.lr for row in rows if isinstance(row.lr, Tensor)]
+        index = {number: i for i, number in enumerate(used)}
+        return {
+            "hyperparameters": [x for row in rows for x in (0.0, *row[1:])] if lrs else [*chain.from_iterable(rows)],
+            "lrs": lrs,
+            "rows": [index[number] for number in groups] if len(used) > 1 else [],
+        }
 
     def load_kernels(self, grad_dtype: torch.dtype | None = None, device_type: str = "cuda") -> None:
         """On GPUs, for gradients of one dtype (None: the parameters'): what a first call compiles and loads, now.
@@ -290,17 +350,20 @@ def _try_one(op: Callable[..., None], i: int, lists: Lists, options: Mapping[str
     """A dry run of an op call with one of its parameters."""
     params, grads, *state = lists
     one = slice(i, i + 1)
-    more = {"streams": options["streams"][one]}
+    more = {name: options[name][one] for name in ("rows", "streams")}
     if options["places"]:
         more["places"] = _place(options["places"], i)
     else:
         state = [tensors[one] for tensors in state]
-        more["remainders"] = options["remainders"][one]
     op(params[one], grads[one], *state, **{**options, **more}, dry_run=True)
 
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _same_lists(a: Sequence[Sequence[object]], b: Sequence[Sequence[object]]) -> bool:
+    return [*map(len, a)] == [*map(len, b)] and all(map(is_, chain.from_iterable(a), chain.from_iterable(b)))
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:
@@ -331,13 +394,21 @@ def _check_state(state: Mapping[str, Any], param: str) -> None:
             raise RuntimeError(f"the {name} of {param} is a {type(state[name]).__name__}, but must be a tensor")
 
 
-def _add(batches: dict[Any, Batch], group: int, p: Tensor, stream: int, state: ParamState, part: Part | None) -> None:
+def _add(
+    batches: dict[Any, Batch],
+    constants: tuple[Any, ...],
+    p: Tensor,
+    group: int,
+    stream: int,
+    state: ParamState,
+    part: Part | None,
+) -> None:
     formats = formats_of(state)
     names = (name for name in ("step", *entries(formats), MASTER_REMAINDER) if name in state)
     own = {name: state[name] if name == "step" else sharding.local(state[name]) for name in names}
     if sharded := sharding.is_dtensor(p):
         stream += sharding.first_group(p) << 32
     dtypes = tuple((name, value.dtype) for name, value in own.items())
-    key = (group, p.dtype, p.device, dtypes, sharded, part is None)
-    batch = batches.setdefault(key, Batch(group, formats, sharded))
-    batch.add(p, stream, own, part)
+    key = (constants, p.dtype, p.device, dtypes, sharded, part is None)
+    batch = batches.setdefault(key, Batch(constants, str(p.device), formats, sharded))
+    batch.add(p, group, stream, own, part)

@@ -1,8 +1,8 @@
 """AdEMAMix in plain PyTorch: the oracle of the tests, and the kernel for devices without a native one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +17,42 @@ def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
-# The numbers of an op call, in the order in which one tensor may have them all (ops/ademamix.h has the same); t_alpha
-# and t_beta3 are 0 there for none.
-HYPERPARAMETERS = (
-    "lr",
-    "beta1",
-    "beta2",
-    "beta3",
-    "alpha",
-    "t_alpha",
-    "t_beta3",
-    "schedule_start",
-    "eps",
-    "weight_decay",
-)
 Number = Tensor | float  # a tensor: float64, without dimensions
+
+
+class Hyperparameters(NamedTuple):
+    """The numbers of one parameter group: a row of an op's hyperparameters (ops/ademamix.h has the same order)."""
+
+    lr: Number
+    beta1: Number
+    beta2: Number
+    beta3: Number
+    alpha: Number
+    t_alpha: Number  # 0 for no warm-up
+    t_beta3: Number
+    schedule_start: Number
+    eps: Number
+    weight_decay: Number
+
+
+HYPERPARAMETERS = Hyperparameters._fields
+
+
+def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    """The row of a parameter group, whose lr may be a tensor."""
+    beta1, beta2, beta3 = map(float, group["betas"])
+    return Hyperparameters(
+        group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
+        beta1,
+        beta2,
+        beta3,
+        float(group["alpha"]),
+        float(group["t_alpha"] or 0),
+        float(group["t_beta3"] or 0),
+        float(group["schedule_start"]),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+    )
 
 
 def next_step(step: Tensor) -> Tensor:
@@ -132,20 +153,23 @@ def ademamix_step_(
     exp_avg_slows: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    lr: Tensor | float,
+    remainders: Sequence[Tensor],
+    hyperparameters: Sequence[Hyperparameters],
     *,
     maximize: bool,
-    remainders: Sequence[Tensor],
     stochastic_param_rounding: bool,
     seed: int,
     streams: Sequence[int],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    **hyperparameters: Any,
 ) -> None:
-    """The op `ademamix_step_`, of any device; it reads no value back to the host."""
-    lists = zip(params, grads, or_none(exp_avgs, params), exp_avg_slows, exp_avg_sqs, steps, strict=True)
-    for i, (param, grad, m1, m2, nu, step) in enumerate(lists):
+    """The op `ademamix_step_`, of any device, with each parameter's row of hyperparameters.
+
+    It reads no value back to the host.
+    """
+    m1s = or_none(exp_avgs, params)
+    lists = zip(params, grads, m1s, exp_avg_slows, exp_avg_sqs, steps, hyperparameters, strict=True)
+    for i, (param, grad, m1, m2, nu, step, row) in enumerate(lists):
         t = next_step(step)
         p = bfloat16.join(param, remainders[i]) if remainders else param.to(compute_dtype(param.dtype))
         g = grad.to(p.dtype)
@@ -153,7 +177,7 @@ def ademamix_step_(
             g = (g / grad_scale.reshape(())).to(p.dtype)  # of no dimensions both, g would become float64
         if maximize:
             g = -g
-        weight, *moments = ademamix_update(p, g, m1, m2, nu, t, lr, **hyperparameters)
+        weight, *moments = ademamix_update(p, g, m1, m2, nu, t, **row._asdict())
         rounded = [weight]
         if remainders:
             rounded = [*bfloat16.split(weight)]
@@ -184,10 +208,10 @@ def ademamix_blockwise_step_(
     exp_avg_sqs: Sequence[Tensor],
     exp_avg_sq_absmaxs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    lr: Tensor | float,
+    remainders: Sequence[Tensor],
+    hyperparameters: Sequence[Hyperparameters],
     *,
     stochastic_rounding: bool,
-    remainders: Sequence[Tensor],
     seed: int,
     streams: Sequence[int],
     found_inf: Tensor | None,
@@ -209,17 +233,18 @@ def ademamix_blockwise_step_(
         exp_avg_sqs,
         exp_avg_sq_absmaxs,
         steps,
+        hyperparameters,
         streams,
         strict=True,
     )
-    for i, (p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, stream) in enumerate(lists):
+    for i, (p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, row, stream) in enumerate(lists):
         quantized = [(m2, m2_absmax), (nu, nu_absmax)]
         if m1 is not None and m1_absmax is not None:
             quantized.append((m1, m1_absmax))
         moments = [call(_moment, codes, absmax, compute_dtype(p.dtype)) for codes, absmax in quantized]
         b, c, a = ([m] for m in moments) if len(moments) == 3 else ([moments[0]], [moments[1]], [])
-        rounding: dict[str, Any] = {"remainders": remainders[i : i + 1], "seed": seed, "streams": [stream]}
-        call(ademamix_step_, [p], [g], a, b, c, [step], lr, **rounding, found_inf=found_inf, **options)
+        more: dict[str, Any] = {"seed": seed, "streams": [stream], "found_inf": found_inf, **options}
+        call(ademamix_step_, [p], [g], a, b, c, [step], remainders[i : i + 1], [row], **more)
         moments = call(_finite, *moments)
         for (codes, absmax), m in zip(quantized, moments, strict=True):
             stochastic = stochastic_rounding and FORMATS[codes.dtype] == "fourth_root_uint8"
@@ -267,8 +292,6 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
     ['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']
     """
 
-    _OPTIONS = ("lr", "alpha", "t_alpha", "t_beta3", "schedule_start", "eps", "weight_decay", "maximize")
-
     def __init__(
         self,
         params: Iterable[Tensor],
@@ -304,14 +327,14 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            beta1, beta2, beta3 = group["betas"]
+            row = hyperparameters(group)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")[beta1 == 0 :]:  # at 0, m1 is the gradient
+                    for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")[row.beta1 == 0 :]:  # at 0, m1 is the gradient
                         state[name] = torch.zeros_like(p, dtype=compute_dtype(p.dtype))
                 ademamix_step_(
                     [p],
@@ -320,15 +343,13 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
                     [state["exp_avg_slow"]],
                     [state["exp_avg_sq"]],
                     [state["step"]],
-                    beta1=beta1,
-                    beta2=beta2,
-                    beta3=beta3,
-                    remainders=[],
+                    [],
+                    [row],
+                    maximize=group["maximize"],
                     stochastic_param_rounding=False,
                     seed=0,
                     streams=[],
                     grad_scale=None,
                     found_inf=None,
-                    **{name: group[name] for name in self._OPTIONS},
                 )
         return loss

@@ -10,7 +10,7 @@ def alpha_schedule(step: Tensor | float, alpha: Tensor | float, t_alpha: Tensor 
     Args:
         step: t, counting from 1; a tensor of any shape, or a number.
         alpha: the final α.
-        t_alpha: steps of warm-up; None, or a tensor of 0, for a constant α.
+        t_alpha: steps of warm-up; None or 0 for a constant α.
 
     Returns:
         A float64 tensor of step's shape.
@@ -19,7 +19,7 @@ def alpha_schedule(step: Tensor | float, alpha: Tensor | float, t_alpha: Tensor 
     4.0
     """
     t = torch.as_tensor(step).double()
-    if t_alpha is None:
+    if t_alpha is None or _is_zero(t_alpha):
         return torch.zeros_like(t) + alpha
     warming_up = (t * alpha / t_alpha).clamp(max=alpha)
     return torch.where(t_alpha > 0, warming_up, alpha) if isinstance(t_alpha, Tensor) else warming_up
@@ -38,7 +38,7 @@ def beta3_schedule(
         step: t, counting from 1; a tensor of any shape, or a number.
         beta1: the β that the schedule starts from.
         beta3: the final β3.
-        t_beta3: steps of warm-up; None, or a tensor of 0, for a constant β3.
+        t_beta3: steps of warm-up; None or 0 for a constant β3.
 
     Returns:
         A float64 tensor of step's shape.
@@ -47,10 +47,14 @@ def beta3_schedule(
     0.9909001624
     """
     t = torch.as_tensor(step).double()
-    if t_beta3 is None:
+    if t_beta3 is None or _is_zero(t_beta3):
         return torch.zeros_like(t) + beta3
     betas = (torch.as_tensor(beta, dtype=torch.float64, device=t.device) for beta in (beta1, beta3))
     start, end = torch.stack([*betas]).log().reciprocal()
     s = t / t_beta3
     warming_up = torch.exp(1 / ((1 - s) * start + s * end)).clamp(max=beta3)
     return torch.where(t < t_beta3, warming_up, beta3)
+
+
+def _is_zero(steps: Tensor | float) -> bool:
+    return not isinstance(steps, Tensor) and steps == 0  # what a tensor holds isn't known to the host

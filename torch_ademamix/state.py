@@ -91,12 +91,12 @@ def has_remainder(p: Tensor, group: Mapping[str, Any]) -> bool:
     return group["master_weights"] == "remainder" and p.dtype == torch.bfloat16
 
 
-def storage(p: Tensor, number: int, group: Mapping[str, Any], has_exp_avg: bool | None = None) -> Storage:
-    """How the state of a parameter is stored, in a group of that number; see :func:`formats`."""
+def storage(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None) -> Storage:
+    """How the state of a parameter of a group is stored; see :func:`formats`."""
     own = entries(formats(p, group, has_exp_avg), compute_dtype(p.dtype))
     if has_remainder(p, group):
         own[MASTER_REMAINDER] = torch.int16
-    return Storage(number, p.device, paging.is_paged(p, group), tuple(own.items()))
+    return Storage(p.device, paging.is_paged(p, group), tuple(own.items()))
 
 
 def has_state(state: ParamState | None) -> TypeGuard[ParamState]:
@@ -135,7 +135,7 @@ def without_state(state: OptimizerState, groups: Sequence[Options]) -> list[tupl
         params = [p for p in group["params"] if is_trained(p) and not has_state(state.get(p))]
         if params:
             check_params(group, number)
-        members += [(p, storage(p, number, group)) for p in params]
+        members += [(p, storage(p, group)) for p in params]
     return members
 
 

@@ -29,6 +29,11 @@ SLOW = ("torchao AdamW8bit", "bitsandbytes AdEMAMix", "bitsandbytes AdEMAMix8bit
 GROUPS = (Group(FLOAT32_STATE, rounds=15), Group(QUANTIZED, rounds=10), Group(SLOW, rounds=2))
 HOST_8BIT = (Group(("AdEMAMix", "AdEMAMix8bit, any size"), rounds=200, calls=5, references=(ADAMW,)),)
 COMPILED_STEP = ("AdEMAMix, compiled", "AdEMAMix, compiled without size_asserts")
+HOST_GROUPS = (
+    Group(
+        ("AdEMAMix", "AdEMAMix, a group each", "AdamW, fused, a group each"), rounds=200, calls=5, references=(ADAMW,)
+    ),
+)
 HOST = (Group(("AdEMAMix", *COMPILED_STEP), rounds=200, calls=5, references=(ADAMW,)),)
 
 
@@ -47,6 +52,7 @@ AS_IN_FLOAT32 = dict.fromkeys(COMPILED, "compiled in the float32 case only, to s
 
 CASES = {
     "host 148": Case("148 tensors of 8", [(8,)] * 148, HOST_8BIT),
+    "host 300 groups": Case("300 tensors of 8, in one group and in 300", [(8,)] * 300, HOST_GROUPS),
     "host 400": Case("400 tensors of 1", [(1,)] * 400, HOST),
     "host 400 x 1000": Case("400 tensors of 1000", [(1000,)] * 400, HOST),
     "large": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS),

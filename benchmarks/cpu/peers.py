@@ -45,6 +45,15 @@ def ademamix_8bit_of_any_size(params: list[Tensor]) -> AdEMAMix:
     return AdEMAMix8bit(params, min_8bit_size=1)
 
 
+def ademamix_group_each(params: list[Tensor]) -> AdEMAMix:
+    """As with layer-wise learning rates, taken to the extreme."""
+    return AdEMAMix([{"params": [p], "lr": LR * (1 + i)} for i, p in enumerate(params)])
+
+
+def adamw_group_each(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": [p], "lr": LR * (1 + i)} for i, p in enumerate(params)], fused=True)
+
+
 def bitsandbytes_32bit(params: list[Tensor]) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdEMAMix as Other
 
@@ -120,6 +129,7 @@ PLAIN = "plain formula, compiled"
 
 PEERS: dict[str, Make] = {
     "AdEMAMix": stepping(AdEMAMix),
+    "AdEMAMix, a group each": stepping(ademamix_group_each),
     "AdEMAMix, compiled": compiled(AdEMAMix),
     "AdEMAMix, compiled without size_asserts": compiled(AdEMAMix, size_asserts=False),
     "AdEMAMix8bit": stepping(AdEMAMix8bit),
@@ -130,6 +140,7 @@ PEERS: dict[str, Make] = {
     PLAIN: plain_compiled,
     "plain loop (Apple's)": plain_loop,
     ADAMW: stepping(adamw_fused),
+    "AdamW, fused, a group each": stepping(adamw_group_each),
     "AdamW, foreach": stepping(adamw_foreach),
     "torchao AdamW8bit": stepping(torchao_8bit),
     "bitsandbytes AdEMAMix": stepping(bitsandbytes_32bit),

@@ -128,6 +128,12 @@ REQUIREMENTS = (
         )
         for name, most in (("AdEMAMix", 0.6), ("AdEMAMix8bit, any size", 0.7))
     ),
+    Requirement(
+        "the host's time, a group for each tensor over one group",
+        "host 300 groups",
+        lambda r: r.ratio("AdEMAMix, a group each", "AdEMAMix"),
+        at_most=1.5,
+    ),
     *(
         Requirement(
             "the host's time, compiled over eager",

@@ -15,18 +15,23 @@ inline double read_scalar(const Tensor& t) {
                                                : *static_cast<const float*>(t.const_data_ptr());
 }
 
-inline double read_lr(const StepOptions& options) {
-  const Tensor* tensor = std::get_if<Tensor>(&options.lr);
-  return tensor ? read_scalar(*tensor) : std::get<double>(options.lr);
+template <class S>
+std::vector<Hyperparameters> read_rows(const S* numbers, int64_t count) {
+  std::vector<Hyperparameters> rows;
+  for (int64_t i = 0; i < count; ++i) rows.push_back(read_hyperparameters(numbers + i * HYPERPARAMETERS));
+  return rows;
 }
 
-inline Hyperparameters read_hyperparameters(const StepOptions& options) {
-  const Tensor* tensor = std::get_if<Tensor>(&options.hyperparameters);
-  if (!tensor) return std::get<Hyperparameters>(options.hyperparameters);
-  const void* data = tensor->const_data_ptr();
-  return tensor->scalar_type() == ScalarType::Double
-             ? read_hyperparameters(static_cast<const double*>(data), options.maximize)
-             : read_hyperparameters(static_cast<const float*>(data), options.maximize);
+inline std::vector<Hyperparameters> read_rows(const StepOptions& options) {
+  if (const Tensor* tensor = std::get_if<Tensor>(&options.hyperparameters)) {
+    const void* data = tensor->const_data_ptr();
+    return tensor->scalar_type() == ScalarType::Double ? read_rows(static_cast<const double*>(data), tensor->size(0))
+                                                       : read_rows(static_cast<const float*>(data), tensor->size(0));
+  }
+  const auto& given = std::get<NumberRows>(options.hyperparameters);
+  std::vector<Hyperparameters> rows = read_rows(given.numbers.data(), static_cast<int64_t>(given.count()));
+  for (size_t i = 0; i < given.lrs.size(); ++i) rows[i].lr = read_scalar(given.lrs[i]);
+  return rows;
 }
 
 inline bool skipped(const StepOptions& options) {
@@ -54,18 +59,23 @@ inline RandomKey random_key(int64_t seed, const TensorView& step, int64_t stream
   return random_key(static_cast<uint64_t>(seed), static_cast<uint32_t>(*static_cast<const float*>(step.data)), stream);
 }
 
-// Advances each parameter's step and computes its scalars. Parameters of one step share them.
+// Advances each parameter's step and computes its scalars. Parameters of one row and step share them.
 template <class T>
 std::vector<StepScalars<T>> advance(const std::vector<TensorView>& steps, const StepOptions& options) {
-  const Hyperparameters h = read_hyperparameters(options);
-  const double lr = read_lr(options), grad_scale = options.grad_scale ? read_scalar(*options.grad_scale) : 1;
+  const std::vector<Hyperparameters> rows = read_rows(options);
+  const double factor = grad_factor(options.maximize, options.grad_scale ? read_scalar(*options.grad_scale) : 1);
+  struct Latest {
+    float step = 0;  // no step is 0 after its increment
+    size_t param;
+  };
+  std::vector<Latest> latest(rows.size());  // parameter of each row
   std::vector<StepScalars<T>> scalars(steps.size());
-  float last = 0;  // no step is 0 after its increment
   for (size_t i = 0; i < steps.size(); ++i) {
     float& step = *static_cast<float*>(steps[i].data);
     step = next_step(step);
-    scalars[i] = i > 0 && step == last ? scalars[i - 1] : StepScalars<T>(h, step, lr, grad_scale);
-    last = step;
+    const size_t row = options.row_of(i);
+    scalars[i] = step == latest[row].step ? scalars[latest[row].param] : StepScalars<T>(rows[row], step, factor);
+    latest[row] = {step, i};
   }
   return scalars;
 }

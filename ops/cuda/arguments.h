@@ -1,6 +1,7 @@
 // From an op's arguments to what the CUDA kernels take.
 #pragma once
 
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -28,16 +29,48 @@ inline const float* pointer_of(const std::optional<Tensor>& t) {
 
 inline StepNumbers numbers_of(const StepOptions& options) {
   StepNumbers numbers{};
-  numbers.lr = std::visit([](const auto& lr) { return scalar_of(lr); }, options.lr);
+  if (const Tensor* rows = std::get_if<Tensor>(&options.hyperparameters)) {
+    const Scalar first = scalar_of(*rows);
+    numbers.float32_rows = first.float32;
+    numbers.float64_rows = first.float64;
+  }
   numbers.grad_scale = options.grad_scale ? scalar_of(*options.grad_scale) : scalar_of(1.0);
-  numbers.h.maximize = options.maximize;
-  if (const auto* h = std::get_if<Hyperparameters>(&options.hyperparameters))
-    numbers.h = *h;
-  else
-    numbers.in_memory = numbers.lr;
   numbers.found_inf = pointer_of(options.found_inf);
+  numbers.maximize = options.maximize;
   return numbers;
 }
+
+// The rows of hyperparameters that one launch of the prologue has in its arguments.
+template <int ROWS>
+class RowsOfTable {
+ public:
+  RowsOfTable(const StepOptions& options, HyperparameterRow (&table)[ROWS])
+      : given_(std::get_if<NumberRows>(&options.hyperparameters)), table_(table) {}
+
+  // Whether there is room for a row of the call's; last() is where it is.
+  bool add(size_t row) {
+    if (!given_) {  // in device memory
+      last_ = static_cast<int32_t>(row);
+      return true;
+    }
+    const auto [at, is_new] = places_.try_emplace(row, static_cast<int32_t>(places_.size()));
+    if (is_new && at->second == ROWS) return false;
+    if (is_new) {
+      const Hyperparameters numbers = given_->row(row);
+      table_[at->second] = {numbers, given_->lrs.empty() ? scalar_of(numbers.lr) : scalar_of(given_->lrs[row])};
+    }
+    last_ = at->second;
+    return true;
+  }
+
+  int32_t last() const { return last_; }
+
+ private:
+  const NumberRows* given_;
+  HyperparameterRow (&table_)[ROWS];
+  std::map<size_t, int32_t> places_;  // in the table, by the call's rows
+  int32_t last_ = 0;
+};
 
 // As device code names them.
 inline const char* type_name(ScalarType dtype) {
@@ -109,10 +142,20 @@ inline Tensor empty_tensor(const TensorView& like, const std::vector<int64_t>& s
   return Tensor(handle);
 }
 
-inline Kernel prologue_kernel(const CurrentDevice& device, ScalarType param_dtype, size_t tensors) {
-  return device.gpu().kernel(kernel_expression("prologue_kernel", type_name(compute_dtype(param_dtype)),
-                                               capacity_name(tensors, "LONG_STEP_LIST")),
-                             PROLOGUE_THREADS, device.stream());
+// Whether the arguments have more than one row of hyperparameters.
+inline bool has_many_rows(const StepOptions& options) {
+  const NumberRows* const rows = std::get_if<NumberRows>(&options.hyperparameters);
+  return rows && rows->count() > 1;
+}
+
+inline Kernel prologue_kernel(const CurrentDevice& device, ScalarType param_dtype, const StepOptions& options,
+                              size_t tensors) {
+  const char* const dtype = type_name(compute_dtype(param_dtype));
+  const std::string expression =
+      has_many_rows(options)
+          ? kernel_expression("prologue_kernel", dtype, "LONG_STEP_LIST<MANY_ROWS>", "MANY_ROWS")
+          : kernel_expression("prologue_kernel", dtype, capacity_name(tensors, "LONG_STEP_LIST<1>"), "1");
+  return device.gpu().kernel(expression, PROLOGUE_THREADS, device.stream());
 }
 
 // The scalars of each tensor, in device memory that torch's allocator reuses in the order of the stream, also within
@@ -121,28 +164,36 @@ class StepScalarsOnDevice {
  public:
   // Launches what advances the steps and computes the scalars.
   StepScalarsOnDevice(const CurrentDevice& device, const TensorView& param, const Views& steps,
-                      const StepNumbers& numbers)
+                      const StepOptions& options)
       : bytes_(param.dtype == ScalarType::Double ? sizeof(TensorScalars<double>) : sizeof(TensorScalars<float>)),
         memory_(empty_tensor(param, {static_cast<int64_t>(steps.size() * bytes_)}, {1}, ScalarType::Byte)) {
-    const Kernel kernel = prologue_kernel(device, param.dtype, steps.size());
-    if (steps.size() <= SHORT_LIST)
-      launch_prologues<SHORT_LIST>(kernel, device.stream(), steps, numbers);
+    const Kernel kernel = prologue_kernel(device, param.dtype, options, steps.size());
+    if (has_many_rows(options))
+      launch_prologues<LONG_STEP_LIST<MANY_ROWS>, MANY_ROWS>(kernel, device.stream(), steps, options);
+    else if (steps.size() <= SHORT_LIST)
+      launch_prologues<SHORT_LIST, 1>(kernel, device.stream(), steps, options);
     else
-      launch_prologues<LONG_STEP_LIST>(kernel, device.stream(), steps, numbers);
+      launch_prologues<LONG_STEP_LIST<1>, 1>(kernel, device.stream(), steps, options);
   }
 
   void* data() const { return memory_.mutable_data_ptr(); }
 
  private:
-  template <int CAPACITY>
-  void launch_prologues(const Kernel& kernel, CUstream stream, const Views& steps, const StepNumbers& numbers) const {
-    for (size_t first = 0; first < steps.size(); first += CAPACITY) {
-      StepPointers<CAPACITY> pointers;
-      pointers.count = static_cast<int32_t>(std::min<size_t>(steps.size() - first, CAPACITY));
-      for (int32_t i = 0; i < pointers.count; ++i) pointers.steps[i] = static_cast<float*>(steps[first + i].data);
-      const auto ctas = static_cast<unsigned int>((pointers.count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
+  template <int CAPACITY, int ROWS>
+  void launch_prologues(const Kernel& kernel, CUstream stream, const Views& steps, const StepOptions& options) const {
+    const StepNumbers numbers = numbers_of(options);
+    for (size_t first = 0; first < steps.size();) {
+      StepTable<CAPACITY, ROWS> table;
+      RowsOfTable<ROWS> rows(options, table.hyperparameters);
+      int32_t& count = table.count = 0;
+      for (size_t i = first; i < steps.size() && count < CAPACITY && rows.add(options.row_of(i)); ++i, ++count) {
+        table.steps[count] = static_cast<float*>(steps[i].data);
+        table.rows[count] = rows.last();
+      }
+      const auto ctas = static_cast<unsigned int>((count + PROLOGUE_THREADS - 1) / PROLOGUE_THREADS);
       void* const scalars = static_cast<char*>(data()) + first * bytes_;
-      launch(kernel, stream, ctas, PROLOGUE_THREADS, pointers, numbers, scalars);
+      launch(kernel, stream, ctas, PROLOGUE_THREADS, table, numbers, scalars);
+      first += static_cast<size_t>(count);
     }
   }
 

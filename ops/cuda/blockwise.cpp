@@ -48,12 +48,11 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
       options.stochastic_rounding,  param_rounding(lists.remainders, options.stochastic_param_rounding)};
   const Kernel loaded = kernel.load(device, lists.params.size());
   if (options.dry_run) {
-    prologue_kernel(device, kernel.param, lists.steps.size());
+    prologue_kernel(device, kernel.param, options, lists.steps.size());
     return;
   }
 
   CommonOrder order({{lists.params, true}, {lists.grads, false}, {lists.remainders, true}}, /*any_order=*/false);
-  const StepNumbers numbers = numbers_of(options);
   std::vector<BlockwiseRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
@@ -84,12 +83,13 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
                                  {r.remainder, numel * sizeof(int16_t)}}};
   };
   const auto tiles_of_record = [](const BlockwiseRecord& r) { return tiles_of(r.blocks); };
-  const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, numbers);
+  const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, options);
   const void* const on_device = scalars.data();
+  const float* const found_inf = pointer_of(options.found_inf);
   for_each_launch(device, records, tiles_of_record, state_of, [&](const auto& table, uint32_t tiles) {
     const auto ctas = static_cast<uint32_t>(WAVES * device.gpu().multiprocessors * loaded.ctas_per_multiprocessor);
     launch(loaded, device.stream(), std::min(tiles, ctas), BLOCKWISE_THREADS, table, on_device,
-           static_cast<uint64_t>(options.seed), numbers.found_inf);
+           static_cast<uint64_t>(options.seed), found_inf);
   });
   order.write_back();
 }

@@ -62,27 +62,50 @@ struct Scalar {
   ADEMAMIX_INLINE double get() const { return float64 ? *float64 : float32 ? *float32 : value; }
 };
 
-// What a step's scalars are computed from, beside the steps.
-struct StepNumbers {
-  Hyperparameters h;
-  Scalar in_memory;  // where it has a pointer, all but h.maximize is read there (read_hyperparameters)
-  Scalar lr, grad_scale;
-  const float* found_inf;
+// A row of hyperparameters in the arguments.
+struct HyperparameterRow {
+  Hyperparameters numbers;
+  Scalar lr;  // in place of theirs
 
-  ADEMAMIX_INLINE Hyperparameters hyperparameters() const {
-    return in_memory.float64   ? read_hyperparameters(in_memory.float64, h.maximize)
-           : in_memory.float32 ? read_hyperparameters(in_memory.float32, h.maximize)
-                               : h;
+  ADEMAMIX_INLINE Hyperparameters get() const {
+    Hyperparameters h = numbers;
+    h.lr = lr.get();
+    return h;
   }
 };
 
-template <int CAPACITY>
-struct StepPointers {
+// The tensors of one launch of the prologue: their steps, and their rows of hyperparameters. These are in the
+// arguments, unless they are in device memory (StepNumbers).
+template <int CAPACITY, int ROWS>
+struct StepTable {
+  HyperparameterRow hyperparameters[ROWS];
   float* steps[CAPACITY];
+  int32_t rows[CAPACITY];  // each tensor's
   int32_t count;
 };
 
-constexpr int LONG_STEP_LIST = (TABLE_BYTES - 8) / static_cast<int>(sizeof(float*));
+constexpr int MANY_ROWS = 128;  // where not all tensors have the same
+
+template <int ROWS>
+constexpr int LONG_STEP_LIST = (TABLE_BYTES - 8 - ROWS * static_cast<int>(sizeof(HyperparameterRow))) /
+                               static_cast<int>(sizeof(float*) + sizeof(int32_t));
+
+// What else a step's scalars are computed from.
+struct StepNumbers {
+  const float* float32_rows;  // of hyperparameters in device memory, where there are some
+  const double* float64_rows;
+  Scalar grad_scale;
+  const float* found_inf;
+  bool maximize;
+
+  template <int CAPACITY, int ROWS>
+  ADEMAMIX_INLINE Hyperparameters hyperparameters(const StepTable<CAPACITY, ROWS>& table, int32_t i) const {
+    const int64_t row = table.rows[i];
+    return float64_rows   ? read_hyperparameters(float64_rows + row * HYPERPARAMETERS)
+           : float32_rows ? read_hyperparameters(float32_rows + row * HYPERPARAMETERS)
+                          : table.hyperparameters[row].get();
+  }
+};
 
 // A tensor's scalars in device memory, read in 16-byte loads.
 template <class T>

@@ -22,15 +22,16 @@ __device__ __forceinline__ TensorScalars<T> load(const TensorScalars<T>* scalars
 // GradScaler's flag: a step that it forbids changes nothing.
 __device__ inline bool skipped(const float* found_inf) { return found_inf && *found_inf != 0; }
 
-template <class T, int CAPACITY>
+template <class T, int CAPACITY, int ROWS>
 __global__ void __launch_bounds__(PROLOGUE_THREADS)
-    prologue_kernel(const __grid_constant__ StepPointers<CAPACITY> pointers,
+    prologue_kernel(const __grid_constant__ StepTable<CAPACITY, ROWS> table,
                     const __grid_constant__ StepNumbers numbers, TensorScalars<T>* scalars) {
   const int i = static_cast<int>(blockIdx.x) * PROLOGUE_THREADS + static_cast<int>(threadIdx.x);
-  if (i >= pointers.count || skipped(numbers.found_inf)) return;
-  const float step = next_step(*pointers.steps[i]);
-  *pointers.steps[i] = step;
-  scalars[i].scalars = StepScalars<T>(numbers.hyperparameters(), step, numbers.lr.get(), numbers.grad_scale.get());
+  if (i >= table.count || skipped(numbers.found_inf)) return;
+  const float step = next_step(*table.steps[i]);
+  *table.steps[i] = step;
+  const double factor = grad_factor(numbers.maximize, numbers.grad_scale.get());
+  scalars[i].scalars = StepScalars<T>(numbers.hyperparameters(table, i), step, factor);
   scalars[i].step = static_cast<uint32_t>(step);
 }
 

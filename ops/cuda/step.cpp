@@ -52,7 +52,7 @@ void step(StepLists& lists, const StepOptions& options) {
   const StepKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, has_exp_avg, rounding};
   const Kernel loaded = kernel.load(device, lists.params.size());
   if (options.dry_run) {
-    prologue_kernel(device, kernel.param, lists.steps.size());
+    prologue_kernel(device, kernel.param, options, lists.steps.size());
     return;
   }
 
@@ -63,7 +63,6 @@ void step(StepLists& lists, const StepOptions& options) {
                      {lists.exp_avg_sqs, true},
                      {lists.remainders, true}},
                     /*any_order=*/!options.stochastic_param_rounding);
-  const StepNumbers numbers = numbers_of(options);
   std::vector<StepRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
@@ -83,11 +82,12 @@ void step(StepLists& lists, const StepOptions& options) {
                                  {r.exp_avg_sq, bytes},
                                  {r.remainder, static_cast<size_t>(r.numel) * sizeof(int16_t)}}};
   };
-  const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, numbers);
+  const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, options);
   const void* const on_device = scalars.data();
+  const float* const found_inf = pointer_of(options.found_inf);
   for_each_launch(device, records, tiles_of, state_of, [&](const auto& table, uint32_t tiles) {
     launch(loaded, device.stream(), tiles, STEP_THREADS, table, on_device, static_cast<uint64_t>(options.seed),
-           numbers.found_inf);
+           found_inf);
   });
   order.write_back();
 }

@@ -100,8 +100,10 @@ void for_each_rounding(const Use& use) {
 template <class T>
 void add_prologues() {
   const std::string name = "prologue_kernel<" + name_of(T{});
-  kernels[name + ", SHORT_LIST>"] = launch_of(prologue_kernel<T, SHORT_LIST>);
-  kernels[name + ", LONG_STEP_LIST>"] = launch_of(prologue_kernel<T, LONG_STEP_LIST>);
+  kernels[name + ", SHORT_LIST, 1>"] = launch_of(prologue_kernel<T, SHORT_LIST, 1>);
+  kernels[name + ", LONG_STEP_LIST<1>, 1>"] = launch_of(prologue_kernel<T, LONG_STEP_LIST<1>, 1>);
+  kernels[name + ", LONG_STEP_LIST<MANY_ROWS>, MANY_ROWS>"] =
+      launch_of(prologue_kernel<T, LONG_STEP_LIST<MANY_ROWS>, MANY_ROWS>);
 }
 
 template <class P, class G, class Fast, class Slow, ParamRounding ROUNDING>
@@ -204,7 +206,8 @@ EXPORT const char* kernel_names() {
   for (const auto& [name, launch] : kernels) names += name + '\n';
   return names.c_str();
 }
-EXPORT int steps_of_a_launch() { return LONG_STEP_LIST; }
+EXPORT int steps_of_a_launch() { return LONG_STEP_LIST<1>; }
+EXPORT int rows_of_a_launch() { return MANY_ROWS; }
 EXPORT int tensors_of_a_launch() { return LONG_LIST<StepRecord>; }
 EXPORT int blockwise_tensors_of_a_launch() { return LONG_LIST<BlockwiseRecord>; }
 

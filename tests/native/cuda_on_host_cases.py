@@ -16,6 +16,7 @@ from config import (
     assert_identical,
     hyperparameter_tensor,
     make_lists,
+    row_of,
     step_call,
 )
 from host import driver, managed_memory, take_log
@@ -301,6 +302,26 @@ def test_hyperparameters_in_a_tensor(kind: str, options: str, dtype: torch.dtype
     call(torch.ops.cuda_on_host, kind, tensor, hyperparameters=hyperparameters, **maximize)
     assert_identical(list(tensor), list(numbers))
     check_step(tensor, hyperparameters=hyperparameters.float(), **maximize)
+
+
+@KINDS
+@pytest.mark.parametrize("given", ["numbers", "lrs", "float32 table", "float64 table"])
+@pytest.mark.parametrize("count", [3, "all of a launch", "more than a launch"])
+def test_rows_of_hyperparameters(kind: str, given: str, count: int | str) -> None:
+    """Each parameter has its row; those in the arguments are split over launches."""
+    limit = driver.rows_of_a_launch()
+    number = count if isinstance(count, int) else limit + (count == "more than a launch")
+    table = torch.tensor([row_of(lr=0.01 + 1e-4 * i, t_alpha=i % 4, t_beta3=i % 3) for i in range(number)]).double()
+    lists = make(kind, contiguous(*(1 + i % 3 for i in range(number + 5))))
+    rows = [(7 * i) % number for i in range(number + 5)]
+    options: dict[str, Any] = {"hyperparameters": table.float() if given == "float32 table" else table}
+    if given in ("numbers", "lrs"):
+        options["hyperparameters"] = table.flatten().tolist()
+    if given == "lrs":
+        options["lrs"] = [row[:1].float() if i % 2 else row[0].clone() for i, row in enumerate(table + 1)]
+    launches = check_step(lists, rows=rows, **options)
+    split = count == "more than a launch" and given in ("numbers", "lrs")
+    assert launches == 2 + split
 
 
 @KINDS

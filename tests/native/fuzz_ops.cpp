@@ -258,9 +258,10 @@ bool is_contiguous_kind(Kind kind) {
 struct Call {
   bool blockwise;
   std::vector<std::vector<Operand>> lists;
-  double lr = 1e-3;
-  std::optional<Operand> lr_tensor, hyperparameters, grad_scale, found_inf;
-  Numbers h{};
+  std::vector<Hyperparameters> h;  // rows
+  std::vector<Operand> lrs;
+  std::optional<Operand> table, grad_scale, found_inf;
+  std::vector<int64_t> rows;
   bool maximize = false;
   bool stochastic_rounding = false, stochastic_param_rounding = false;
   int64_t seed = 0;
@@ -279,26 +280,29 @@ struct Call {
       return x ? std::optional<Tensor>(x->tensor()) : std::nullopt;
     };
     const std::optional<Tensor> scale = scalar(grad_scale), inf = scalar(found_inf);
-    const auto with_numbers = [&](auto rate) {
-      using Lr = decltype(rate);
-      if (blockwise)
-        BlockwiseStepOp<blockwise_step, Lr>::with_numbers(
-            t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], rate, h.beta1, h.beta2, h.beta3, h.alpha, h.t_alpha,
-            h.t_beta3, h.schedule_start, h.eps, h.weight_decay, maximize, stochastic_rounding, t[9],
-            stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
-      else
-        StepOp<step, Lr>::with_numbers(t[0], t[1], t[2], t[3], t[4], t[5], rate, h.beta1, h.beta2, h.beta3, h.alpha,
-                                       h.t_alpha, h.t_beta3, h.schedule_start, h.eps, h.weight_decay, maximize, t[6],
-                                       stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
-    };
-    if (!hyperparameters) return lr_tensor ? with_numbers(lr_tensor->tensor()) : with_numbers(lr);
-    if (blockwise)
-      BlockwiseStepOp<blockwise_step, double>::with_tensor(
-          t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], hyperparameters->tensor(), maximize,
-          stochastic_rounding, t[9], stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
+    const std::vector<double> numbers = flat_rows();
+    std::vector<Tensor> rates;
+    for (const Operand& operand : lrs) rates.push_back(operand.tensor());
+    if (blockwise && table)
+      BlockwiseStepOp<blockwise_step>::with_tensor(
+          t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], table->tensor(), rows, maximize,
+          stochastic_rounding, stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
+    else if (blockwise)
+      BlockwiseStepOp<blockwise_step>::with_numbers(
+          t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], numbers, rates, rows, maximize,
+          stochastic_rounding, stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
+    else if (table)
+      StepOp<step>::with_tensor(t[0], t[1], t[2], t[3], t[4], t[5], t[6], table->tensor(), rows, maximize,
+                                stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
     else
-      StepOp<step, double>::with_tensor(t[0], t[1], t[2], t[3], t[4], t[5], hyperparameters->tensor(), maximize, t[6],
-                                        stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
+      StepOp<step>::with_numbers(t[0], t[1], t[2], t[3], t[4], t[5], t[6], numbers, rates, rows, maximize,
+                                 stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
+  }
+
+  std::vector<double> flat_rows() const {
+    std::vector<double> numbers(h.size() * HYPERPARAMETERS);
+    std::memcpy(numbers.data(), h.data(), numbers.size() * sizeof(double));
+    return numbers;
   }
 
   // The checks alone, of tensors of which one is said to be on another device.
@@ -313,14 +317,22 @@ struct Call {
     v[list][i].device = device;
     v[list][i].device_index = 1;
     v[list][i].data = nullptr;
-    const StepOptions options{maximize, stochastic_rounding, stochastic_param_rounding, seed, streams, places, {}, {},
+    const StepOptions options{NumberRows{flat_rows(), {}},
+                              rows,
+                              maximize,
+                              stochastic_rounding,
+                              stochastic_param_rounding,
+                              seed,
+                              streams,
+                              places,
+                              {},
+                              {},
                               true};
     const auto step = [](auto&, const StepOptions&) {};
     if (blockwise)
-      run_with_numbers(BlockwiseLists{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]}, lr, h, options,
-                       step);
+      run_op(BlockwiseLists{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]}, options, step);
     else
-      run_with_numbers(StepLists{v[0], v[1], v[2], v[3], v[4], v[5], v[6]}, lr, h, options, step);
+      run_op(StepLists{v[0], v[1], v[2], v[3], v[4], v[5], v[6]}, options, step);
   }
 
   bool skips() const {
@@ -342,25 +354,34 @@ Operand scalar_operand(Choices& choices, ScalarType dtype, double value) {
   return operand;
 }
 
-Operand hyperparameter_operand(double lr, const Numbers& h, int64_t offset) {
+Operand table_operand(const Call& call, int64_t offset) {
   Operand operand;
-  operand.sizes = {HYPERPARAMETERS};
-  operand.strides = {1};
+  operand.sizes = {static_cast<int64_t>(call.h.size()), HYPERPARAMETERS};
+  operand.strides = {HYPERPARAMETERS, 1};
   operand.offset = offset;
   operand.dtype = ScalarType::Double;
   operand.allocate();
-  const double numbers[] = {lr,
-                            h.beta1,
-                            h.beta2,
-                            h.beta3,
-                            h.alpha,
-                            h.t_alpha.value_or(0),
-                            h.t_beta3.value_or(0),
-                            static_cast<double>(h.schedule_start),
-                            h.eps,
-                            h.weight_decay};
-  std::memcpy(operand.memory.get() + static_cast<size_t>(offset) * sizeof(double), numbers, sizeof numbers);
+  const std::vector<double> numbers = call.flat_rows();
+  std::memcpy(operand.memory.get() + static_cast<size_t>(offset) * sizeof(double), numbers.data(),
+              numbers.size() * sizeof(double));
   return operand;
+}
+
+Hyperparameters draw_row(Choices& choices) {
+  const auto warm_up = [&] { return choices.one_in(2) ? draw_number(choices, 1e-3, 1e6) : 0; };
+  const double almost_one = 1 - 0x1p-53;
+  Hyperparameters h;
+  h.lr = draw_number(choices, 0, 1);
+  h.beta1 = draw_number(choices, 0, almost_one);
+  h.beta2 = draw_number(choices, 0, almost_one);
+  h.beta3 = draw_number(choices, 0, almost_one);
+  h.alpha = draw_number(choices, -5, 10);
+  h.t_alpha = warm_up();
+  h.t_beta3 = warm_up();
+  h.schedule_start = choices.of<double>({0, 0, 1, 0x1p63});
+  h.eps = draw_number(choices, 0, 1);
+  h.weight_decay = draw_number(choices, -1, 1);
+  return h;
 }
 
 Call draw_call(Choices& choices) {
@@ -411,30 +432,23 @@ Call draw_call(Choices& choices) {
     }
     call.streams.push_back(choices.below(1 << 16));
   }
-  call.lr = draw_number(choices, 0, 1);
-  if (choices.one_in(3))
-    call.lr_tensor = scalar_operand(choices, choices.of({ScalarType::Float, ScalarType::Double}), call.lr);
   if (choices.one_in(3))
     call.grad_scale = scalar_operand(choices, choices.of({ScalarType::Float, ScalarType::Double}),
                                      choices.of<double>({1, 65536, 0, NAN}));
   if (choices.one_in(3)) call.found_inf = scalar_operand(choices, ScalarType::Float, choices.of<double>({0, 1, NAN}));
-  const auto warm_up = [&] {
-    return choices.one_in(2) ? std::optional<double>(draw_number(choices, 1e-3, 1e6)) : std::nullopt;
-  };
-  const double almost_one = 1 - 0x1p-53;
-  call.h.beta1 = draw_number(choices, 0, almost_one);
-  call.h.beta2 = draw_number(choices, 0, almost_one);
-  call.h.beta3 = draw_number(choices, 0, almost_one);
-  call.h.alpha = draw_number(choices, -5, 10);
-  call.h.t_alpha = warm_up();
-  call.h.t_beta3 = warm_up();
-  call.h.schedule_start = choices.of<int64_t>({0, 0, 1, INT64_MAX});
-  call.h.eps = draw_number(choices, 0, 1);
-  call.h.weight_decay = draw_number(choices, -1, 1);
+  for (int64_t count = choices.of<int64_t>({1, 1, 2, 3}), i = 0; i < count; ++i) call.h.push_back(draw_row(choices));
+  const auto count = static_cast<int64_t>(call.h.size());
+  if (count > 1 || choices.one_in(4))
+    for (size_t i = 0; i < call.lists[0].size(); ++i) call.rows.push_back(choices.below(count));
+  if (choices.one_in(3))
+    for (int64_t i = 0; i < count; ++i) {
+      const ScalarType dtype = choices.of({ScalarType::Float, ScalarType::Double});
+      call.lrs.push_back(scalar_operand(choices, dtype, draw_number(choices, 0, 1)));
+    }
   call.maximize = choices.one_in(2);
   if (choices.one_in(4)) {
-    call.lr_tensor.reset();
-    call.hyperparameters = hyperparameter_operand(call.lr, call.h, choices.below(9));
+    call.lrs.clear();
+    call.table = table_operand(call, choices.below(9));
   }
   call.dry_run = choices.one_in(8);
   call.stochastic_rounding = choices.one_in(2);
@@ -450,32 +464,45 @@ void bend_options(Choices& choices, Call& call) {
     if (choices.one_in(2)) return make(choices, {choices.of<int64_t>({0, 2})}, ScalarType::Float, nullptr);
     return scalar_operand(choices, choices.of(dtypes), 1);
   };
-  const int64_t option = choices.below(12);
-  if (option < 8) call.hyperparameters.reset();
+  const int64_t option = choices.below(14);
+  if (option < 8) call.table.reset();
+  Hyperparameters& h = call.h[static_cast<size_t>(choices.below(static_cast<int64_t>(call.h.size())))];
   switch (option) {
-    case 0: call.h.beta1 = beta; break;
-    case 1: call.h.beta2 = beta; break;
-    case 2: call.h.beta3 = beta; break;
-    case 3: call.h.t_alpha = choices.of({negative, 0.0}); break;
-    case 4: call.h.t_beta3 = choices.of({negative, 0.0}); break;
-    case 5: call.h.schedule_start = choices.of<int64_t>({-1, INT64_MIN}); break;
-    case 6: call.h.eps = negative; break;
-    case 7: call.lr_tensor = bad_scalar({ScalarType::Half, ScalarType::Int, ScalarType::ComplexFloat}); break;
+    case 0: h.beta1 = beta; break;
+    case 1: h.beta2 = beta; break;
+    case 2: h.beta3 = beta; break;
+    case 3: h.t_alpha = negative; break;
+    case 4: h.t_beta3 = negative; break;
+    case 5: h.schedule_start = negative; break;
+    case 6: h.eps = negative; break;
+    case 7:  // of another dtype or shape, or too many
+      call.lrs.resize(call.h.size() - 1);
+      for (Operand& lr : call.lrs) lr = scalar_operand(choices, ScalarType::Float, 1);
+      call.lrs.push_back(bad_scalar({ScalarType::Half, ScalarType::Int, ScalarType::ComplexFloat}));
+      break;
     case 8: call.grad_scale = bad_scalar({ScalarType::Half, ScalarType::Byte}); break;
     case 9:  // both ways of rounding at once, or of parameters that aren't rounded; or numbers of random streams
       call.streams.resize(call.lists[0].size() + 1);
       call.stochastic_param_rounding = true;
       break;
     case 10:  // of another dtype or length, or with gaps
-      call.hyperparameters = make(choices, {choices.of<int64_t>({0, 1, 9, 11})}, ScalarType::Double, nullptr);
+      call.table = make(choices, {1, choices.of<int64_t>({0, 1, 9, 11})}, ScalarType::Double, nullptr);
       if (choices.one_in(2)) {
-        call.hyperparameters = make(choices, {HYPERPARAMETERS}, ScalarType::Double, nullptr);
-        call.hyperparameters->strides = {choices.of<int64_t>({0, 2})};
-        call.hyperparameters->allocate();
-        call.hyperparameters->fill(choices);
+        call.table = make(choices, {3, HYPERPARAMETERS}, ScalarType::Double, nullptr);
+        call.table->strides = {HYPERPARAMETERS, choices.of<int64_t>({0, 2})};
+        call.table->allocate();
+        call.table->fill(choices);
       } else if (choices.one_in(2)) {
-        call.hyperparameters = make(choices, {HYPERPARAMETERS}, ScalarType::Int, nullptr);
+        call.table = make(choices, {1, HYPERPARAMETERS}, ScalarType::Int, nullptr);
       }
+      break;
+    case 11:  // rows of more parameters than there are
+      call.rows.assign(call.lists[0].size() + 1, 0);
+      break;
+    case 12:  // rows that there aren't
+      if (call.lists[0].empty()) return bend_options(choices, call);
+      call.rows.assign(call.lists[0].size(), 0);
+      call.rows.back() = choices.of<int64_t>({-1, static_cast<int64_t>(call.h.size()), INT64_MIN, INT64_MAX});
       break;
     default: call.found_inf = bad_scalar({ScalarType::Double, ScalarType::Bool}); break;
   }
@@ -659,7 +686,7 @@ void run_step(Choices& choices) {
     require_refusal(op, [&] { call.check_with_foreign(list, i, device); });
   }
   Call plain = call;
-  plain.hyperparameters.reset();
+  plain.table.reset();
   for (auto& list : plain.lists)
     for (Operand& operand : list) operand = operand.contiguous();
   call.run();

@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t NUMEL = 192 * BLOCK_SIZE + 77;  // with a ragged block, and a ragged vector in it
 constexpr int64_t BLOCKS = block_count(NUMEL);
 constexpr uint64_t SEED = 0x123456789abcdef;
-constexpr Hyperparameters OPTIONS{0.9, 0.999, 0.9999, 5, 8, 8, 0, 1e-8, 0.01, false};
-constexpr float STEP = 5, LR = 1e-2f;
+constexpr Hyperparameters OPTIONS{1e-2f, 0.9, 0.999, 0.9999, 5, 8, 8, 0, 1e-8, 0.01};
+constexpr float STEP = 5;
 
 enum class Values {
   ORDINARY,  // of both signs, in two orders of magnitude
@@ -111,7 +111,7 @@ template <class P, class G, class T>
 void hash_steps_of(Values values, ParamRounding rounding, int64_t param_stride, bool has_exp_avg) {
   Hyperparameters options = OPTIONS;
   if (!has_exp_avg) options.beta1 = 0;
-  const StepScalars<T> scalars(options, STEP, LR, 1);
+  const StepScalars<T> scalars(options, STEP, 1);
   const RandomKey key = random_key(SEED, 5, 3);
   const int param_dtype = static_cast<int>(c10::CppTypeToScalarType<P>::value);
   const int grad_dtype = static_cast<int>(c10::CppTypeToScalarType<G>::value);
