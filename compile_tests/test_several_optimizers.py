@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import muon
 import pytest
 import torch
 from config import assert_identical
@@ -224,3 +225,14 @@ def test_a_scheduler_of_lambdas_sees_every_step(make_step):
         for scheduler in schedulers:
             scheduler.step()
     assert_identical(model.state_dict(), before)
+
+
+def test_example(monkeypatch):
+    """Eager, compiled and captured, bit for bit."""
+    expected, model = muon.train("eager", 12, "cpu")
+    assert expected[-1] < 0.8 * expected[0]
+    stand_in(monkeypatch)
+    for mode, options in (("compiled", {"backend": "aot_eager"}), ("captured", {})):
+        losses, trained = muon.train(mode, 12, "cpu", **options)
+        assert losses == expected
+        assert_identical(trained.state_dict(), model.state_dict())
