@@ -65,10 +65,10 @@ def from_apertus(state_dict: Mapping[str, Any]) -> StateDict:
     >>> optimizer.state[p]["step"].item(), optimizer.param_groups[0]["t_alpha"], optimizer.param_groups[0]["t_beta3"]
     (7.0, 500, None)
     """
-    return convert(state_dict, _state_from_apertus, _group_from_apertus)
+    return convert(state_dict, _state_from_apertus, group_from_apertus)
 
 
-def _group_from_apertus(saved: Mapping[str, Any], where: str) -> StateDict:
+def group_from_apertus(saved: Mapping[str, Any], where: str) -> StateDict:
     options = renamed(saved, where, OPTIONS, dropped={"step"})
     return {**options, "t_alpha": warmup_steps(options["t_alpha"]), "t_beta3": warmup_steps(options["t_beta3"])}
 
@@ -118,7 +118,7 @@ def to_apertus(state_dict: Mapping[str, Any]) -> StateDict:
     >>> sorted(state_dict["state"][0])
     ['exp_avg_fast', 'exp_avg_slow', 'exp_avg_sq']
     """
-    converted = convert(state_dict, _state_to_apertus, _group_to_apertus)
+    converted = convert(state_dict, _state_to_apertus, group_to_apertus)
     for k, group in enumerate(converted["param_groups"]):
         states = [converted["state"][i] for i in group["params"] if i in converted["state"]]
         steps = sorted({int(state.pop("step").item()) for state in states})
@@ -138,7 +138,7 @@ def _state_to_apertus(saved: Mapping[str, Any], group: Mapping[str, Any], where:
     return {"step": state["step"], **values}
 
 
-def _group_to_apertus(group: Mapping[str, Any], where: str) -> StateDict:
+def group_to_apertus(group: Mapping[str, Any], where: str) -> StateDict:
     names = {theirs: ours for ours, theirs in OPTIONS.items()}
     options = exported_options(group, where, names, "the Apertus fork")
     warmups = {name: options[name] or NO_WARMUP for name in ("alpha_warmup", "beta3_warmup")}

@@ -163,19 +163,29 @@ class AdEMAMix(Optimizer):
             raise
         settle_lrs(self.param_groups)
 
-    def init_state(self) -> None:
+    def init_state(self, *, include_frozen: bool = False) -> None:
         """Makes the state of every parameter that requires a gradient now, not at the first step.
 
         Where parameters are on a GPU, it also compiles and loads what a step needs whose gradients have the parameters'
         dtypes: a CUDA graph may be captured afterwards.
+
+        Args:
+            include_frozen: also of parameters that require no gradient now, such as float32 copies of a model's
+                weights to which a framework assigns `grad` itself.
+
+        >>> main = torch.zeros(2)  # a float32 copy of a bfloat16 weight
+        >>> optimizer = AdEMAMix([main])
+        >>> optimizer.init_state(include_frozen=True)
+        >>> optimizer.state[main]["exp_avg_slow"]
+        tensor([0., 0.])
         """
-        self._make_state()
+        self._make_state(include_frozen)
         self._make_plan()
         self._layout.plan.load_kernels()
 
-    def _make_state(self) -> None:
+    def _make_state(self, include_frozen: bool = False) -> None:
         self._init_grad_norm()
-        make_state(self.state, without_state(self.state, self.param_groups))
+        make_state(self.state, without_state(self.state, self.param_groups, include_frozen))
 
     def _init_internals(self) -> None:
         self._layout = Layout()

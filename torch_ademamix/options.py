@@ -160,14 +160,14 @@ def _require(name: str, value: Any, allowed: str, ok: Callable[[Any], bool]) -> 
         raise error(f"{name} is {value!r}, but must be {allowed}")
 
 
-def check_params(group: Options, number: int) -> None:
-    """Refuses parameters of a group that can't be updated. Frozen ones may be anything: they need no update.
+def check_params(group: Options, number: int, include_frozen: bool = False) -> None:
+    """Refuses parameters of a group that can't be updated. Frozen ones may be anything, unless they are included.
 
     Raises:
         ValueError: a parameter that requires a gradient has another dtype or layout.
     """
     for i, p in enumerate(group["params"]):
-        if not is_trained(p):
+        if not (include_frozen or is_trained(p)):
             continue
         name = param_name(group, number, i)
         if problem := floating_problem(p) or in_place_problem(p):

@@ -128,13 +128,15 @@ def check_exp_avg(state: OptimizerState, groups: Sequence[Options]) -> None:
                 )
 
 
-def without_state(state: OptimizerState, groups: Sequence[Options]) -> list[tuple[Tensor, Storage]]:
+def without_state(
+    state: OptimizerState, groups: Sequence[Options], include_frozen: bool = False
+) -> list[tuple[Tensor, Storage]]:
     """The parameters that are to get state, and how it is stored; refuses those that can't be updated."""
     members = []
     for number, group in enumerate(groups):
-        params = [p for p in group["params"] if is_trained(p) and not has_state(state.get(p))]
+        params = [p for p in group["params"] if (include_frozen or is_trained(p)) and not has_state(state.get(p))]
         if params:
-            check_params(group, number)
+            check_params(group, number, include_frozen)
         members += [(p, storage(p, group)) for p in params]
     return members
 
