@@ -516,7 +516,7 @@ void bend_lists(Choices& choices, Call& call) {
   if (choices.one_in(6)) {  // a list's length
     if (call.blockwise && choices.one_in(4))
       call.streams.pop_back();
-    else if (choices.one_in(2) && kind != Kind::REMAINDER)  // an only one may be left out
+    else if (choices.one_in(2) && kind != Kind::REMAINDER && list.size() > 1)  // an only one may be left out
       list.pop_back();
     else
       list.push_back(list[0]);
