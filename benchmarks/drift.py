@@ -26,6 +26,7 @@ FLOAT32 = "32-bit"
 SCHEMES: dict[str, dict[str, Any]] = {
     FLOAT32: {},
     "8-bit": {"optim_bits": 8},
+    "8-bit, slow_ema_bits=12": {"optim_bits": 8, "slow_ema_bits": 12},
     "8-bit, slow_ema_bits=8": {"optim_bits": 8, "slow_ema_bits": 8},
     "8-bit, stochastic_rounding=False": {"optim_bits": 8, "stochastic_rounding": False},
     # As bitsandbytes has it, in other formats: every moment in 8 bits and rounded to nearest.
@@ -34,8 +35,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "slow_ema_bits": 8,
         "stochastic_rounding": False,
     },
+    "32-bit, beta1=0": {"beta1": 0.0},
+    "8-bit, beta1=0": {"optim_bits": 8, "beta1": 0.0},
+    "8-bit, slow_ema_bits=12, beta1=0": {"optim_bits": 8, "slow_ema_bits": 12, "beta1": 0.0},
 }
-TO_NEAREST = list(SCHEMES)[-1]
+BETA1 = 0.9
+TO_NEAREST = "8-bit, slow_ema_bits=8, stochastic_rounding=False"
 
 DOCUMENT = DOCS / "drift.md"
 
@@ -44,19 +49,17 @@ DOCUMENT = DOCS / "drift.md"
 class Drift:
     """Relative errors, of a vector's L2 norm but for the mean's."""
 
-    exp_avg: float
+    exp_avg: float | None  # which isn't kept at a β1 of 0
     exp_avg_slow: float
     exp_avg_sq: float
     exp_avg_sq_mean: float  # of the mean of exp_avg_sq over all coordinates; signed
-    displacement: float  # of what the parameters moved by, against the 32-bit optimizer's
+    displacement: float  # of what the parameters moved by, against the 32-bit optimizer's with the same β1
 
 
 def moments(optimizer: AdEMAMix, p: Tensor) -> list[Tensor]:
-    """exp_avg, exp_avg_slow and exp_avg_sq in float64, by loading them into a 32-bit optimizer."""
-    copy = AdEMAMix([torch.zeros_like(p)], optim_bits=32)
-    copy.load_state_dict(optimizer.state_dict())
-    (state,) = copy.state.values()
-    return [state[name].double() for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")]
+    """exp_avg_slow, exp_avg_sq and, if it is kept, exp_avg in float64."""
+    names = ("exp_avg_slow", "exp_avg_sq", "exp_avg")
+    return [optimizer.ema(p, name).double() for name in names[: 2 + (optimizer.param_groups[0]["betas"][0] > 0)]]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -69,32 +72,32 @@ def measure(
     """Runs all schemes over the same gradients; the parameters start at 0 and don't decay."""
     generator = torch.Generator().manual_seed(seed)
 
-    def make(dtype: torch.dtype, **options: Any) -> tuple[Tensor, AdEMAMix]:
+    def make(dtype: torch.dtype, beta1: float = BETA1, **options: Any) -> tuple[Tensor, AdEMAMix]:
         p = torch.zeros(coordinates, dtype=dtype, requires_grad=True)
-        return p, AdEMAMix([p], betas=(0.9, 0.999, beta3), weight_decay=0.0, **options)
+        return p, AdEMAMix([p], betas=(beta1, 0.999, beta3), weight_decay=0.0, **options)
 
-    exact_p, exact = make(torch.float64)
+    beta1s = {name: options.get("beta1", BETA1) for name, options in SCHEMES.items()}
+    exact = {beta1: make(torch.float64, beta1) for beta1 in set(beta1s.values())}
     runs = {name: make(torch.float32, **options) for name, options in SCHEMES.items()}
     mean = MEAN * torch.randn(coordinates, generator=generator)
     for _ in trange(steps, desc="drift", leave=False, disable=None):
         grad = mean + torch.randn(coordinates, generator=generator)
-        exact_p.grad = grad.double()
-        exact.step()
-        for p, optimizer in runs.values():
-            p.grad = grad
+        for p, optimizer in (*exact.values(), *runs.values()):
+            p.grad = grad.to(p.dtype)
             optimizer.step()
 
-    true_m1, true_m2, true_nu = moments(exact, exact_p)
-    moved = runs[FLOAT32][0].detach()
+    moved = {beta1s[name]: p.detach() for name, (p, _) in runs.items() if name.startswith(FLOAT32)}
     drifts = {}
     for name, (p, optimizer) in runs.items():
-        m1, m2, nu = moments(optimizer, p)
+        exact_p, exact_optimizer = exact[beta1s[name]]
+        true_m2, true_nu, *true_m1 = moments(exact_optimizer, exact_p)
+        m2, nu, *m1 = moments(optimizer, p)
         drifts[name] = Drift(
-            exp_avg=relative_error(m1, true_m1),
+            exp_avg=relative_error(*m1, *true_m1) if m1 else None,
             exp_avg_slow=relative_error(m2, true_m2),
             exp_avg_sq=relative_error(nu, true_nu),
             exp_avg_sq_mean=(nu.mean() / true_nu.mean() - 1).item(),
-            displacement=relative_error(p.detach(), moved),
+            displacement=relative_error(p.detach(), moved[beta1s[name]]),
         )
     return drifts
 
@@ -102,7 +105,9 @@ def measure(
 def table(drifts: Mapping[str, Drift]) -> str:
     """In Markdown."""
 
-    def percent(value: float, sign: str = "") -> str:
+    def percent(value: float | None, sign: str = "") -> str:
+        if value is None:
+            return "-"
         return "< 0.01%" if abs(value) < 5e-5 else f"{value:{sign}.2%}"
 
     heads = ["state", "exp_avg", "exp_avg_slow", "exp_avg_sq", "mean of exp_avg_sq", "displacement"]
@@ -110,7 +115,7 @@ def table(drifts: Mapping[str, Drift]) -> str:
     for scheme, drift in drifts.items():
         cells = {name: percent(value) for name, value in asdict(drift).items()}
         cells["exp_avg_sq_mean"] = percent(drift.exp_avg_sq_mean, "+")
-        if scheme == FLOAT32:
+        if scheme.startswith(FLOAT32):
             cells["displacement"] = "-"
         rows.append([scheme, *cells.values()])
     return markdown_table(heads, rows)

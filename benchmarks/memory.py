@@ -12,11 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks.shared.gpt2 import SHAPES
 from benchmarks.shared.writing import DOCS, write_table
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
 SIZES = {"124M": 124_000_000, "1.3B": 1_300_000_000, "8B": 8_000_000_000, "70B": 70_000_000_000}
 GB = 1e9
+BETA1_0 = (0.0, 0.999, 0.9999)
 
 DOCUMENT = DOCS / "choosing.md"
 
@@ -33,10 +35,18 @@ class Recipe:
 RECIPES = (
     Recipe("AdEMAMix", torch.float32, AdEMAMix),
     Recipe("AdEMAMix8bit", torch.float32, AdEMAMix8bit),
+    Recipe("AdEMAMix, beta1=0", torch.float32, partial(AdEMAMix, betas=BETA1_0)),
     Recipe("AdEMAMix", torch.bfloat16, AdEMAMix),
     Recipe("AdEMAMix, with remainders", torch.bfloat16, partial(AdEMAMix, master_weights="remainder")),
     Recipe("AdEMAMix8bit", torch.bfloat16, AdEMAMix8bit),
     Recipe("AdEMAMix8bit, with remainders", torch.bfloat16, partial(AdEMAMix8bit, master_weights="remainder")),
+    Recipe("AdEMAMix8bit, slow_ema_bits=12", torch.bfloat16, partial(AdEMAMix8bit, slow_ema_bits=12)),
+    Recipe("AdEMAMix8bit, beta1=0", torch.bfloat16, partial(AdEMAMix8bit, betas=BETA1_0)),
+    Recipe(
+        "AdEMAMix8bit, slow_ema_bits=12, beta1=0",
+        torch.bfloat16,
+        partial(AdEMAMix8bit, slow_ema_bits=12, betas=BETA1_0),
+    ),
     Recipe("AdEMAMix8bit, slow_ema_bits=8", torch.bfloat16, partial(AdEMAMix8bit, slow_ema_bits=8)),
     Recipe("torch.optim.AdamW", torch.float32, torch.optim.AdamW),
     Recipe("torch.optim.AdamW", torch.bfloat16, torch.optim.AdamW),
@@ -64,6 +74,16 @@ def measure(recipe: Recipe, size: int) -> Memory:
     optimizer.step()
     state = sum(value.nbytes for value in optimizer.state[p].values() if value.numel() > 1)
     return Memory(p.nbytes, p.grad.nbytes, state)
+
+
+def gpt2_state(recipe: Recipe) -> float:
+    """Bytes of state per parameter, of the flat tensors that GPT-2's parameters share."""
+    params = [nn.Parameter(torch.empty(shape, dtype=recipe.dtype, device="meta")) for shape in SHAPES]
+    optimizer = recipe.make(params)
+    assert isinstance(optimizer, AdEMAMix)
+    optimizer.init_state()
+    arenas = {id(state.part.arena): state.part.arena for state in optimizer.state.values()}.values()
+    return sum(flat.nbytes for arena in arenas for flat in arena.flats.values()) / sum(p.numel() for p in params)
 
 
 def table() -> str:

@@ -3,6 +3,9 @@
 //   signed_sqrt_int8     sign(code) * (code / 127)^2 * absmax
 //   fourth_root_uint8    ((code / 255)^2 * absmax)^2, with absmax that of the elements' square roots
 //   linear_int16         code / 32767 * absmax
+//   linear_int12         code / 2047 * absmax, in one word with one of the following
+//   signed_sqrt_int4     sign(code) * (code / 7)^2 * absmax
+//   fourth_root_uint4    ((code / 15)^2 * absmax)^2
 //
 // torch_ademamix/blockwise.py defines the same formats in PyTorch and is their oracle: codes and scales agree bit for
 // bit on every processor. So every operation below is one IEEE float32 operation, and all is built without
@@ -10,6 +13,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "value.h"
 
@@ -20,7 +24,15 @@ constexpr int BLOCK_SIZE = 256;
 constexpr int64_t block_count(int64_t numel) { return (numel + BLOCK_SIZE - 1) / BLOCK_SIZE; }
 
 // In the order of torch_ademamix/blockwise.py's.
-enum class BlockFormat : int8_t { SIGNED_SQRT_INT8, FOURTH_ROOT_UINT8, LINEAR_INT16 };
+enum class BlockFormat : int8_t {
+  SIGNED_SQRT_INT8,
+  FOURTH_ROOT_UINT8,
+  LINEAR_INT16,
+  LINEAR_INT12,
+  SIGNED_SQRT_INT4,
+  FOURTH_ROOT_UINT4
+};
+constexpr int BLOCK_FORMATS = 6;
 
 // 1.5 * 2^23: a float of that size has whole numbers for ulps, and its low bits are the two's complement of what was
 // added to it. Those are what encoders to the nearest code return; the bits above the code are garbage.
@@ -28,10 +40,15 @@ constexpr int ROUNDING_MAGIC = 12582912;
 
 // A code's value is a function of the code, as a float, and of the block's unit, absmax * UNIT. largest() is that of
 // the largest code, exactly.
+//
+// encode() gives code 0 as the float ZERO: ROUNDING_MAGIC for the nearest code, POSITION_ZERO for stochastic rounding,
+// next to which floats have 2^-POSITION_BITS for ulps. A format without it is rounded to nearest only.
 
-struct SignedSqrt {
-  using Code = int8_t;
-  static constexpr float MAX = 127, UNIT = 1 / (MAX * MAX);
+template <class C, int LARGEST>
+struct SignedSqrtFormat {
+  using Code = C;
+  static constexpr float MAX = LARGEST, UNIT = 1 / (MAX * MAX);
+  static constexpr int POSITION_ZERO = 0;
 
   template <class V>
   ADEMAMIX_INLINE static V decode(V code, V unit) {
@@ -46,9 +63,28 @@ struct SignedSqrt {
   }
 };
 
-struct Linear {
+struct SignedSqrt : SignedSqrtFormat<int8_t, 127> {};
+
+struct SignedSqrt4 : SignedSqrtFormat<int8_t, 7> {
+  static constexpr int POSITION_ZERO = 192, POSITION_BITS = 16, BITS = 4;
+
+  // What a magnitude would gain on average, relative to the scale, where its root is rounded stochastically: with a
+  // fraction f of a code, its square gains f (1 - f) / MAX^2. It is taken away before, but for the largest magnitude.
+  static constexpr float GAIN = 1 / 256.0f;
+
+  template <int ZERO = ROUNDING_MAGIC, class V>
+  ADEMAMIX_INLINE static V encode(V value, V inverse) {
+    V fraction = abs(value) * inverse;
+    if constexpr (ZERO == POSITION_ZERO) fraction = larger(fma(fraction, V(1 + GAIN), V(-GAIN)), V(0));
+    return fma(copysign(unit_sqrt(fraction), value), V(MAX), V(ZERO));
+  }
+};
+
+template <int LARGEST>
+struct LinearFormat {
   using Code = int16_t;
-  static constexpr float MAX = 32767, UNIT = 1 / MAX;
+  static constexpr float MAX = LARGEST, UNIT = 1 / MAX;
+  static constexpr int POSITION_ZERO = 0;
 
   template <class V>
   ADEMAMIX_INLINE static V decode(V code, V unit) {
@@ -63,10 +99,19 @@ struct Linear {
   }
 };
 
+struct Linear : LinearFormat<32767> {};
+struct Linear12 : LinearFormat<2047> {};
+
 // Of values that aren't negative. The optimizer needs their square root anyway; and a root's scale is never denormal.
-struct FourthRoot {
+//
+// SMALLEST_CODE is a positive value's. The next step divides by its root, so it may neither become 0 nor, by chance,
+// much smaller than it is: of 255, codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to
+// it.
+template <int LARGEST, int SMALLEST_CODE>
+struct FourthRootFormat {
   using Code = uint8_t;
-  static constexpr float MAX = 255, UNIT = 1 / (MAX * MAX);
+  static constexpr float MAX = LARGEST, UNIT = 1 / (MAX * MAX);
+  static constexpr int SMALLEST = SMALLEST_CODE;
 
   template <class V>
   ADEMAMIX_INLINE static V decode(V code, V unit) {
@@ -76,30 +121,20 @@ struct FourthRoot {
 
   ADEMAMIX_INLINE static float largest(float absmax) { return absmax * absmax; }
 
-  // Of a positive value. The next step divides by its root, so it may neither become 0 nor, by chance, much smaller
-  // than it is: codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to it.
-  static constexpr int SMALLEST = 4;
-
-  // ZERO is what code 0 is as a float: ROUNDING_MAGIC gives the nearest code, POSITION_ZERO a position.
   template <int ZERO = ROUNDING_MAGIC, class V>
   ADEMAMIX_INLINE static V encode(V sqrt_value, V inverse) {
     const V root = unit_sqrt(at_most_one(sqrt_value * inverse));
-    const V code = ZERO == POSITION_ZERO ? fma_down(root, V(MAX), V(ZERO)) : fma(root, V(MAX), V(ZERO));
+    const V code = ZERO != ROUNDING_MAGIC ? fma_down(root, V(MAX), V(ZERO)) : fma(root, V(MAX), V(ZERO));
     return if_positive(sqrt_value, larger(code, V(ZERO + SMALLEST)), code);
   }
+};
 
-  // Positions are floats in [256, 512), whose ulps are 2^-15 codes.
-  static constexpr int POSITION_ZERO = 256;
+struct FourthRoot : FourthRootFormat<255, 4> {
+  static constexpr int POSITION_ZERO = 256, POSITION_BITS = 15, BITS = 8;
+};
 
-  // Up with the probability of the fraction, right to 2e-5, by the bits of the position and 16 random ones. The code
-  // is the byte from STOCHASTIC_SHIFT on: twice the position's bits have 16 after it, and in it nothing of the
-  // exponent.
-  static constexpr int STOCHASTIC_SHIFT = 16;
-
-  template <class Bits>
-  ADEMAMIX_INLINE static Bits round(Bits position, Bits random) {
-    return position + position + random;
-  }
+struct FourthRoot4 : FourthRootFormat<15, 1> {
+  static constexpr int POSITION_ZERO = 128, POSITION_BITS = 16, BITS = 4;
 };
 
 // The value of a code outside of a step. A block's largest code stands for the scale itself, which decode() may miss by
@@ -110,9 +145,42 @@ ADEMAMIX_INLINE float dequantize(float code, float absmax) {
   return abs(code) == Format::MAX ? copysign(Format::largest(absmax), code) : value;
 }
 
+// A word of 16 bits has a code of Linear12 in its upper 12 bits, and below it one of a format of 4 bits.
+template <class Format>
+ADEMAMIX_INLINE int32_t code_in_word(int32_t word) {
+  if constexpr (std::is_same_v<Format, Linear12>) return word >> 4;
+  if constexpr (std::is_same_v<Format, FourthRoot4>) return word & 15;
+  return static_cast<int32_t>(static_cast<uint32_t>(word) << 28) >> 28;
+}
+
+template <class Format>
+ADEMAMIX_INLINE int32_t word_with_code(int32_t word, int32_t code) {
+  if constexpr (std::is_same_v<Format, Linear12>) return (word & 15) | code * 16;
+  return (word & ~15) | (code & 15);
+}
+
+template <class Format>
+constexpr bool IS_FOURTH_ROOT = std::is_same_v<Format, FourthRoot> || std::is_same_v<Format, FourthRoot4>;
+
+// Two codes of an element are rounded independently, with the bits of one Philox call: exp_avg's takes those that
+// exp_avg_sq's of another element takes. Element i of a group has those of element i ^ RANDOM_ELEMENT.
+template <class Format>
+constexpr int RANDOM_ELEMENT = std::is_same_v<Format, SignedSqrt4> ? 4 : 0;
+
+// Up with the probability of the fraction, right to 2e-5, by the bits of a position and 16 random ones. The code is the
+// Format::BITS from STOCHASTIC_SHIFT on; above them may be garbage.
+constexpr int STOCHASTIC_SHIFT = 16;
+
+template <class Format, class Bits>
+ADEMAMIX_INLINE Bits round_position(Bits position, Bits random) {
+  static_assert(Format::POSITION_BITS == 15 || Format::POSITION_BITS == 16);
+  return Format::POSITION_BITS == 15 ? position + position + random : position + random;
+}
+
 // The format of an exp_avg that isn't kept: at beta1 = 0 it is the gradient.
 struct NoCodes {
   using Code = int8_t;
+  static constexpr float UNIT = 0;
 };
 
 template <class Format>
@@ -126,6 +194,9 @@ auto with_format(BlockFormat format, F&& f) {
   switch (format) {
     case BlockFormat::SIGNED_SQRT_INT8: return f(SignedSqrt{});
     case BlockFormat::FOURTH_ROOT_UINT8: return f(FourthRoot{});
+    case BlockFormat::LINEAR_INT12: return f(Linear12{});
+    case BlockFormat::SIGNED_SQRT_INT4: return f(SignedSqrt4{});
+    case BlockFormat::FOURTH_ROOT_UINT4: return f(FourthRoot4{});
     default: return f(Linear{});
   }
 }

@@ -147,10 +147,6 @@ class Checker {
     return has_exp_avg_;
   }
 
-  void none(const char* name, const Views& list) const {
-    if (!list.empty()) refuse(op_, ": ", name, " has length ", list.size(), ", but exp_avgs has length 0");
-  }
-
   // A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic.
   void state(const char* name, const Views& list) { state(name, list, compute_dtype(param_dtype())); }
 
@@ -396,20 +392,25 @@ class Checker {
 };
 
 inline BlockFormat checked_format(const char* op, int64_t format) {
-  if (format < 0 || format > 2)
-    refuse(op, ": format is ", format, ", but must be 0 (signed_sqrt_int8), 1 (fourth_root_uint8) or 2 (linear_int16)");
+  if (format < 0 || format >= BLOCK_FORMATS)
+    refuse(op, ": format is ", format, ", but must be in [0, ", BLOCK_FORMATS, ")");
   return static_cast<BlockFormat>(format);
 }
 
 inline ScalarType code_dtype(BlockFormat format) {
-  switch (format) {
-    case BlockFormat::SIGNED_SQRT_INT8: return ScalarType::Char;
-    case BlockFormat::FOURTH_ROOT_UINT8: return ScalarType::Byte;
-    default: return ScalarType::Short;
-  }
+  return with_format(format, [](auto f) {
+    using Code = typename decltype(f)::Code;
+    return std::is_same_v<Code, int8_t> ? ScalarType::Char : sizeof(Code) == 1 ? ScalarType::Byte : ScalarType::Short;
+  });
 }
 
-// Of codes of one of these dtypes, each of which has one format.
+inline const char* format_name(BlockFormat format) {
+  constexpr const char* names[] = {"signed_sqrt_int8", "fourth_root_uint8", "linear_int16",
+                                   "linear_int12",     "signed_sqrt_int4",  "fourth_root_uint4"};
+  return names[static_cast<int>(format)];
+}
+
+// Of codes that fill their dtype.
 inline BlockFormat format_of(ScalarType code_dtype) {
   switch (code_dtype) {
     case ScalarType::Char: return BlockFormat::SIGNED_SQRT_INT8;
@@ -422,8 +423,8 @@ inline BlockFormat check_quantize(const TensorView& x, int64_t format, bool stoc
   const char* op = "quantize_blockwise";
   const BlockFormat checked = checked_format(op, format);
   if (x.dtype != ScalarType::Float) refuse(op, ": x has dtype ", dtype_name(x.dtype), ", but must be torch.float32");
-  if (stochastic && checked != BlockFormat::FOURTH_ROOT_UINT8)
-    refuse(op, ": seed is given, but only fourth_root_uint8 is rounded stochastically");
+  if (stochastic && with_format(checked, [](auto f) { return f.POSITION_ZERO == 0; }))
+    refuse(op, ": seed is given, but ", format_name(checked), " isn't rounded stochastically");
   return checked;
 }
 

@@ -37,17 +37,26 @@ struct BlockwiseLists {
   Views params, grads, exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs, exp_avg_sq_absmaxs,
       steps, remainders;
 
+  // Codes of 12 and 4 bits are words in exp_avg_slows: where one of the other moments has scales, but no codes.
+  bool has_exp_avg() const { return !exp_avg_absmaxs.empty(); }
+  bool exp_avg_in_words() const { return has_exp_avg() && exp_avgs.empty(); }
+  bool exp_avg_sq_in_words() const {
+    return !has_exp_avg() && exp_avgs.empty() && exp_avg_sqs.empty() && !exp_avg_slows.empty();
+  }
+  bool in_words() const { return exp_avg_in_words() || exp_avg_sq_in_words(); }
+
   void check(Checker& check) const {
     check.grads(grads);
-    if (check.has_exp_avg(exp_avgs)) {
-      check.codes("exp_avgs", exp_avgs, {ScalarType::Char});
+    if (check.has_exp_avg(exp_avgs.empty() ? exp_avg_absmaxs : exp_avgs)) {
+      if (!exp_avg_in_words()) check.codes("exp_avgs", exp_avgs, {ScalarType::Char});
       check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs);
-    } else {
-      check.none("exp_avg_absmaxs", exp_avg_absmaxs);
     }
-    check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short, ScalarType::Char});
+    if (in_words())
+      check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short});
+    else
+      check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short, ScalarType::Char});
     check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs);
-    check.codes("exp_avg_sqs", exp_avg_sqs, {ScalarType::Byte});
+    if (!exp_avg_sq_in_words()) check.codes("exp_avg_sqs", exp_avg_sqs, {ScalarType::Byte});
     check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs);
     check.steps(steps);
   }

@@ -15,7 +15,15 @@ NVRTC = {version: ROOT / f"build/nvrtc/libnvrtc.so.{version}" for version in (12
 
 DTYPES = ("float", "bfloat16", "half", "double")
 ROUNDINGS = {"bfloat16": ("NEAREST", "REMAINDER", "STOCHASTIC")}
-FORMATS = ("SignedSqrt", "FourthRoot", "Linear")
+FORMATS = ("SignedSqrt", "FourthRoot", "Linear", "Linear12", "SignedSqrt4", "FourthRoot4")
+STOCHASTIC_FORMATS = ("FourthRoot", "SignedSqrt4", "FourthRoot4")
+
+# Of exp_avg, exp_avg_slow and exp_avg_sq: by slow_ema_bits, with a beta1 above 0 and of 0.
+MOMENTS = (
+    *(f"{fast}, {slow}, FourthRoot" for fast in ("SignedSqrt", "NoCodes") for slow in ("Linear", "SignedSqrt")),
+    "SignedSqrt4, Linear12, FourthRoot",
+    "NoCodes, Linear12, FourthRoot4",
+)
 
 
 def step_types() -> Iterator[tuple[str, str, str]]:
@@ -32,15 +40,16 @@ def kernels() -> Iterator[str]:
         yield f"prologue_kernel<{dtype}, {table}>"
     for (param, grad, rounding), exp_avg in product(step_types(), ("true", "false")):
         yield f"step_kernel<{param}, {grad}, {exp_avg}, {rounding}, LONG_LIST<StepRecord>>"
-    for (param, grad, rounding), fast, slow, stochastic in product(
-        step_types(), ("SignedSqrt", "NoCodes"), ("Linear", "SignedSqrt"), ("true", "false")
-    ):
-        types = ", ".join((param, grad, fast, slow, stochastic, rounding))
+    for (param, grad, rounding), moments, stochastic in product(step_types(), MOMENTS, ("true", "false")):
+        if param != grad and moments not in MOMENTS[:2]:  # the rest differs by the formats alone
+            continue
+        types = ", ".join((param, grad, moments, stochastic, rounding))
         yield f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
     for format in FORMATS:
         yield f"quantize_kernel<{format}, false>"
         yield f"dequantize_kernel<{format}>"
-    yield "quantize_kernel<FourthRoot, true>"
+    for format in STOCHASTIC_FORMATS:
+        yield f"quantize_kernel<{format}, true>"
 
 
 def is_typical(name: str) -> bool:
@@ -50,7 +59,7 @@ def is_typical(name: str) -> bool:
         return False
     if name.startswith("step_kernel"):
         return types[2] == "true"
-    return not name.startswith("blockwise_step_kernel") or types[2:5] == ["SignedSqrt", "Linear", "true"]
+    return not name.startswith("blockwise_step_kernel") or ", ".join(types[2:6]) == f"{MOMENTS[0]}, true"
 
 
 def compile_kernels(wanted: Iterable[str], nvrtc: str | Path, capability: int, folder: Path) -> list[Path]:

@@ -12,13 +12,25 @@ from torch import Tensor, nn
 from torch._C import DispatchKeySet
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, blockwise
-from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, decode, quantize
+from torch_ademamix.blockwise import BLOCK_SIZE, POSITION_BITS, decode, quantize
+from torch_ademamix.moments import (
+    QUANTIZED,
+    WORDS,
+    codes_in,
+    entries_of,
+    op_entries,
+    op_formats,
+    packed_moment,
+    quantized_formats,
+)
 from torch_ademamix.reference import compute_dtype
 
 PACKET = torch.ops.torch_ademamix.ademamix_blockwise_step_
 
 SEED = -(2**62) - 12345  # both words of the key count, and so does the sign
-SLOW_FORMATS = {8: "signed_sqrt_int8", 16: "linear_int16"}
+
+MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+ABSMAXS = tuple(f"{name}_absmax" for name in MOMENTS)
 
 SMALL = [entry for entry in MIXED if entry[0] not in ((65537,), (3, 63, 65))]
 
@@ -55,46 +67,63 @@ def streams_of(params: list[Tensor]) -> list[int]:
 
 def stored(slow_ema_bits: int) -> tuple[str, str, str]:
     """The formats of exp_avg, exp_avg_slow and exp_avg_sq."""
-    return "signed_sqrt_int8", SLOW_FORMATS[slow_ema_bits], "fourth_root_uint8"
+    return tuple(QUANTIZED[slow_ema_bits][name] for name in MOMENTS)  # type: ignore[return-value]
 
 
-def quantized(lists: StepLists, slow_ema_bits: int = 16) -> BlockwiseLists:
+def formats_of(lists: "BlockwiseLists") -> dict[str, str]:
+    """The formats of the moments of one op call."""
+    return dict(op_formats(lists.exp_avgs, lists.exp_avg_absmaxs, lists.exp_avg_slows, lists.exp_avg_sqs))
+
+
+def state_of(lists: "BlockwiseLists", i: int) -> dict[str, Tensor]:
+    """The entries of a parameter's state, but for its step."""
+    _, _, *state, _ = lists
+    names = op_entries(formats_of(lists))[:-1]
+    return {name: tensors[i] for name, tensors in zip(names, state, strict=True) if name is not None}
+
+
+def codes_of(lists: "BlockwiseLists", i: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The codes and scales of a parameter's moments; of codes in words, copies."""
+    return dict(codes_in(state_of(lists, i), formats_of(lists)))
+
+
+def quantized(lists: StepLists, slow_ema_bits: int = 16, has_exp_avg: bool = True) -> BlockwiseLists:
     params, grads, *moments, steps = lists
     result = BlockwiseLists(params, grads, [], [], [], [], [], [], steps)
-    _, _, *targets, _ = result
-    for i, (tensors, format) in enumerate(zip(moments, stored(slow_ema_bits), strict=True)):
-        for tensor in tensors:
-            codes, absmax = quantize(tensor.float().contiguous(), format)
-            targets[2 * i].append(codes)
-            targets[2 * i + 1].append(absmax)
+    formats = quantized_formats(slow_ema_bits, has_exp_avg)
+    for i in range(len(params)):
+        values = {name: tensors[i].float().contiguous() for name, tensors in zip(MOMENTS, moments, strict=True)}
+        state = entries_of({name: quantize(values[name], format) for name, format in formats.items()}, formats)
+        for name, target in zip(op_entries(formats)[:-1], list(result)[2:-1], strict=True):
+            if name is not None:
+                target.append(state[name])
     return result
 
 
 def dequantized(lists: BlockwiseLists) -> StepLists:
-    """The same parameters, gradients and steps, with moments as a step decodes them."""
+    """The same parameters, gradients and steps, with unquantized moments."""
     params, grads, *_, steps = lists
     result = StepLists(params, grads, [], [], [], steps)
+    targets = dict(zip(MOMENTS, list(result)[2:-1], strict=True))
+    formats = formats_of(lists)
     for i, p in enumerate(params):
-        slow = 16 if lists.exp_avg_slows[i].dtype == torch.int16 else 8
-        for (codes, absmax), format, target in zip(
-            moments_of(lists, i),
-            stored(slow),
-            (result.exp_avgs, result.exp_avg_slows, result.exp_avg_sqs),
-            strict=True,
-        ):
-            target.append(decode(codes, absmax, format).to(compute_dtype(p.dtype)))
+        for name, (codes, absmax) in codes_of(lists, i).items():
+            targets[name].append(decode(codes, absmax, formats[name]).to(compute_dtype(p.dtype)))
     return result
 
 
 def moments_of(lists: BlockwiseLists, i: int) -> list[tuple[Tensor, Tensor]]:
-    """Codes and absmax of the three moments of parameter i."""
-    _, _, *state, _ = lists
-    return [(state[j][i], state[j + 1][i]) for j in (0, 2, 4)]
+    """Codes, or words with them, and absmax of the moments of parameter i, in the lists."""
+    state = state_of(lists, i)
+    packed = WORDS.get(formats_of(lists)[packed_moment(formats_of(lists)) or "exp_avg_slow"])
+    return [(state.get(name, state.get(packed)), state[f"{name}_absmax"]) for name in formats_of(lists)]
 
 
-def make_blockwise(entries: Any = MIXED, *args: Any, slow_ema_bits: int = 16, **kwargs: Any) -> BlockwiseLists:
+def make_blockwise(
+    entries: Any = MIXED, *args: Any, slow_ema_bits: int = 16, has_exp_avg: bool = True, **kwargs: Any
+) -> BlockwiseLists:
     """Arguments as in mid-training; see `make_lists`."""
-    return quantized(make_lists(entries, *args, **kwargs), slow_ema_bits)
+    return quantized(make_lists(entries, *args, **kwargs), slow_ema_bits, has_exp_avg)
 
 
 def blockwise_call(
@@ -125,18 +154,20 @@ def expected_blockwise_step(
     plain = dequantized(after)
     streams = after.streams if streams is None else streams
     step(kernel, plain, seed=seed, streams=streams, **options)
+    formats = formats_of(after)
     for i, stream in enumerate(streams):
-        values = [moments[i].float() for moments in (plain.exp_avgs, plain.exp_avg_slows, plain.exp_avg_sqs)]
-        # An element of which one moment isn't finite loses all three.
-        finite = torch.stack([value.isfinite() for value in values]).all(0)
-        slow = 16 if after.exp_avg_slows[i].dtype == torch.int16 else 8
-        for value, (codes, absmax), format in zip(values, moments_of(after, i), stored(slow), strict=True):
+        values = {name: getattr(plain, f"{name}s")[i].float() for name in formats}
+        # An element of which one moment isn't finite loses all.
+        finite = torch.stack([value.isfinite() for value in values.values()]).all(0)
+        codes = {}
+        for name, format in formats.items():
             key = {}
-            if stochastic_rounding and format == "fourth_root_uint8":
+            if stochastic_rounding and format in POSITION_BITS:
                 key = {"seed": seed, "step": plain.steps[i], "stream": stream}
-            new_codes, new_absmax = quantize(torch.where(finite, value, 0), format, **key)
-            codes.copy_(new_codes)
-            absmax.copy_(new_absmax)
+            codes[name] = quantize(torch.where(finite, values[name], 0), format, **key)
+        state = state_of(after, i)
+        for name, value in entries_of(codes, formats).items():
+            state[name].copy_(value)
     return after
 
 
@@ -158,10 +189,11 @@ def code_bounds(before: BlockwiseLists, ulps: int = 4, **options: Any) -> tuple[
 
 
 def assert_codes_within(lists: BlockwiseLists, bounds: tuple[BlockwiseLists, BlockwiseLists]) -> None:
-    for actual, low, high in zip(lists, *bounds, strict=True):
-        for a, b, c in zip(actual, low, high, strict=True):
-            if a.dtype in CODE_DTYPES.values():
-                assert bool(((torch.minimum(b, c) <= a) & (a <= torch.maximum(b, c))).all())
+    for i in range(len(lists.params)):
+        low, high = (codes_of(bound, i) for bound in bounds)
+        for name, (a, _) in codes_of(lists, i).items():
+            b, c = low[name][0], high[name][0]
+            assert bool(((torch.minimum(b, c) <= a) & (a <= torch.maximum(b, c))).all()), name
 
 
 def with_absmax_one(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,8 +225,6 @@ def neighbours(values: Tensor, ulps: int) -> Tensor:
 
 # Optimizers with quantized state.
 
-MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
-ABSMAXS = tuple(f"{name}_absmax" for name in MOMENTS)
 SIZES = (5000, 4096, 4095, 300)  # two quantized, ragged and not, and two below min_8bit_size
 
 

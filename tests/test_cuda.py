@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 
-SLOW_BITS = pytest.mark.parametrize("slow_ema_bits", [8, 16])
+SLOW_BITS = pytest.mark.parametrize("slow_ema_bits", [8, 12, 16])
 STOCHASTIC = pytest.mark.parametrize("stochastic_rounding", [True, False], ids=["stochastic", "nearest"])
 KINDS = pytest.mark.parametrize("kind", ["32", "blockwise"])
 

@@ -94,13 +94,6 @@ def test_opcheck(kind: str, numbers: str, where: str) -> None:
         torch.library.opcheck(*blockwise_call(given, **options))
 
 
-def test_scales_without_exp_avgs_are_refused(kernel: str) -> None:
-    lists = make_blockwise(MIXED[:3])
-    lists.exp_avgs.clear()
-    with pytest.raises(RuntimeError, match="exp_avg_absmaxs has length 3, but exp_avgs has length 0"):
-        blockwise_step(kernel, lists, beta1=0.0)
-
-
 def test_the_functions_take_empty_lists() -> None:
     numbers = dict(lr=0.1, beta2=0.99, beta3=0.999, alpha=2.0, eps=1e-8, weight_decay=0.1)
     mixed = [*MIXED[2:5], *MIXED[2:5]]

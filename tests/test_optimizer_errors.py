@@ -31,7 +31,7 @@ BAD_OPTIONS = [
         for value in ("no", None)
     ],
     *[({"optim_bits": bits}, "optim_bits is .* 8 or 32") for bits in (4, 16, "8")],
-    ({"slow_ema_bits": 4}, "slow_ema_bits is 4, but must be 8 or 16"),
+    ({"slow_ema_bits": 4}, "slow_ema_bits is 4, but must be 8, 12 or 16"),
     ({"min_8bit_size": -1}, "min_8bit_size is -1, but must be at least 0"),
 ]
 WRONG_TYPES = [

@@ -70,7 +70,7 @@ def test_bfloat16_parameters(kernel, kind, rounding):
     check(kernel, kind, lists, **roundings(lists)[rounding])
 
 
-@pytest.mark.parametrize("slow_ema_bits", [8, 16])
+@pytest.mark.parametrize("slow_ema_bits", [8, 12, 16])
 @pytest.mark.parametrize("stochastic_rounding", [False, True])
 def test_formats(kernel, stochastic_rounding, slow_ema_bits):
     lists = make_blockwise(ENTRIES, slow_ema_bits=slow_ema_bits)

@@ -10,7 +10,7 @@ from config import CONTIGUOUS, DTYPES, HYPERPARAMETERS, OPTIONS, assert_identica
 from quantized import SEED, SMALL, blockwise_step, boundaries, make_blockwise, neighbours, with_absmax_one
 
 from torch_ademamix import ops
-from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES
+from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, POSITION_BITS
 from torch_ademamix.functional import ademamix_blockwise
 
 NATIVE = pytest.mark.skipif(not native_built(), reason="built without native kernels")
@@ -56,7 +56,7 @@ def test_random_bits_go_by_seed_stream_step_and_element(kernel):
 
 
 @NATIVE
-@pytest.mark.parametrize("slow_ema_bits", [8, 16])
+@pytest.mark.parametrize("slow_ema_bits", [8, 12, 16])
 def test_threads_do_not_change_bits(slow_ema_bits):
     """Tensors past torch's threads, and many small ones."""
     sizes = [(300_000,), *[(999,)] * 50, (70_001,)]
@@ -79,7 +79,7 @@ def quantize_and_back(values):
     """In every format and by both ways of rounding."""
     result = []
     for format in CODE_DTYPES:
-        for seed in (None, SEED) if format == "fourth_root_uint8" else (None,):
+        for seed in (None, SEED) if format in POSITION_BITS else (None,):
             codes, absmax = ops.quantize_blockwise(values, format, seed=seed, step=7, stream=3)
             result += [codes, absmax, ops.dequantize_blockwise(codes, absmax, format)]
     return result
@@ -120,12 +120,15 @@ def test_instruction_sets_agree(capability, tmp_path):
     """The one in use is held against the formulas by the other tests."""
     calls = [
         (
-            list(make_blockwise(SMALL, param_dtype, grad_dtype, slow_ema_bits=8 + 8 * (i % 2))),
+            list(make_blockwise(SMALL, param_dtype, grad_dtype, slow_ema_bits=8 + 4 * (i % 3))),
             {"lr": 1e-2, **HYPERPARAMETERS, **options, "stochastic_rounding": i < 6, "seed": SEED},
         )
         for param_dtype in DTYPES
         for i, (grad_dtype, options) in enumerate(zip(DTYPES * 2, list(OPTIONS.values()) * 2, strict=False))
     ]
+    for dtype in DTYPES:
+        lists = make_blockwise(SMALL, dtype, slow_ema_bits=12, has_exp_avg=False)
+        calls.append((list(lists), {"lr": 1e-2, **HYPERPARAMETERS, "beta1": 0.0, "seed": SEED}))
     values = values_of_every_kind()
     torch.save((calls, values), tmp_path / "calls.pt")
     subprocess.run(

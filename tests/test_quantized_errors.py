@@ -222,14 +222,14 @@ def format_fake(op, args, options):
         op(*tree_map_only(torch.Tensor, mode.from_tensor, args), **options)
 
 
-FORMAT_TEXT = "but must be 0 (signed_sqrt_int8), 1 (fourth_root_uint8) or 2 (linear_int16)"
+FORMAT_TEXT = "but must be in [0, 6)"
 CODES_300 = torch.zeros(300, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("op", "args", "options", "text"),
     [
-        (QUANTIZE, (torch.ones(3), 3), {}, f"format is 3, {FORMAT_TEXT}"),
+        (QUANTIZE, (torch.ones(3), 6), {}, f"format is 6, {FORMAT_TEXT}"),
         (QUANTIZE, (torch.ones(3), -1), {}, f"format is -1, {FORMAT_TEXT}"),
         (
             QUANTIZE,
@@ -242,11 +242,11 @@ CODES_300 = torch.zeros(300, dtype=torch.uint8)
                 QUANTIZE,
                 (torch.ones(3), format),
                 {"seed": 0},
-                "seed is given, but only fourth_root_uint8 is rounded stochastically",
+                f"seed is given, but {name} isn't rounded stochastically",
             )
-            for format in (0, 2)
+            for format, name in ((0, "signed_sqrt_int8"), (2, "linear_int16"), (3, "linear_int12"))
         ],
-        (DEQUANTIZE, (CODES_300, torch.ones(2), 3), {}, f"format is 3, {FORMAT_TEXT}"),
+        (DEQUANTIZE, (CODES_300, torch.ones(2), 6), {}, f"format is 6, {FORMAT_TEXT}"),
         (
             DEQUANTIZE,
             (CODES_300, torch.ones(2), 2),

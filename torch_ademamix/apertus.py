@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from torch_ademamix.arenas import MOMENTS
 from torch_ademamix.conversion import (
     StateDict,
     check_entries,
@@ -18,6 +17,7 @@ from torch_ademamix.conversion import (
     unquantized,
 )
 from torch_ademamix.loading import checked_step
+from torch_ademamix.moments import MOMENTS
 
 # Our options and what the fork calls them, as Apple's reference implementation does; and its names of the moments.
 OPTIONS = {

@@ -22,17 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_ademamix import ops, sharding
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
+from torch_ademamix.moments import MOMENTS, SCALES, WORDS
 from torch_ademamix.places import absmax_part, code_part, state_part
-
-SCALES = "_absmax"  # ends the names of scales, of which there is one per block
-
-MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
 
 # The entry of a bfloat16 parameter with master weights (torch_ademamix/bfloat16.py).
 MASTER_REMAINDER = "master_remainder"
 
-# All that the optimizer keeps; state.py tells what of it a parameter has.
-NAMES = ("step", *MOMENTS, *(f"{name}{SCALES}" for name in MOMENTS), MASTER_REMAINDER)
+# All that the optimizer keeps; what of it a parameter has, moments.py tells.
+NAMES = ("step", *MOMENTS, *WORDS.values(), *(f"{name}{SCALES}" for name in MOMENTS), MASTER_REMAINDER)
 
 
 class Storage(NamedTuple):
@@ -132,7 +129,8 @@ def allocate(params: Sequence[Tensor], storage: Storage) -> list[tuple[Part, dic
 def _view(name: str, flats: Mapping[str, Tensor], p: Tensor, first: int) -> Tensor:
     if name.endswith(SCALES):
         return absmax_part(flats[name], p, first).view(sharding.scales_shape(p) or ())
-    return (code_part if name + SCALES in flats else state_part)(flats[name], p, first)
+    is_code = name + SCALES in flats or name in WORDS.values()
+    return (code_part if is_code else state_part)(flats[name], p, first)
 
 
 def _apart(view: Tensor) -> Tensor:

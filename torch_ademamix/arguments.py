@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.blockwise import CODE_DTYPES, POSITION_BITS, Format, block_count
 from torch_ademamix.check import Checker
+from torch_ademamix.moments import op_formats, packed_moment
 
 
 def check_step(
@@ -54,14 +55,15 @@ def check_blockwise_step(
 ) -> None:
     check = Checker("ademamix_blockwise_step_", params, options["places"])
     check.grads(grads)
-    if check.has_exp_avg(exp_avgs):
-        check.codes("exp_avgs", exp_avgs, torch.int8)
+    packed = packed_moment(op_formats(exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_sqs))
+    if check.has_exp_avg(exp_avgs or exp_avg_absmaxs):
+        if packed != "exp_avg":
+            check.codes("exp_avgs", exp_avgs, torch.int8)
         check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs)
-    else:
-        check.none("exp_avg_absmaxs", exp_avg_absmaxs)
-    check.codes("exp_avg_slows", exp_avg_slows, torch.int16, torch.int8)
+    check.codes("exp_avg_slows", exp_avg_slows, *((torch.int16,) if packed else (torch.int16, torch.int8)))
     check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs)
-    check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
+    if packed != "exp_avg_sq":
+        check.codes("exp_avg_sqs", exp_avg_sqs, torch.uint8)
     check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs)
     _check_options(check, steps, remainders, hyperparameters, lrs, draws=True, **options)
 
@@ -101,8 +103,7 @@ def _check_options(
 def checked_format(op: str, format: int) -> Format:
     formats = tuple(CODE_DTYPES)
     if not 0 <= format < len(formats):
-        allowed = "0 (signed_sqrt_int8), 1 (fourth_root_uint8) or 2 (linear_int16)"
-        raise RuntimeError(f"{op}: format is {format}, but must be {allowed}")
+        raise RuntimeError(f"{op}: format is {format}, but must be in [0, {len(formats)})")
     return formats[format]
 
 
@@ -111,8 +112,8 @@ def check_quantize(x: Tensor, format: int, stochastic: bool) -> Format:
     checked = checked_format(op, format)
     if x.dtype != torch.float32:
         raise RuntimeError(f"{op}: x has dtype {x.dtype}, but must be torch.float32")
-    if stochastic and checked != "fourth_root_uint8":
-        raise RuntimeError(f"{op}: seed is given, but only fourth_root_uint8 is rounded stochastically")
+    if stochastic and checked not in POSITION_BITS:
+        raise RuntimeError(f"{op}: seed is given, but {checked} isn't rounded stochastically")
     return checked
 
 

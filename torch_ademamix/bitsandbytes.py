@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import dynamic_map
-from torch_ademamix.arenas import MOMENTS
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.conversion import StateDict, check_entries, convert, exported_options, kept, renamed, unquantized
 from torch_ademamix.loading import BITSANDBYTES_STATE, checked, checked_step
-from torch_ademamix.state import formats_of
+from torch_ademamix.moments import MOMENTS, formats_of
 
 # Our options and what they are called there.
 OPTIONS = {name: name for name in ("lr", "betas", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")}

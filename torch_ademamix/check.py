@@ -81,10 +81,6 @@ class Checker:
         self._has_exp_avg = len(exp_avgs) > 0 or not self._params
         return self._has_exp_avg
 
-    def none(self, name: str, tensors: Sequence[Tensor]) -> None:
-        if tensors:
-            self.refuse(f"{name} has length {len(tensors)}, but exp_avgs has length 0")
-
     def state(self, name: str, tensors: Sequence[Tensor]) -> None:
         """A list of unquantized state: of the parameter's shape, in the dtype of its arithmetic."""
         self._state(name, tensors, compute_dtype(self._params[0].dtype) if self._params else torch.float32)

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_ademamix.arenas import MOMENTS, NAMES
+from torch_ademamix.arenas import NAMES
 from torch_ademamix.check import PARAMETER_DTYPES
 from torch_ademamix.loading import check_is_state_dict, checked, loaded_state, tells_format
+from torch_ademamix.moments import MOMENTS, SCALES, entries, formats_of
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.options import refusals_of
 from torch_ademamix.reference import compute_dtype
-from torch_ademamix.state import entries, formats_of
 
 StateDict = dict[str, Any]
 
@@ -86,8 +86,9 @@ def unquantized(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) 
     """The step and the three moments of AdEMAMix's saved state; an exp_avg that isn't kept at a β1 of 0 is zero."""
     if others := saved.keys() - set(NAMES):
         raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
-    name = next((name for name in entries(formats_of(saved)) if name in saved), "exp_avg_slow")
-    like = checked(saved.get(name), f"{where}[{name!r}]", None)  # of the parameter's shape
+    shaped = [name for name in entries(formats_of(saved)) if not name.endswith(SCALES)]  # as the parameter
+    name = next((name for name in shaped if name in saved), "exp_avg_slow")
+    like = checked(saved.get(name), f"{where}[{name!r}]", None)
     return loaded_state(like, saved, dict.fromkeys(MOMENTS), {"master_weights": None}, where, tells_format(group))
 
 

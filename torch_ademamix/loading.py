@@ -12,26 +12,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch_ademamix import dynamic_map, sharding
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
-    MOMENTS,
     NAMES,
-    SCALES,
     Arena,
     OptimizerState,
     ParamState,
     Storage,
 )
-from torch_ademamix.blockwise import CODE_DTYPES, FORMATS, Format, block_count
+from torch_ademamix.blockwise import block_count
 from torch_ademamix.check import in_place_problem
+from torch_ademamix.moments import (
+    MOMENTS,
+    SCALES,
+    WITHOUT_EXP_AVG,
+    Formats,
+    codes_in,
+    entries,
+    entries_of,
+    formats_of,
+)
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import check_options, param_name, refusals_of
 from torch_ademamix.reference import compute_dtype
 from torch_ademamix.state import (
-    ALLOWED_FORMATS,
     STATE_FORMAT,
-    Formats,
-    entries,
     formats,
-    formats_of,
     has_exp_avg,
     has_remainder,
     make_state,
@@ -252,13 +256,17 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
         ValueError: with `where` at its beginning.
     """
     hint = "load the checkpoint with the optim_bits, slow_ema_bits and min_8bit_size that it was saved with"
-    if "exp_avg_slow_absmax" in saved:
+    if "exp_avg_slow" in saved and "exp_avg_slow_absmax" in saved:
         dtype, bits = saved["exp_avg_slow"].dtype, group.get("slow_ema_bits")
-        if bits in (8, 16) and bits != 8 * dtype.itemsize:
+        if bits in WITHOUT_EXP_AVG and bits != 8 * dtype.itemsize:
             text = f"{where}['exp_avg_slow'] has dtype {dtype}, but its group has slow_ema_bits={bits}"
             otherwise = "or, if the group's option was changed after the state was made, set it back in the state dict"
             raise ValueError(f"{text}: {hint}, {otherwise}")
-    elif group.get("optim_bits") == 8 and saved["exp_avg_sq"].numel() >= group.get("min_8bit_size", 0):
+    elif (
+        "exp_avg_slow_absmax" not in saved
+        and group.get("optim_bits") == 8
+        and saved["exp_avg_sq"].numel() >= group.get("min_8bit_size", 0)
+    ):
         moments = [sharding.local(saved[name]) for name in MOMENTS if name in saved]
         if any(m.any() for m in moments) and all((m == m.round()).all() for m in moments):
             raise ValueError(f"{where} has codes of 8-bit state where its values should be: {hint}")
@@ -285,35 +293,32 @@ def _converted(
     step = checked_step(saved["step"], f"{where}['step']")
     if not _finite_and_not_negative(step):
         raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
+    _check_moments(p, saved, source, where, is_0_1)
     state = {"step": step}
+    codes = codes_in({name: value.contiguous() for name, value in saved.items()}, source) if quantized else {}
+    converted: dict[str, tuple[Tensor, Tensor]] = {}
     for name, format in target.items():
         if name not in source:
-            zeros = torch.zeros_like(saved["exp_avg_slow"], dtype=compute_dtype(p.dtype))
-            state |= _stored(name, zeros, format)
-            continue
-        if not quantized:
-            value = checked(saved[name], f"{where}[{name!r}]", p.shape, compute_dtype(p.dtype))
-            if in_place_problem(value):  # expanded, as a converter may write zeros
-                value = value.contiguous()
-            state |= _stored(name, value, format)
-            continue
-        dtypes = DTYPES_0_1[name] if is_0_1 else [CODE_DTYPES[allowed] for allowed in ALLOWED_FORMATS[name]]
-        value = checked(saved[name], f"{where}[{name!r}]", p.shape, *dtypes)
-        absmax_name = f"{name}{SCALES}"
-        absmax = checked(saved[absmax_name], f"{where}[{absmax_name!r}]", None, torch.float32)
-        if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them
-            checked(absmax, f"{where}[{absmax_name!r}]", sharding.scales_shape(p))
-        if not _finite_and_not_negative(absmax):
-            raise ValueError(f"{where}[{absmax_name!r}] has scales that aren't finite or are below 0")
-        value, absmax = value.contiguous(), absmax.contiguous().flatten()
-        if is_0_1 and value.dtype == torch.uint8:
-            values = dynamic_map.dequantize(value, absmax, signed=name != "exp_avg_sq")
-        elif FORMATS[value.dtype] == format:
-            state |= {name: value, f"{name}_absmax": _shaped(absmax, p)}
-            continue
+            like = next(saved[entry] for entry in entries(source) if not entry.endswith(SCALES))
+            values = torch.zeros_like(like, dtype=compute_dtype(p.dtype))
+        elif not quantized:
+            values = saved[name].contiguous() if in_place_problem(saved[name]) else saved[name]  # a converter's zeros
         else:
-            values = dequantize_blockwise(value, absmax, FORMATS[value.dtype])
-        state |= _stored(name, values.to(compute_dtype(p.dtype)), format)
+            own, absmax = codes[name][0], codes[name][1].flatten()
+            if is_0_1 and own.dtype == torch.uint8:
+                values = dynamic_map.dequantize(own, absmax, signed=name != "exp_avg_sq")
+            elif (own_format := source[name]) != format and own_format is not None:
+                values = dequantize_blockwise(own, absmax, own_format)
+            else:
+                converted[name] = own, _shaped(absmax, p)
+                continue
+        if format is None:
+            state[name] = values.to(compute_dtype(p.dtype))
+        else:
+            own, absmax = quantize_blockwise(values.float().contiguous(), format)
+            converted[name] = own, _shaped(absmax, p)
+    if converted:
+        state |= entries_of(converted, target)
     if saved_remainder is not None and not has_remainder(p, group):
         raise ValueError(
             f"{where} has {MASTER_REMAINDER!r}, a part of the float32 weights, which would be lost; load it with "
@@ -333,11 +338,22 @@ def _finite_and_not_negative(x: Tensor) -> bool:
     return x.is_meta or bool(((x >= 0) & x.isfinite()).all())  # a meta tensor has no values
 
 
-def _stored(name: str, values: Tensor, format: Format | None) -> dict[str, Tensor]:
-    if format is None:
-        return {name: values}
-    codes, absmax = quantize_blockwise(values.float().contiguous(), format)
-    return {name: codes, f"{name}_absmax": _shaped(absmax, values)}
+def _check_moments(p: Tensor, saved: Mapping[str, Any], source: Formats, where: str, is_0_1: bool) -> None:
+    """Refuses moments that aren't of the shapes and dtypes that state of these formats has."""
+    for name, dtype in entries(source, compute_dtype(p.dtype)).items():
+        entry = f"{where}[{name!r}]"
+        if not name.endswith(SCALES):
+            slow = (torch.int16, torch.int8)  # of which the format goes by
+            dtypes = (
+                DTYPES_0_1[name] if is_0_1 else slow if name == "exp_avg_slow" and any(source.values()) else (dtype,)
+            )
+            checked(saved[name], entry, p.shape, *dtypes)
+            continue
+        absmax = checked(saved[name], entry, None, dtype)
+        if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them
+            checked(absmax, entry, sharding.scales_shape(p))
+        if not _finite_and_not_negative(absmax):
+            raise ValueError(f"{entry} has scales that aren't finite or are below 0")
 
 
 def _shaped(absmax: Tensor, p: Tensor) -> Tensor:

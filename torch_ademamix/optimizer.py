@@ -14,6 +14,7 @@ from torch_ademamix import bfloat16, sharding, tracing
 from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState, check_memory
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
 from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, take_state
+from torch_ademamix.moments import formats_of
 from torch_ademamix.options import (
     GroupOptions,
     HyperparameterTables,
@@ -26,7 +27,16 @@ from torch_ademamix.options import (
     settle_lrs,
 )
 from torch_ademamix.plan import Plan, Work
-from torch_ademamix.state import STATE_FORMAT, check_exp_avg, make_state, separate, without_state
+from torch_ademamix.state import (
+    STATE_FORMAT,
+    check_exp_avg,
+    has_state,
+    make_state,
+    read_ema,
+    separate,
+    without_state,
+    write_ema,
+)
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 
@@ -58,10 +68,11 @@ class AdEMAMix(Optimizer):
         optim_bits: 32, or 8 for quantized state.
         min_8bit_size: tensors of fewer elements keep float32 state.
         is_paged: state may be paged out of GPU memory; without a GPU it is ordinary memory.
-        slow_ema_bits: of exp_avg_slow where state is quantized: 16, or 8, at which an average as slow as
-            β3 = 0.9999 loses most of its updates.
-        stochastic_rounding: of exp_avg_sq where state is quantized; rounding to nearest would make it nearly twice
-            as large.
+        slow_ema_bits: of exp_avg_slow where state is quantized: 16; 12, with exp_avg in the other 4 bits of the same
+            int16 words, or exp_avg_sq if β1 is 0; or 8, at which an EMA as slow as β3 = 0.9999 loses most of its
+            updates. See :meth:`ema` for the values.
+        stochastic_rounding: of exp_avg_sq where state is quantized, and of exp_avg in 4 bits; rounding to nearest would
+            make the former nearly twice as large.
         seed: of the stochastic rounding.
         master_weights: "remainder" keeps what rounding takes away from bfloat16 parameters, whose updates are often
             below half an ulp: the int16 state `master_remainder` (:mod:`torch_ademamix.bfloat16`), which is the
@@ -110,7 +121,7 @@ class AdEMAMix(Optimizer):
         is_paged: bool = False,
         *,
         schedule_start: int = 0,
-        slow_ema_bits: Literal[8, 16] = 16,
+        slow_ema_bits: Literal[8, 12, 16] = 16,
         stochastic_rounding: bool = True,
         seed: int = 0,
         master_weights: Literal["remainder"] | None = None,
@@ -236,6 +247,59 @@ class AdEMAMix(Optimizer):
             return p.detach()
         weight = bfloat16.join(sharding.local(p.detach()), sharding.local(remainder))
         return sharding.sharded({MASTER_REMAINDER: weight}, p)[MASTER_REMAINDER]
+
+    def ema(self, p: Tensor, name: str) -> Tensor:
+        """The values of one of a parameter's EMAs, in whichever format it is stored.
+
+        Args:
+            p: a parameter that has state.
+            name: "exp_avg", "exp_avg_slow" or "exp_avg_sq".
+
+        Returns:
+            A new tensor of the parameter's shape, a DTensor if the parameter is one: float32, or float64 where the
+            state of a float64 parameter isn't quantized.
+
+        Raises:
+            ValueError: the parameter has no state, or the state has no such EMA.
+
+        >>> p = torch.nn.Parameter(torch.ones(300))
+        >>> optimizer = AdEMAMix([p], betas=(0, 0.999, 0.9999), optim_bits=8, min_8bit_size=0, slow_ema_bits=12)
+        >>> optimizer.init_state()
+        >>> list(optimizer.state[p])
+        ['step', 'exp_avg_slow_and_exp_avg_sq', 'exp_avg_slow_absmax', 'exp_avg_sq_absmax']
+        >>> optimizer.set_ema(p, "exp_avg_slow", torch.full((300,), 0.5))
+        >>> optimizer.ema(p, "exp_avg_slow")[0].item(), optimizer.ema(p, "exp_avg_sq").any().item()
+        (0.5, False)
+        """
+        values = read_ema(self._state_with(p, name), name)
+        return sharding.sharded({name: values}, p)[name]
+
+    @torch.no_grad()
+    def set_ema(self, p: Tensor, name: str, values: Tensor) -> None:
+        """Overwrites one of a parameter's EMAs; quantized state takes the nearest values. See :meth:`ema`.
+
+        Args:
+            values: of the parameter's shape, in any floating dtype; a DTensor placed as the parameter if that is one.
+
+        Raises:
+            ValueError: as :meth:`ema`, or the values have another shape.
+        """
+        state = self._state_with(p, name)
+        if values.shape != p.shape or sharding.is_dtensor(values) != sharding.is_dtensor(p):
+            kind = "DTensor" if sharding.is_dtensor(p) else "plain tensor"
+            raise ValueError(
+                f"values is a {type(values).__name__} of shape {list(values.shape)}, but must be a {kind} of "
+                f"{list(p.shape)}"
+            )
+        write_ema({entry: sharding.local(tensor) for entry, tensor in state.items()}, name, sharding.local(values))
+
+    def _state_with(self, p: Tensor, name: str) -> ParamState:
+        state = self.state.get(p)
+        if not has_state(state):
+            raise ValueError("p has no state yet; call init_state() or step() first")
+        if name not in formats_of(state):
+            raise ValueError(f"name is {name!r}, but must be one of {', '.join(formats_of(state))}")
+        return state
 
     def _init_grad_norm(self) -> None:
         if self.max_grad_norm is None:

@@ -122,7 +122,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("an int of 64 bits", lambda seed: isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**63),
     **dict.fromkeys(("maximize", "stochastic_rounding", "capturable", "is_paged"), ("True or False", _is_flag)),
     "optim_bits": ("8 or 32", lambda bits: bits in (8, 32)),
-    "slow_ema_bits": ("8 or 16", lambda bits: bits in (8, 16)),
+    "slow_ema_bits": ("8, 12 or 16", lambda bits: bits in (8, 12, 16)),
     "master_weights": ("'remainder' or None", lambda kind: kind in ("remainder", None)),
     "param_rounding": ("'nearest' or 'stochastic'", lambda rounding: rounding in ("nearest", "stochastic")),
 }

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch_ademamix import ops, sharding, tracing
 from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, ParamState, Part, check_memory
 from torch_ademamix.check import are_floating
+from torch_ademamix.moments import Formats, entries, formats_of, op_entries
 from torch_ademamix.options import (
     CONSTANT_OPTIONS,
     GroupOptions,
@@ -25,7 +26,7 @@ from torch_ademamix.options import (
 )
 from torch_ademamix.places import PLACE_NUMBERS
 from torch_ademamix.reference import Hyperparameters, hyperparameters
-from torch_ademamix.state import Formats, entries, formats_of, has_state, op_entries
+from torch_ademamix.state import has_state
 
 Lists = tuple[Sequence[Any], ...]  # of an op call
 Call = tuple[Callable[..., None], Sequence[Tensor], Lists, Options]  # an op, whose parameters, its lists and options

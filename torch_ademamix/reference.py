@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import bfloat16
-from torch_ademamix.blockwise import FIRST_PARAM_GROUP, FORMATS, decode, quantize, random_bits
+from torch_ademamix.blockwise import FIRST_PARAM_GROUP, POSITION_BITS, Format, decode, quantize, random_bits
+from torch_ademamix.moments import MOMENTS, codes_in, entries_of, op_entries, op_formats
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
 
@@ -223,36 +224,26 @@ def ademamix_blockwise_step_(
     Args:
         call: calls a stage of it, which is a function, with its arguments (torch_ademamix/fused.py).
     """
-    lists = zip(
-        params,
-        grads,
-        or_none(exp_avgs, params),
-        or_none(exp_avg_absmaxs, params),
-        exp_avg_slows,
-        exp_avg_slow_absmaxs,
-        exp_avg_sqs,
-        exp_avg_sq_absmaxs,
-        steps,
-        hyperparameters,
-        streams,
-        strict=True,
-    )
-    for i, (p, g, m1, m1_absmax, m2, m2_absmax, nu, nu_absmax, step, row, stream) in enumerate(lists):
-        quantized = [(m2, m2_absmax), (nu, nu_absmax)]
-        if m1 is not None and m1_absmax is not None:
-            quantized.append((m1, m1_absmax))
-        moments = [call(_moment, codes, absmax, compute_dtype(p.dtype)) for codes, absmax in quantized]
-        b, c, a = ([m] for m in moments) if len(moments) == 3 else ([moments[0]], [moments[1]], [])
+    formats = op_formats(exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_sqs)
+    lists = (exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs, exp_avg_sq_absmaxs)
+    for i, (p, g, step, row, stream) in enumerate(zip(params, grads, steps, hyperparameters, streams, strict=True)):
+        state = {name: tensors[i] for name, tensors in zip(op_entries(formats), lists, strict=False) if name}
+        moments = {
+            name: call(_moment, codes, absmax, formats[name], compute_dtype(p.dtype))
+            for name, (codes, absmax) in codes_in(state, formats).items()
+        }
+        a, b, c = ([moments[name]] if name in moments else [] for name in MOMENTS)
         more: dict[str, Any] = {"seed": seed, "streams": [stream], "found_inf": found_inf, **options}
         call(ademamix_step_, [p], [g], a, b, c, [step], remainders[i : i + 1], [row], **more)
-        moments = call(_finite, *moments)
-        for (codes, absmax), m in zip(quantized, moments, strict=True):
-            stochastic = stochastic_rounding and FORMATS[codes.dtype] == "fourth_root_uint8"
-            call(_store, codes, absmax, m, found_inf, seed if stochastic else None, step, stream)
+        values = dict(zip(moments, call(_finite, *moments.values()), strict=True))
+        stochastic = seed if stochastic_rounding else None
+        codes = {name: call(_quantized, m, formats[name], stochastic, step, stream) for name, m in values.items()}
+        for name, new in entries_of(codes, formats).items():
+            call(_store, state[name], new, found_inf)
 
 
-def _moment(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return decode(codes, absmax.view(-1), FORMATS[codes.dtype]).to(dtype)
+def _moment(codes: Tensor, absmax: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
+    return decode(codes, absmax.view(-1), format).to(dtype)
 
 
 def _finite(*moments: Tensor) -> list[Tensor]:
@@ -261,22 +252,13 @@ def _finite(*moments: Tensor) -> list[Tensor]:
     return [torch.where(finite, m.float(), 0) for m in moments]
 
 
-def _store(
-    codes: Tensor,
-    absmax: Tensor,
-    moment: Tensor,
-    found_inf: Tensor | None,
-    seed: int | None,
-    step: Tensor,
-    stream: int,
-) -> None:
-    new_codes, new_absmax = quantize(moment, FORMATS[codes.dtype], seed=seed, step=step, stream=stream)
-    if found_inf is not None:
-        skip = found_inf.bool().reshape(())
-        new_codes = torch.where(skip, codes, new_codes)
-        new_absmax = torch.where(skip, absmax.view(-1), new_absmax)
-    codes.copy_(new_codes)
-    absmax.copy_(new_absmax.view_as(absmax))
+def _quantized(m: Tensor, format: Format, seed: int | None, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    return quantize(m, format, seed=seed if format in POSITION_BITS else None, step=step, stream=stream)
+
+
+def _store(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
+    new = new.view_as(old)
+    old.copy_(new if found_inf is None else torch.where(found_inf.bool().reshape(()), old, new))
 
 
 class ReferenceAdEMAMix(torch.optim.Optimizer):

@@ -7,33 +7,15 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import paging, sharding
-from torch_ademamix.arenas import (
-    MASTER_REMAINDER,
-    MOMENTS,
-    NAMES,
-    SCALES,
-    OptimizerState,
-    ParamState,
-    Storage,
-    allocate,
-)
-from torch_ademamix.blockwise import CODE_DTYPES, Format
+from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, OptimizerState, ParamState, Storage, allocate
+from torch_ademamix.moments import Formats, codes_in, entries, entries_of, formats_of, quantized_formats
+from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import Options, check_params, is_trained, param_name
 from torch_ademamix.reference import compute_dtype
-
-# What quantized state may be stored as: first the default, then what `slow_ema_bits=8` gives.
-ALLOWED_FORMATS: dict[str, tuple[Format, ...]] = {
-    "exp_avg": ("signed_sqrt_int8",),
-    "exp_avg_slow": ("linear_int16", "signed_sqrt_int8"),
-    "exp_avg_sq": ("fourth_root_uint8",),
-}
 
 # The number of these formats: a group's "state_format", by which a state dict tells what its codes mean, also where
 # their dtypes don't. Version 0.1.0 had other ones, and no such entry.
 STATE_FORMAT = 2
-
-
-Formats = dict[str, Format | None]  # of the moments that a parameter's state has: None is unquantized
 
 
 def formats(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None) -> Formats:
@@ -44,46 +26,10 @@ def formats(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None
     """
     if has_exp_avg is None:
         has_exp_avg = bool(group["betas"][0] > 0)
-    names = [name for name in MOMENTS if has_exp_avg or name != "exp_avg"]
+    quantized = quantized_formats(group["slow_ema_bits"], has_exp_avg)
     if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"] or sharding.scales_shape(p) is None:
-        return dict.fromkeys(names)
-    return {name: ALLOWED_FORMATS[name][-1 if group["slow_ema_bits"] == 8 else 0] for name in names}
-
-
-def formats_of(state: Mapping[str, Any]) -> Formats:
-    """How the moments of a state are stored, by its entries; of one that lacks some, what it comes nearest to."""
-    has_exp_avg = "exp_avg" in state or f"exp_avg{SCALES}" in state
-    names = [name for name in MOMENTS if has_exp_avg or name != "exp_avg"]
-    if f"{names[0]}{SCALES}" not in state:
-        return dict.fromkeys(names)
-    dtypes = {name: getattr(state.get(name), "dtype", None) for name in names}
-    return {
-        name: next((format for format in ALLOWED_FORMATS[name] if CODE_DTYPES[format] == dtypes[name]), allowed[0])
-        for name, allowed in ALLOWED_FORMATS.items()
-        if name in names
-    }
-
-
-def entries(formats: Mapping[str, Format | None], unquantized: torch.dtype = torch.float32) -> dict[str, torch.dtype]:
-    """The entries of a parameter's state beside its step and remainder, and their dtypes.
-
-    >>> list(entries({"exp_avg_slow": "linear_int16", "exp_avg_sq": None}))
-    ['exp_avg_slow', 'exp_avg_slow_absmax', 'exp_avg_sq']
-    """
-    result = {}
-    for name, format in formats.items():
-        result[name] = unquantized if format is None else CODE_DTYPES[format]
-        if format is not None:
-            result[f"{name}{SCALES}"] = torch.float32
-    return result
-
-
-def op_entries(formats: Mapping[str, Format | None]) -> tuple[str | None, ...]:
-    """The entries that the lists of a step's op have, in their order; None for a list that is empty."""
-    own = entries(formats)
-    quantized = any(formats.values())
-    wanted = (entry for name in MOMENTS for entry in ((name, f"{name}{SCALES}") if quantized else (name,)))
-    return (*(name if name in own else None for name in wanted), "step")
+        return dict.fromkeys(quantized)
+    return quantized
 
 
 def has_remainder(p: Tensor, group: Mapping[str, Any]) -> bool:
@@ -177,3 +123,27 @@ def write(state: ParamState, values: Mapping[str, Tensor]) -> None:
             target.copy_(sharding.local(values[name]).reshape(target.shape))
         else:
             target.zero_()
+
+
+def read_ema(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """The values of a moment, unquantized, in new memory; of a DTensor those of its local tensor."""
+    own = formats_of(state)
+    format = own[name]
+    local = {entry: sharding.local(value) for entry, value in state.items() if entry in NAMES}
+    if format is None:
+        return local[name].detach().clone()  # type: ignore[no-any-return]
+    codes, absmax = codes_in(local, own)[name]
+    return dequantize_blockwise(codes.contiguous(), absmax.flatten(), format)
+
+
+def write_ema(state: Mapping[str, Tensor], name: str, values: Tensor) -> None:
+    """Stores values, rounded to nearest, where a moment lies; `values` and `state` are local tensors."""
+    own = formats_of(state)
+    format = own[name]
+    if format is None:
+        state[name].copy_(values)
+        return
+    codes, absmax = quantize_blockwise(values.float().contiguous(), format)
+    changed = {**codes_in(state, own), name: (codes, absmax)}
+    for entry, value in entries_of(changed, own).items():
+        state[entry].copy_(value.view(state[entry].shape))

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from benchmarks import drift
 
 ADAMW = "AdamW"
-ADEMAMIX = {name: drift.SCHEMES[name] for name in (drift.FLOAT32, "8-bit", "8-bit, slow_ema_bits=8")}
+COMPARED = (drift.FLOAT32, "8-bit", "8-bit, slow_ema_bits=8")
+SMALLER = ("32-bit, beta1=0", "8-bit, slow_ema_bits=12", "8-bit, slow_ema_bits=12, beta1=0")  # by `--smaller`
+ADEMAMIX = {name: drift.SCHEMES[name] for name in (*COMPARED, *SMALLER)}
 PERTURBED = "32-bit, perturbed"  # initial weights multiplied by 1 + 1e-6 * noise: how much of a run's end is chance
 PERTURBATION = 1e-6
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import drift
-from benchmarks.convergence.plan import ADAMW, ADEMAMIX, PERTURBED, Config, Plan
+from benchmarks.convergence.plan import ADAMW, COMPARED, PERTURBED, SMALLER, Config, Plan
 from benchmarks.convergence.training import Trainer
 from benchmarks.shared import writing
 
@@ -92,7 +92,17 @@ def comparison(plan: Plan, found: dict[str, Config], runs: Runs) -> Iterator[Con
     for seed in plan.seeds:
         yield replace(found[ADAMW], seed=seed)
         for config in mixtures:
-            for scheme in ADEMAMIX:
+            for scheme in COMPARED:
                 yield replace(config, optimizer=scheme, seed=seed)
     for seed in plan.seeds:
         yield replace(mixtures[0], optimizer=PERTURBED, seed=seed)
+
+
+def smaller(plan: Plan, found: dict[str, Config], runs: Runs) -> Iterator[Config]:
+    """Schemes of smaller state at the first β3, each at the best of learning rates of its own, with the same seeds."""
+    best = found[f"β3 = {plan.beta3s[0]:g}"]
+    for scheme in SMALLER:
+        config = runs.best(replace(best, optimizer=scheme), (rounded(best.lr / 2), best.lr), plan.extend)
+        config = runs.refined(config) if plan.extend else config
+        for seed in plan.seeds:
+            yield replace(config, seed=seed)

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.convergence.plan import ADAMW, ADEMAMIX, PERTURBATION, PERTURBED, Config, Plan
+from benchmarks.drift import BETA1
 from benchmarks.shared import origin
 from examples.byte_gpt import ByteGPT, loss_fn, standard_library
 from torch_ademamix import AdEMAMix
@@ -34,16 +35,17 @@ def make_optimizer(config: Config, model: ByteGPT) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, fused=True
         )
+    options = dict(ADEMAMIX.get(config.optimizer, {}))
     return AdEMAMix(
         model.parameters(),
         lr=config.lr,
-        betas=(0.9, 0.999, config.beta3),
+        betas=(options.pop("beta1", BETA1), 0.999, config.beta3),
         alpha=config.alpha,
         t_alpha=config.steps,
         t_beta3=config.steps,
         weight_decay=WEIGHT_DECAY,
         seed=config.seed,
-        **ADEMAMIX.get(config.optimizer, {}),
+        **options,
     )
 
 
@@ -113,4 +115,4 @@ class Trainer:
 
 
 def quantized_parameters(optimizer: torch.optim.Optimizer) -> int:
-    return sum(p.numel() for p, state in optimizer.state.items() if "exp_avg_absmax" in state)
+    return sum(p.numel() for p, state in optimizer.state.items() if "exp_avg_sq_absmax" in state)

@@ -11,7 +11,26 @@ namespace {
 static_assert(BLOCK_SIZE == UNIT, "no two threads may share a quantization block");
 
 Quantized quantized(const TensorView& codes, const TensorView& absmax) {
-  return {codes.data, static_cast<float*>(absmax.data), format_of(codes.dtype)};
+  return {codes.data, static_cast<float*>(absmax.data), format_of(codes.dtype), false};
+}
+
+Quantized in_words(const TensorView& words, const TensorView& absmax, BlockFormat format) {
+  return {words.data, static_cast<float*>(absmax.data), format, true};
+}
+
+// The moments of one parameter of a call.
+template <class T>
+void set_moments(BlockwiseTensor<T>& t, const BlockwiseLists& lists, size_t i) {
+  const TensorView& slow = lists.exp_avg_slows[i];
+  if (lists.exp_avg_in_words())
+    t.exp_avg = in_words(slow, lists.exp_avg_absmaxs[i], BlockFormat::SIGNED_SQRT_INT4);
+  else if (lists.has_exp_avg())
+    t.exp_avg = quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i]);
+  t.exp_avg_slow = lists.in_words() ? in_words(slow, lists.exp_avg_slow_absmaxs[i], BlockFormat::LINEAR_INT12)
+                                    : quantized(slow, lists.exp_avg_slow_absmaxs[i]);
+  t.exp_avg_sq = lists.exp_avg_sq_in_words()
+                     ? in_words(slow, lists.exp_avg_sq_absmaxs[i], BlockFormat::FOURTH_ROOT_UINT4)
+                     : quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i]);
 }
 
 template <class T>
@@ -22,18 +41,18 @@ void run(const BlockwiseLists& lists, const StepOptions& options) {
   std::vector<int64_t> numels;
   tensors.reserve(lists.params.size());
   numels.reserve(lists.params.size());
-  const bool has_exp_avg = !lists.exp_avgs.empty();
   for (size_t i = 0; i < lists.params.size(); ++i) {
     const RandomKey random = random_key(options.seed, lists.steps[i], options.streams[i]);
     const bool has_remainder = rounding == ParamRounding::REMAINDER;
     tensors.push_back({{lists.params[i], rounding, has_remainder ? lists.remainders[i] : TensorView{}, random},
                        lists.grads[i],
-                       has_exp_avg ? quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i]) : Quantized{},
-                       quantized(lists.exp_avg_slows[i], lists.exp_avg_slow_absmaxs[i]),
-                       quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i]),
+                       {},
+                       {},
+                       {},
                        scalars[i],
                        random,
                        options.stochastic_rounding});
+    set_moments(tensors.back(), lists, i);
     numels.push_back(lists.params[i].numel);
   }
   parallel_over_elements(
@@ -53,7 +72,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   const int64_t numel = values.numel(), blocks = block_count(numel);
   Tensor codes = torch::stable::new_empty(values, values.sizes(), code_dtype(block_format));
   Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
-  const Quantized target{codes.data_ptr(), static_cast<float*>(absmax.data_ptr()), block_format};
+  const Quantized target{codes.data_ptr(), static_cast<float*>(absmax.data_ptr()), block_format, false};
   const RandomKey random = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
   parallel_over_elements({numel}, [&](size_t, int64_t begin, int64_t end) {
     quantize_elements(static_cast<const float*>(values.const_data_ptr()), target, seed ? &random : nullptr, begin, end);
@@ -65,7 +84,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
   const BlockFormat block_format = check_dequantize(view_of(codes), view_of(absmax), format);
   const Tensor source_codes = torch::stable::contiguous(codes), source_absmax = torch::stable::contiguous(absmax);
   Tensor values = torch::stable::new_empty(source_codes, source_codes.sizes(), ScalarType::Float);
-  const Quantized source{source_codes.data_ptr(), static_cast<float*>(source_absmax.data_ptr()), block_format};
+  const Quantized source{source_codes.data_ptr(), static_cast<float*>(source_absmax.data_ptr()), block_format, false};
   parallel_over_elements({values.numel()}, [&](size_t, int64_t begin, int64_t end) {
     dequantize_elements(source, static_cast<float*>(values.data_ptr()), begin, end);
   });

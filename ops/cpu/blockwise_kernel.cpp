@@ -21,9 +21,14 @@ template <class T>
 void decode(const Quantized& source, int64_t first, int count, T* values) {
   const float absmax = source.absmax[first / BLOCK_SIZE];
   with_format(source.format, [&](auto format) {
-    const auto* codes = static_cast<const typename decltype(format)::Code*>(source.codes) + first;
-    const float unit = absmax * format.UNIT;
-    for (int i = 0; i < count; ++i) values[i] = format.decode(static_cast<float>(codes[i]), unit);
+    using Format = decltype(format);
+    const auto* codes = static_cast<const typename Format::Code*>(source.codes) + first;
+    const auto* words = static_cast<const int16_t*>(source.codes) + first;
+    const float unit = absmax * Format::UNIT;
+    for (int i = 0; i < count; ++i) {
+      const int32_t code = source.in_words ? code_in_word<Format>(words[i]) : codes[i];
+      values[i] = Format::decode(static_cast<float>(code), unit);
+    }
   });
 }
 
@@ -46,10 +51,16 @@ void encode(V values, V inverse, typename Format::Code* codes) {
   store_codes(bits_of(Format::encode(values, inverse)), codes);
 }
 
-void encode_stochastically(V roots, V inverse, const uint16_t* random, uint8_t* codes) {
-  const Ints positions = bits_of(FourthRoot::encode<FourthRoot::POSITION_ZERO>(roots, inverse));
-  store_codes(FourthRoot::round(positions, load_bits(random)) >> Ints(FourthRoot::STOCHASTIC_SHIFT), codes);
+// The codes of a vector of a block's values in their lowest bits; above may be garbage. `i` is the first one's number.
+template <class Format>
+Ints rounded_stochastically(V values, V inverse, const Block<uint16_t>& random, int i) {
+  const Ints positions = bits_of(Format::template encode<Format::POSITION_ZERO>(values, inverse));
+  const Ints bits = load_bits<RANDOM_ELEMENT<Format>>(random, i);
+  return shift_right<STOCHASTIC_SHIFT>(round_position<Format>(positions, bits));
 }
+
+// Words of Linear12's codes and others, in their lowest 16 bits; the codes in their own lowest bits.
+Ints words_of(Ints slow, Ints others) { return shift_left<4>(slow) | (others & Ints(15)); }
 
 // A block's values, of which `absmax` is the scale.
 void encode_block(const Block<float>& values, float absmax, int64_t first, int count, const RandomKey* random,
@@ -63,15 +74,22 @@ void encode_block(const Block<float>& values, float absmax, int64_t first, int c
     Block<typename Format::Code> codes;
     for (int i = 0; i < count; i += V::SIZE) {
       const V vector = V::load(values + i);
-      if constexpr (std::is_same_v<Format, FourthRoot>) {
+      if constexpr (Format::POSITION_ZERO != 0) {
         if (random) {
-          encode_stochastically(vector, inverse, bits + i, codes + i);
+          constexpr int CUT_OFF = 32 - Format::BITS;
+          const Ints rounded = rounded_stochastically<Format>(vector, inverse, bits, i);
+          store_codes(shift_right<CUT_OFF>(shift_left<CUT_OFF>(rounded)), codes + i);
           continue;
         }
       }
       encode<Format>(vector, inverse, codes + i);
     }
-    std::memcpy(static_cast<typename Format::Code*>(target.codes) + first, codes, sizeof(*codes) * count);
+    if (target.in_words) {
+      auto* words = static_cast<int16_t*>(target.codes) + first;
+      for (int i = 0; i < count; ++i) words[i] = static_cast<int16_t>(word_with_code<Format>(words[i], codes[i]));
+    } else {
+      std::memcpy(static_cast<typename Format::Code*>(target.codes) + first, codes, sizeof(*codes) * count);
+    }
   });
 }
 
@@ -116,22 +134,32 @@ class Largest {
 //
 // In one loop over the elements each would wait for a root and then for a quotient, and a processor has room for few
 // that wait. So the moments and their roots come first; the second loop has the quotients beside the codes' roots.
-template <class Fast, class Slow>
+template <class Fast, class Slow, class Sq>
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
-  constexpr bool EXP_AVG = IS_KEPT<Fast>;
+  constexpr bool EXP_AVG = IS_KEPT<Fast>, IN_WORDS = std::is_same_v<Slow, Linear12>;
+  constexpr bool SQ_IN_WORDS = std::is_same_v<Sq, FourthRoot4>;
+  using Other = std::conditional_t<SQ_IN_WORDS, Sq, Fast>;  // of the words' other codes
   const StepScalars<V> scalars(t.scalars);
   auto* m1_codes = EXP_AVG ? static_cast<int8_t*>(t.exp_avg.codes) + first : nullptr;
   auto* m2_codes = static_cast<typename Slow::Code*>(t.exp_avg_slow.codes) + first;
   auto* nu_codes = static_cast<uint8_t*>(t.exp_avg_sq.codes) + first;
   const int64_t block = first / BLOCK_SIZE;
   float &m2_absmax = t.exp_avg_slow.absmax[block], &nu_absmax = t.exp_avg_sq.absmax[block];
-  const V m1_unit(EXP_AVG ? t.exp_avg.absmax[block] * SignedSqrt::UNIT : 0), m2_unit(m2_absmax * Slow::UNIT),
-      nu_unit(nu_absmax * FourthRoot::UNIT);
+  const V m1_unit(EXP_AVG ? t.exp_avg.absmax[block] * Fast::UNIT : 0), m2_unit(m2_absmax * Slow::UNIT),
+      nu_unit(nu_absmax * Sq::UNIT);
   Largest m1_largest, m2_largest, nu_largest;
   for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
-    Element<V> e{V{}, EXP_AVG ? SignedSqrt::decode(load_codes(m1_codes + i), m1_unit) : V{},
-                 Slow::decode(load_codes(m2_codes + i), m2_unit),
-                 FourthRoot::decode(load_codes(nu_codes + i), nu_unit)};
+    Element<V> e;
+    if constexpr (IN_WORDS) {
+      const Ints words = load_words(m2_codes + i);
+      const V others = to_float(SQ_IN_WORDS ? words & Ints(15) : shift_right<28>(shift_left<28>(words)));
+      e.exp_avg_slow = Slow::decode(to_float(shift_right<4>(words)), m2_unit);
+      (SQ_IN_WORDS ? e.exp_avg_sq : e.exp_avg) = Other::decode(others, SQ_IN_WORDS ? nu_unit : m1_unit);
+    } else {
+      if constexpr (EXP_AVG) e.exp_avg = Fast::decode(load_codes(m1_codes + i), m1_unit);
+      e.exp_avg_slow = Slow::decode(load_codes(m2_codes + i), m2_unit);
+    }
+    if constexpr (!SQ_IN_WORDS) e.exp_avg_sq = Sq::decode(load_codes(nu_codes + i), nu_unit);
     update_moments<EXP_AVG>(e, V::load(grad + i), scalars);
     const V root = sqrt(e.exp_avg_sq);
     e.exp_avg.store(m.m1 + i);
@@ -159,23 +187,36 @@ bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
     const V root = V::load(m.nu + i);
     update_param<EXP_AVG>(e, root, scalars);
     e.param.store(param + i);
-    if constexpr (EXP_AVG) encode<Fast>(e.exp_avg, m1_inverse, m1_codes + i);
-    encode<Slow>(e.exp_avg_slow, m2_inverse, m2_codes + i);
-    if (stochastic) {
-      encode_stochastically(root, nu_inverse, random + i, nu_codes + i);
+    if constexpr (IN_WORDS) {
+      const V &other = SQ_IN_WORDS ? root : e.exp_avg, &inverse = SQ_IN_WORDS ? nu_inverse : m1_inverse;
+      const Ints slow = bits_of(Slow::encode(e.exp_avg_slow, m2_inverse));
+      const Ints others = stochastic ? rounded_stochastically<Other>(other, inverse, random, i)
+                                     : bits_of(Other::encode(other, inverse));
+      store_codes(words_of(slow, others), m2_codes + i);
     } else {
-      encode<FourthRoot>(root, nu_inverse, nu_codes + i);
+      if constexpr (EXP_AVG) encode<Fast>(e.exp_avg, m1_inverse, m1_codes + i);
+      encode<Slow>(e.exp_avg_slow, m2_inverse, m2_codes + i);
+    }
+    if constexpr (!SQ_IN_WORDS) {
+      if (stochastic)
+        store_codes(rounded_stochastically<Sq>(root, nu_inverse, random, i), nu_codes + i);
+      else
+        encode<Sq>(root, nu_inverse, nu_codes + i);
     }
   }
   return true;
 }
 
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
-  const bool linear = t.exp_avg_slow.format == BlockFormat::LINEAR_INT16;
-  const auto step = t.exp_avg.codes
-                        ? linear ? step_whole_block<SignedSqrt, Linear> : step_whole_block<SignedSqrt, SignedSqrt>
-                    : linear ? step_whole_block<NoCodes, Linear>
-                             : step_whole_block<NoCodes, SignedSqrt>;
+  const bool has_exp_avg = t.exp_avg.codes, linear = t.exp_avg_slow.format == BlockFormat::LINEAR_INT16;
+  auto* step = has_exp_avg ? step_whole_block<SignedSqrt, SignedSqrt, FourthRoot>
+                           : step_whole_block<NoCodes, SignedSqrt, FourthRoot>;
+  if (linear)
+    step =
+        has_exp_avg ? step_whole_block<SignedSqrt, Linear, FourthRoot> : step_whole_block<NoCodes, Linear, FourthRoot>;
+  if (t.exp_avg_slow.in_words)
+    step = has_exp_avg ? step_whole_block<SignedSqrt4, Linear12, FourthRoot>
+                       : step_whole_block<NoCodes, Linear12, FourthRoot4>;
   return step(param, grad, t, first, m);
 }
 
@@ -208,9 +249,10 @@ void blockwise_step_elements(const BlockwiseTensor<T>& t, int64_t begin, int64_t
     if (count < BLOCK_SIZE || !step_whole_block(param.data(), grad.data(), t, first, m)) {
       step_moments(param.data(), grad.data(), t, first, count, m);
       if (!m.finite()) m.drop_infinite(count);
-      if (t.exp_avg.codes) encode_block(m.m1, m.m1_absmax, first, count, nullptr, t.exp_avg);
+      const RandomKey* const random = t.stochastic_rounding ? &t.random : nullptr;
+      if (t.exp_avg.codes) encode_block(m.m1, m.m1_absmax, first, count, random, t.exp_avg);
       encode_block(m.m2, m.m2_absmax, first, count, nullptr, t.exp_avg_slow);
-      encode_block(m.nu, m.nu_absmax, first, count, t.stochastic_rounding ? &t.random : nullptr, t.exp_avg_sq);
+      encode_block(m.nu, m.nu_absmax, first, count, random, t.exp_avg_sq);
     }
     param.write_back();
   }
@@ -225,7 +267,7 @@ void quantize_elements(const float* values, const Quantized& target, const Rando
   for (int64_t first = begin; first < end; first += BLOCK_SIZE) {
     const int count = static_cast<int>(std::min<int64_t>(BLOCK_SIZE, end - first));
     for (int i = 0; i < count; ++i) block[i] = finite_or_zero(values[first + i]);
-    if (target.format == BlockFormat::FOURTH_ROOT_UINT8) {
+    if (with_format(target.format, [](auto format) { return IS_FOURTH_ROOT<decltype(format)>; })) {
       for (int i = 0; i < count; ++i) block[i] = larger(block[i], 0.0f);
       replace_by_roots(block, count);
     }

@@ -11,6 +11,7 @@ struct Quantized {
   void* codes;
   float* absmax;
   BlockFormat format;
+  bool in_words;  // the codes are in words of two codes each
 };
 
 // One parameter of a step with quantized state. T is the type of the arithmetic: float, or double for float64.

@@ -14,6 +14,11 @@ namespace ademamix {
 // As many as there are floats in a vector. Codes are stored from the lowest bits.
 using Ints = at::vec::Vectorized<int32_t>;
 
+// load_bits<ELEMENT>(random, i) gives the bits of the elements from i on, or of their groups' elements i ^ ELEMENT.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+constexpr int SWAPPED_HALVES = 0x4e;  // of 16 bytes, a group's bits: elements i ^ 4
+#endif
+
 #if defined(CPU_CAPABILITY_AVX512)
 
 inline Simd<float> load_codes(const int8_t* p) {
@@ -31,8 +36,26 @@ inline Simd<float> load_codes(const int16_t* p) {
       _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
 }
 
-inline Ints load_bits(const uint16_t* p) {
-  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+inline Ints load_words(const int16_t* p) {
+  return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline Simd<float> to_float(Ints codes) { return at::vec::Vectorized<float>(_mm512_cvtepi32_ps(codes)); }
+
+template <int N>
+Ints shift_left(Ints x) {
+  return _mm512_slli_epi32(x, N);
+}
+
+template <int N>
+Ints shift_right(Ints x) {
+  return _mm512_srai_epi32(x, N);
+}
+
+template <int ELEMENT>
+Ints load_bits(const uint16_t* random, int i) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(random + i));
+  return _mm512_cvtepu16_epi32(ELEMENT == 0 ? bits : _mm256_shuffle_epi32(bits, SWAPPED_HALVES));
 }
 
 inline void store_codes(Ints codes, uint8_t* p) {
@@ -60,8 +83,26 @@ inline Simd<float> load_codes(const int16_t* p) {
       _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 }
 
-inline Ints load_bits(const uint16_t* p) {
-  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+inline Ints load_words(const int16_t* p) {
+  return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline Simd<float> to_float(Ints codes) { return at::vec::Vectorized<float>(_mm256_cvtepi32_ps(codes)); }
+
+template <int N>
+Ints shift_left(Ints x) {
+  return _mm256_slli_epi32(x, N);
+}
+
+template <int N>
+Ints shift_right(Ints x) {
+  return _mm256_srai_epi32(x, N);
+}
+
+template <int ELEMENT>
+Ints load_bits(const uint16_t* random, int i) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(random + i));
+  return _mm256_cvtepu16_epi32(ELEMENT == 0 ? bits : _mm_shuffle_epi32(bits, SWAPPED_HALVES));
 }
 
 inline void store_codes(Ints codes, uint8_t* p) {
@@ -95,7 +136,25 @@ inline Simd<float> load_codes(const int16_t* p) {
   return at::vec::Vectorized<float>(vcvtq_f32_s32(vmovl_s16(vld1_s16(p))));
 }
 
-inline Ints load_bits(const uint16_t* p) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))); }
+inline Ints load_words(const int16_t* p) { return vmovl_s16(vld1_s16(p)); }
+
+inline Simd<float> to_float(Ints codes) { return at::vec::Vectorized<float>(vcvtq_f32_s32(codes)); }
+
+template <int N>
+Ints shift_left(Ints x) {
+  return vshlq_n_s32(x, N);
+}
+
+template <int N>
+Ints shift_right(Ints x) {
+  return vshrq_n_s32(x, N);
+}
+
+template <int ELEMENT>
+Ints load_bits(const uint16_t* random, int i) {
+  static_assert(ELEMENT % 4 == 0);
+  return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(random + (i ^ ELEMENT))));
+}
 
 inline void store_codes(Ints codes, uint8_t* p) {
   const int16x4_t halves = vmovn_s32(codes);
@@ -114,9 +173,28 @@ Simd<float> load_codes(const Code* p) {
   return Simd<float>::load(values);
 }
 
-inline Ints load_bits(const uint16_t* p) {
+inline Ints load_words(const int16_t* p) {
   int32_t values[Ints::size()];
   for (int64_t i = 0; i < Ints::size(); ++i) values[i] = p[i];
+  return Ints::loadu(values);
+}
+
+inline Simd<float> to_float(Ints codes) { return at::vec::convert_to_fp_of_same_size<float>(codes); }
+
+template <int N>
+Ints shift_left(Ints x) {
+  return x << Ints(N);
+}
+
+template <int N>
+Ints shift_right(Ints x) {
+  return x >> Ints(N);
+}
+
+template <int ELEMENT>
+Ints load_bits(const uint16_t* random, int i) {
+  int32_t values[Ints::size()];
+  for (int lane = 0; lane < Ints::size(); ++lane) values[lane] = random[(i + lane) ^ ELEMENT];
   return Ints::loadu(values);
 }
 

@@ -98,7 +98,7 @@ inline const char* capacity_name(size_t tensors, const char* long_list) {
 }
 
 template <class First, class... Others>
-std::string kernel_expression(const char* kernel, First first, Others... others) {
+std::string kernel_expression(const char* kernel, First first, const Others&... others) {
   std::string text = std::string(kernel) + '<' + first;
   ((text += ", ", text += others), ...);
   return text + '>';

@@ -15,19 +15,38 @@ constexpr int WAVES = ADEMAMIX_BLOCKWISE_WAVES;
 
 uint32_t tiles_of(int64_t blocks) { return static_cast<uint32_t>((blocks + TILE_BLOCKS - 1) / TILE_BLOCKS); }
 
+// As device code names them.
+const char* struct_name(BlockFormat format) {
+  switch (format) {
+    case BlockFormat::SIGNED_SQRT_INT8: return "SignedSqrt";
+    case BlockFormat::FOURTH_ROOT_UINT8: return "FourthRoot";
+    case BlockFormat::LINEAR_INT12: return "Linear12";
+    case BlockFormat::SIGNED_SQRT_INT4: return "SignedSqrt4";
+    case BlockFormat::FOURTH_ROOT_UINT4: return "FourthRoot4";
+    default: return "Linear";
+  }
+}
+
 struct BlockwiseKernel {
   ScalarType param, grad, slow_code;
-  bool has_exp_avg;
+  bool has_exp_avg, exp_avg_in_words, exp_avg_sq_in_words;
   bool stochastic_rounding;
   ParamRounding rounding;
 
   int slow_bytes() const { return slow_code == ScalarType::Short ? 2 : 1; }
 
+  std::string formats() const {
+    if (exp_avg_in_words) return "SignedSqrt4, Linear12, FourthRoot";
+    if (exp_avg_sq_in_words) return "NoCodes, Linear12, FourthRoot4";
+    const std::string slow = slow_bytes() == 2 ? "Linear" : "SignedSqrt";
+    return (has_exp_avg ? "SignedSqrt, " : "NoCodes, ") + slow + ", FourthRoot";
+  }
+
   Kernel load(const CurrentDevice& device, size_t tensors) const {
     const char* const capacity = capacity_name(tensors, "LONG_LIST<BlockwiseRecord>");
-    const std::string expression = kernel_expression(
-        "blockwise_step_kernel", type_name(param), type_name(grad), has_exp_avg ? "SignedSqrt" : "NoCodes",
-        slow_bytes() == 2 ? "Linear" : "SignedSqrt", bool_name(stochastic_rounding), rounding_name(rounding), capacity);
+    const std::string expression =
+        kernel_expression("blockwise_step_kernel", type_name(param), type_name(grad), formats(),
+                          bool_name(stochastic_rounding), rounding_name(rounding), capacity);
     return device.gpu().kernel(expression, BLOCKWISE_THREADS, device.stream());
   }
 
@@ -41,10 +60,10 @@ struct BlockwiseKernel {
 
 void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
-  const bool has_exp_avg = !lists.exp_avgs.empty();
   const BlockwiseKernel kernel{
       lists.params[0].dtype,        lists.grads[0].dtype,
-      lists.exp_avg_slows[0].dtype, has_exp_avg,
+      lists.exp_avg_slows[0].dtype, lists.has_exp_avg(),
+      lists.exp_avg_in_words(),     lists.exp_avg_sq_in_words(),
       options.stochastic_rounding,  param_rounding(lists.remainders, options.stochastic_param_rounding)};
   const Kernel loaded = kernel.load(device, lists.params.size());
   if (options.dry_run) {
@@ -59,11 +78,11 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
     BlockwiseRecord r{
         lists.params[i].data,
         lists.grads[i].data,
-        has_exp_avg ? static_cast<int8_t*>(lists.exp_avgs[i].data) : nullptr,
+        lists.exp_avgs.empty() ? nullptr : static_cast<int8_t*>(lists.exp_avgs[i].data),
         lists.exp_avg_slows[i].data,
-        static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
+        lists.exp_avg_sqs.empty() ? nullptr : static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
         {static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data), static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data),
-         has_exp_avg ? static_cast<float*>(lists.exp_avg_absmaxs[i].data) : nullptr}};
+         lists.has_exp_avg() ? static_cast<float*>(lists.exp_avg_absmaxs[i].data) : nullptr}};
     if (kernel.rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
     r.numel = lists.params[i].numel;
     r.stream = options.streams[i];
@@ -94,14 +113,6 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   order.write_back();
 }
 
-const char* format_name(BlockFormat format) {
-  switch (format) {
-    case BlockFormat::SIGNED_SQRT_INT8: return "SignedSqrt";
-    case BlockFormat::FOURTH_ROOT_UINT8: return "FourthRoot";
-    default: return "Linear";
-  }
-}
-
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::optional<int64_t> seed, int64_t step,
                                               int64_t stream) {
   const BlockFormat block_format = check_quantize(view_of(x), format, seed.has_value());
@@ -112,7 +123,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
   if (numel == 0) return {codes, absmax};
   const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
-  const auto name = kernel_expression("quantize_kernel", format_name(block_format), bool_name(seed.has_value()));
+  const auto name = kernel_expression("quantize_kernel", struct_name(block_format), bool_name(seed.has_value()));
   launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(blocks),
          BLOCKWISE_THREADS, values.const_data_ptr(), codes.mutable_data_ptr(), absmax.mutable_data_ptr(), numel, key);
   return {codes, absmax};
@@ -125,7 +136,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
   Tensor values = torch::stable::new_empty(source_codes, source_codes.sizes(), ScalarType::Float);
   const int64_t numel = values.numel();
   if (numel == 0) return values;
-  const auto name = kernel_expression("dequantize_kernel", format_name(block_format));
+  const auto name = kernel_expression("dequantize_kernel", struct_name(block_format));
   launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(block_count(numel)),
          BLOCKWISE_THREADS, source_codes.const_data_ptr(), source_absmax.const_data_ptr(), values.mutable_data_ptr(),
          numel);

@@ -63,24 +63,56 @@ __device__ __forceinline__ float to_float(float a) { return a; }
 __device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
 __device__ __forceinline__ float to_float(Approximate a) { return a.value; }
 
-// Of finite values, for FourthRoot of their roots. V is the type of the arithmetic.
+// Of finite values, for fourth roots of their roots. V is the type of the arithmetic; without `random`, to nearest.
 template <class Format, bool STOCHASTIC, class V>
-__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const RandomKey& key, uint64_t group,
+__device__ __forceinline__ uint32_t encode(float value, float inverse, const RandomWords& random, int i) {
+  if constexpr (STOCHASTIC) {
+    const V position = Format::template encode<Format::POSITION_ZERO>(V(value), V(inverse));
+    return round_position<Format>(float_bits(to_float(position)), random_half(random, i ^ RANDOM_ELEMENT<Format>));
+  } else {
+    return float_bits(to_float(Format::encode(V(value), V(inverse))));
+  }
+}
+
+template <class Format, bool STOCHASTIC, class V>
+__device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const RandomWords& random,
                                        LaneCodes<Format>& result) {
   uint32_t codes[LANE_ELEMENTS];
-  if constexpr (STOCHASTIC) {
-    const RandomWords words = random_words(key, group);
 #pragma unroll
-    for (int i = 0; i < LANE_ELEMENTS; ++i) {
-      const V position = Format::template encode<Format::POSITION_ZERO>(V(values[i]), V(inverse));
-      codes[i] = Format::round(float_bits(to_float(position)), random_half(words, i));
-    }
-    result.template set_all<Format::STOCHASTIC_SHIFT>(codes);
-  } else {
+  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode<Format, STOCHASTIC, V>(values[i], inverse, random, i);
+  result.template set_all<STOCHASTIC ? STOCHASTIC_SHIFT : 0>(codes);
+}
+
+// Words of Linear12's codes and others.
+using LaneWords = Lanes<int16_t, LANE_ELEMENTS>;
+
+template <class Other>
+__device__ __forceinline__ void decode_words(const LaneWords& words, float slow_absmax, LaneFloats& slow,
+                                             float other_absmax, LaneFloats& others) {
+  const float slow_unit = slow_absmax * Linear12::UNIT, other_unit = other_absmax * Other::UNIT;
 #pragma unroll
-    for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = float_bits(to_float(Format::encode(V(values[i]), V(inverse))));
-    result.set_all(codes);
+  for (int i = 0; i < LANE_ELEMENTS; ++i) {
+    const int32_t word = words.template get<int16_t>(i);
+    slow[i] = Linear12::decode(static_cast<float>(code_in_word<Linear12>(word)), slow_unit);
+    others[i] = Other::decode(static_cast<float>(code_in_word<Other>(word)), other_unit);
   }
+}
+
+template <class Other, bool STOCHASTIC>
+__device__ __forceinline__ void encode_words(const LaneFloats& slow, float slow_inverse, const LaneFloats& others,
+                                             float other_inverse, const RandomWords& random, LaneWords& result) {
+  uint32_t words[LANE_ELEMENTS];
+#pragma unroll
+  for (int i = 0; i < LANE_ELEMENTS; ++i) {
+    const uint32_t slow_code = encode<Linear12, false, Approximate>(slow[i], slow_inverse, random, i);
+    const uint32_t other = encode<Other, STOCHASTIC, Approximate>(others[i], other_inverse, random, i);
+    // Where the other code is when it is rounded stochastically, the word is an upper half.
+    words[i] = STOCHASTIC ? slow_code << 20 | (other & 0xf0000) : slow_code << 4 | (other & 15);
+  }
+  if constexpr (STOCHASTIC)
+    result.set_upper_halves(words);
+  else
+    result.set_all(words);
 }
 
 // ------------------------------------------------------------------------------------------------------------ the step
@@ -108,17 +140,19 @@ __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
 // A lane's part of a block as it lies in memory.
-template <class P, class G, class Fast, class Slow, ParamRounding ROUNDING>
+template <class P, class G, class Fast, class Slow, class Sq, ParamRounding ROUNDING>
 class BlockLanes {
  public:
-  static constexpr bool EXP_AVG = IS_KEPT<Fast>;
+  static constexpr bool EXP_AVG = IS_KEPT<Fast>, IN_WORDS = std::is_same_v<Slow, Linear12>;
+  static constexpr bool SQ_IN_WORDS = std::is_same_v<Sq, FourthRoot4>;
+  static constexpr bool OWN_M1 = EXP_AVG && !IN_WORDS, OWN_NU = !SQ_IN_WORDS;  // else they are in m2's words
   static constexpr int SCALES = EXP_AVG ? 3 : 2;
 
   ParamLanes<P, ROUNDING, LANE_ELEMENTS> p;
   Lanes<G, LANE_ELEMENTS> g;
-  std::conditional_t<EXP_AVG, LaneCodes<Fast>, Nothing> m1;
+  std::conditional_t<OWN_M1, LaneCodes<Fast>, Nothing> m1;
   LaneCodes<Slow> m2;
-  LaneCodes<FourthRoot> nu;
+  std::conditional_t<OWN_NU, LaneCodes<Sq>, Nothing> nu;
   float absmax;  // the first lanes have one state's each, in the record's order
 
   // `block` may be past the tensor's end.
@@ -126,16 +160,16 @@ class BlockLanes {
     const Place at(r, block, lane);
     if (block < r.wide_blocks) {
       p.load(at.param, at.remainder);
-      if constexpr (EXP_AVG) m1.load(at.m1);
+      if constexpr (OWN_M1) m1.load(at.m1);
       m2.load(at.m2);
-      nu.load(at.nu);
+      if constexpr (OWN_NU) nu.load(at.nu);
       absmax = *at.absmax;
     } else {  // zeros after the end change no scale
       const int count = Place::count(r, block, lane);
       p.load(at.param, at.remainder, count);
-      if constexpr (EXP_AVG) m1.load(at.m1, count, 0);
+      if constexpr (OWN_M1) m1.load(at.m1, count, 0);
       m2.load(at.m2, count, 0);
-      nu.load(at.nu, count, 0);
+      if constexpr (OWN_NU) nu.load(at.nu, count, 0);
       absmax = block < r.blocks ? *at.absmax : 0;
     }
     if (block < r.wide_grads)
@@ -148,16 +182,16 @@ class BlockLanes {
     const Place at(r, block, lane);
     if (block < r.wide_blocks) {
       p.store(at.param, at.remainder);
-      if constexpr (EXP_AVG) m1.store(at.m1);
+      if constexpr (OWN_M1) m1.store(at.m1);
       m2.store(at.m2);
-      nu.store(at.nu);
+      if constexpr (OWN_NU) nu.store(at.nu);
       if (lane < SCALES) *at.absmax = absmax;
     } else {
       const int count = Place::count(r, block, lane);
       p.store(at.param, at.remainder, count);
-      if constexpr (EXP_AVG) m1.store(at.m1, count);
+      if constexpr (OWN_M1) m1.store(at.m1, count);
       m2.store(at.m2, count);
-      nu.store(at.nu, count);
+      if constexpr (OWN_NU) nu.store(at.nu, count);
       if (lane < SCALES && block < r.blocks) *at.absmax = absmax;
     }
   }
@@ -177,9 +211,9 @@ class BlockLanes {
       param = static_cast<P*>(r.param) + first;
       grad = static_cast<const G*>(r.grad) + first;
       remainder = remainder_at<ROUNDING>(r.remainder, first);
-      m1 = EXP_AVG ? r.exp_avg + first : nullptr;
+      m1 = OWN_M1 ? r.exp_avg + first : nullptr;
       m2 = static_cast<typename Slow::Code*>(r.exp_avg_slow) + first;
-      nu = r.exp_avg_sq + first;
+      nu = OWN_NU ? r.exp_avg_sq + first : nullptr;
       absmax = r.absmaxs[lane < SCALES ? lane : SCALES - 1] + block;
     }
 
@@ -196,14 +230,15 @@ class BlockLanes {
   };
 };
 
-template <class P, class G, class Fast, class Slow, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
+template <class P, class G, class Fast, class Slow, class Sq, bool STOCHASTIC, ParamRounding ROUNDING, int CAPACITY>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G, ROUNDING>())
     blockwise_step_kernel(const __grid_constant__ TensorTable<BlockwiseRecord, CAPACITY> table,
                           const TensorScalars<typename BlockwiseTypes<P>::T>* scalars, uint64_t seed,
                           const float* found_inf) {
   using T = typename BlockwiseTypes<P>::T;
   using V = typename BlockwiseTypes<P>::V;
-  constexpr bool EXP_AVG = IS_KEPT<Fast>;
+  using Block = BlockLanes<P, G, Fast, Slow, Sq, ROUNDING>;
+  constexpr bool EXP_AVG = Block::EXP_AVG;
   const int lane = static_cast<int>(threadIdx.x % WARP);
   const uint32_t warp = threadIdx.x / WARP;
 
@@ -224,13 +259,21 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     }
     const BlockwiseRecord& r = table.records[tensor];
     const uint32_t block = (tile - first_tile) * TILE_BLOCKS + warp;  // or past the tensor's end
-    BlockLanes<P, G, Fast, Slow, ROUNDING> lanes;
+    Block lanes;
     lanes.load(r, block, lane);
 
     LaneFloats m1{}, m2, nu, root;
-    decode<Slow>(lanes.m2, __shfl_sync(0xffffffff, lanes.absmax, 0), m2);
-    decode<FourthRoot>(lanes.nu, __shfl_sync(0xffffffff, lanes.absmax, 1), nu);
-    if constexpr (EXP_AVG) decode<Fast>(lanes.m1, __shfl_sync(0xffffffff, lanes.absmax, 2), m1);
+    const float old_m2_absmax = __shfl_sync(0xffffffff, lanes.absmax, 0);
+    const float old_nu_absmax = __shfl_sync(0xffffffff, lanes.absmax, 1);
+    const float old_m1_absmax = EXP_AVG ? __shfl_sync(0xffffffff, lanes.absmax, 2) : 0;
+    if constexpr (Block::SQ_IN_WORDS)
+      decode_words<Sq>(lanes.m2, old_m2_absmax, m2, old_nu_absmax, nu);
+    else if constexpr (Block::IN_WORDS)
+      decode_words<Fast>(lanes.m2, old_m2_absmax, m2, old_m1_absmax, m1);
+    else
+      decode<Slow>(lanes.m2, old_m2_absmax, m2);
+    if constexpr (Block::OWN_NU) decode<Sq>(lanes.nu, old_nu_absmax, nu);
+    if constexpr (Block::OWN_M1) decode<Fast>(lanes.m1, old_m1_absmax, m1);
     T new_param[LANE_ELEMENTS];
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
@@ -262,10 +305,17 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     const float new_absmax = lane == 0 ? m2_absmax : !EXP_AVG || lane == 1 ? sqrt(nu_absmax) : m1_absmax;
     lanes.absmax = new_absmax;
     const float inverse = inverse_absmax(new_absmax);
-    encode<Slow, false, Approximate>(m2, __shfl_sync(0xffffffff, inverse, 0), key, group, lanes.m2);
-    encode<FourthRoot, STOCHASTIC, Approximate>(root, __shfl_sync(0xffffffff, inverse, 1), key, group, lanes.nu);
-    if constexpr (EXP_AVG)
-      encode<Fast, false, Approximate>(m1, __shfl_sync(0xffffffff, inverse, 2), key, group, lanes.m1);
+    const float m2_inverse = __shfl_sync(0xffffffff, inverse, 0), nu_inverse = __shfl_sync(0xffffffff, inverse, 1);
+    const float m1_inverse = EXP_AVG ? __shfl_sync(0xffffffff, inverse, 2) : 0;
+    const RandomWords random = STOCHASTIC ? random_words(key, group) : RandomWords{};
+    if constexpr (Block::SQ_IN_WORDS)
+      encode_words<Sq, STOCHASTIC>(m2, m2_inverse, root, nu_inverse, random, lanes.m2);
+    else if constexpr (Block::IN_WORDS)
+      encode_words<Fast, STOCHASTIC>(m2, m2_inverse, m1, m1_inverse, random, lanes.m2);
+    else
+      encode<Slow, false, Approximate>(m2, m2_inverse, random, lanes.m2);
+    if constexpr (Block::OWN_NU) encode<Sq, STOCHASTIC, Approximate>(root, nu_inverse, random, lanes.nu);
+    if constexpr (Block::OWN_M1) encode<Fast, false, Approximate>(m1, m1_inverse, random, lanes.m1);
     lanes.store(r, block, lane);
   }
 }
@@ -287,12 +337,18 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS)
 #pragma unroll
   for (int i = 0; i < LANE_ELEMENTS; ++i) {
     x[i] = finite_or_zero(i < count ? values[first + i] : 0.0f);
-    if constexpr (std::is_same_v<Format, FourthRoot>) x[i] = sqrt(larger(x[i], 0.0f));
+    if constexpr (IS_FOURTH_ROOT<Format>) x[i] = sqrt(larger(x[i], 0.0f));
   }
   const float scale = warp_largest(largest(x));
   if (lane == 0) absmax[block] = scale;
+  const RandomWords random =
+      STOCHASTIC ? random_words(key, static_cast<uint64_t>(first / RANDOM_GROUP)) : RandomWords{};
   LaneCodes<Format> lanes;
-  encode<Format, STOCHASTIC, float>(x, inverse_absmax(scale), key, static_cast<uint64_t>(first / RANDOM_GROUP), lanes);
+  encode<Format, STOCHASTIC, float>(x, inverse_absmax(scale), random, lanes);
+  if constexpr (std::is_same_v<Format, SignedSqrt4>) {  // without what is above their 4 bits
+#pragma unroll
+    for (int i = 0; i < LANE_ELEMENTS; ++i) lanes.set(i, code_in_word<Format>(lanes.template get<int8_t>(i)));
+  }
   lanes.store(codes + first, count);
 }
 

@@ -164,11 +164,11 @@ constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, on
 struct BlockwiseRecord {
   void* param;
   const void* grad;
-  int8_t* exp_avg;  // or none
+  int8_t* exp_avg;  // or none: it isn't kept, or in exp_avg_slow's words
   void* exp_avg_slow;
-  uint8_t* exp_avg_sq;
-  float* absmaxs[3];   // of exp_avg_slow, exp_avg_sq and exp_avg
-  int16_t* remainder;  // if ParamRounding::REMAINDER
+  uint8_t* exp_avg_sq;  // or none, in the same way
+  float* absmaxs[3];    // of exp_avg_slow, exp_avg_sq and exp_avg
+  int16_t* remainder;   // if ParamRounding::REMAINDER
   int64_t numel;
   int64_t stream;  // of random bits
   uint32_t blocks;

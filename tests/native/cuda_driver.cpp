@@ -73,6 +73,9 @@ std::string name_of(T) {
   if constexpr (std::is_same_v<T, FourthRoot>) return "FourthRoot";
   if constexpr (std::is_same_v<T, Linear>) return "Linear";
   if constexpr (std::is_same_v<T, NoCodes>) return "NoCodes";
+  if constexpr (std::is_same_v<T, Linear12>) return "Linear12";
+  if constexpr (std::is_same_v<T, SignedSqrt4>) return "SignedSqrt4";
+  if constexpr (std::is_same_v<T, FourthRoot4>) return "FourthRoot4";
 }
 
 template <auto VALUE>
@@ -106,13 +109,13 @@ void add_prologues() {
       launch_of(prologue_kernel<T, LONG_STEP_LIST<MANY_ROWS>, MANY_ROWS>);
 }
 
-template <class P, class G, class Fast, class Slow, ParamRounding ROUNDING>
+template <class P, class G, class Fast, class Slow, class Sq, ParamRounding ROUNDING>
 void add_blockwise_steps(const std::string& dtypes, const std::string& rounding) {
   for_each<std::true_type, std::false_type>([&](auto stochastic) {
-    add_step("blockwise_step_kernel<" + dtypes + name_of(Fast{}) + ", " + name_of(Slow{}) +
+    add_step("blockwise_step_kernel<" + dtypes + name_of(Fast{}) + ", " + name_of(Slow{}) + ", " + name_of(Sq{}) +
                  (stochastic() ? ", true, " : ", false, ") + rounding,
              "BlockwiseRecord",
-             blockwise_step_kernel<P, G, Fast, Slow, stochastic(), ROUNDING, LONG_LIST<BlockwiseRecord>>);
+             blockwise_step_kernel<P, G, Fast, Slow, Sq, stochastic(), ROUNDING, LONG_LIST<BlockwiseRecord>>);
   });
 }
 
@@ -120,7 +123,7 @@ template <class Format>
 void add_format() {
   const std::string name = name_of(Format{});
   kernels["quantize_kernel<" + name + ", false>"] = launch_of(quantize_kernel<Format, false>);
-  if constexpr (std::is_same_v<Format, FourthRoot>)
+  if constexpr (Format::POSITION_ZERO != 0)
     kernels["quantize_kernel<" + name + ", true>"] = launch_of(quantize_kernel<Format, true>);
   kernels["dequantize_kernel<" + name + ">"] = launch_of(dequantize_kernel<Format>);
 }
@@ -138,16 +141,21 @@ const bool added = [] {
           add_step("step_kernel<" + dtypes + (exp_avg() ? "true, " : "false, ") + rounding_name, "StepRecord",
                    step_kernel<P, G, exp_avg(), rounding(), LONG_LIST<StepRecord>>);
         });
-        add_blockwise_steps<P, G, SignedSqrt, Linear, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, SignedSqrt, SignedSqrt, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, NoCodes, Linear, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, NoCodes, SignedSqrt, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, SignedSqrt, Linear, FourthRoot, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, SignedSqrt, SignedSqrt, FourthRoot, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, NoCodes, Linear, FourthRoot, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, NoCodes, SignedSqrt, FourthRoot, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, SignedSqrt4, Linear12, FourthRoot, rounding()>(dtypes, rounding_name);
+        add_blockwise_steps<P, G, NoCodes, Linear12, FourthRoot4, rounding()>(dtypes, rounding_name);
       });
     });
   });
   add_format<SignedSqrt>();
   add_format<FourthRoot>();
   add_format<Linear>();
+  add_format<Linear12>();
+  add_format<SignedSqrt4>();
+  add_format<FourthRoot4>();
   return true;
 }();
 

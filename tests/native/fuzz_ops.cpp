@@ -727,11 +727,12 @@ void run_quantize(Choices& choices) {
   const ScalarType dtype =
       wrong_dtype ? choices.of({ScalarType::Double, ScalarType::Half, ScalarType::Int}) : ScalarType::Float;
   const Operand x = make(choices, sizes, dtype, &layout);
-  const int64_t format = wrong_format   ? choices.of<int64_t>({-1, 3, INT64_MIN, INT64_MAX})
-                         : wrong_random ? choices.of<int64_t>({0, 2})
-                                        : choices.below(3);
+  const int64_t format = wrong_format   ? choices.of<int64_t>({-1, BLOCK_FORMATS, INT64_MIN, INT64_MAX})
+                         : wrong_random ? choices.of<int64_t>({0, 2, 3})
+                                        : choices.below(BLOCK_FORMATS);
   std::optional<int64_t> seed;
-  if (wrong_random || (format == 1 && choices.one_in(2))) seed = choices.of<int64_t>({0, -1, INT64_MAX});
+  const bool stochastic = format == 1 || format >= 4;
+  if (wrong_random || (stochastic && choices.one_in(2))) seed = choices.of<int64_t>({0, -1, INT64_MAX});
   const int64_t step = choices.of<int64_t>({0, -1, INT64_MAX});
   const auto quantize = [&](const Operand& values) {
     return quantize_blockwise(values.tensor(), format, seed, step, step);
@@ -747,7 +748,7 @@ void run_quantize(Choices& choices) {
   if (bent == 0) scales = make(choices, {scales.numel() + 1}, ScalarType::Float, nullptr);
   if (bent == 1) scales = make(choices, {1, scales.numel()}, ScalarType::Float, nullptr);
   if (bent == 2) scales = make(choices, scales.sizes, ScalarType::Double, nullptr);
-  const int64_t other_format = bent == 3 ? (format == 2 ? choices.below(2) : 2) : format;
+  const int64_t other_format = bent == 3 ? (format + 1) % 3 : format;  // of codes of another dtype
   const auto dequantize = [&] { return dequantize_blockwise(codes, scales.tensor(), other_format); };
   if (bent < 4) return require_refusal("dequantize_blockwise: ", dequantize);
   const Tensor values = dequantize();
