@@ -34,7 +34,7 @@ def dynamic_map(signed: bool, device: torch.device | str | None = None) -> Tenso
     # In this form numerators and denominators are exact, and the quotient is the exact value, rounded once.
     centres = [(2 ** (e + 1) + 18 * j + 9) * 10**e / (scale * 2 ** (e + 1)) for e in exponents for j in range(2**e)]
     negative = [-centre for centre in reversed(centres)] if signed else []
-    return torch.tensor([*negative, 0.0, *centres, 1.0], dtype=torch.float64).float().to(device)
+    return torch.tensor([*negative, 0.0, *centres, 1.0], dtype=torch.float64, device="cpu").float().to(device)
 
 
 def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,16 @@
 """Saved state on its way into an optimizer: checked, converted to the formats that it is kept in, and taken."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from torch_ademamix import dynamic_map, sharding
 from torch_ademamix.arenas import (
@@ -32,6 +35,7 @@ from torch_ademamix.moments import (
 )
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import check_options, param_name, refusals_of
+from torch_ademamix.plain import plain_options
 from torch_ademamix.reference import compute_dtype
 from torch_ademamix.state import (
     STATE_FORMAT,
@@ -68,6 +72,20 @@ DTYPES_0_1: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 
+@contextmanager
+def real_or_fake(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """A state dict for parameters as they are under a FakeTensorMode: fake, or real, which are loaded as without it."""
+    mode = torch._guards.active_fake_mode()
+    if mode is None:
+        yield state_dict
+    elif any(isinstance(p, FakeTensor) for group in groups for p in group["params"]):
+        check_is_state_dict(state_dict)
+        yield {**state_dict, "state": tree_map_only(Tensor, mode.from_tensor, state_dict["state"])}
+    else:
+        with unset_fake_temporarily():
+            yield state_dict
+
+
 def checked_state_dict(
     state_dict: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]], own_state: Mapping[Any, Any]
 ) -> dict[str, Any]:
@@ -81,7 +99,7 @@ def checked_state_dict(
         ValueError: a state or an option isn't as it has to be.
     """
     check_is_state_dict(state_dict)
-    groups = state_dict["param_groups"]
+    groups = list(map(plain_options, state_dict["param_groups"]))
     state = dict(state_dict["state"])
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own_groups]:
         return {"state": state, "param_groups": groups}  # for torch to refuse
@@ -98,6 +116,8 @@ def checked_state_dict(
             keeps_exp_avg = bool(beta1 > 0) or has_exp_avg(own_state.get(p))
             where = f"state_dict['state'][{i!r}]"
             with refusals_of(param_name(group, number, place)):
+                if is_lazy(p):
+                    raise ValueError("is not initialized yet: call its lazy module once, then load the state")
                 loaded = loaded_state(p, state[i], formats(p, group, keeps_exp_avg), group, where, tells_format(saved))
                 check_precision(state[i], saved, where)
                 was_kept = "exp_avg" in formats_of(state[i])
@@ -268,6 +288,8 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
         and saved["exp_avg_sq"].numel() >= group.get("min_8bit_size", 0)
     ):
         moments = [sharding.local(saved[name]) for name in MOMENTS if name in saved]
+        if any(map(_has_no_values, moments)):
+            return
         if any(m.any() for m in moments) and all((m == m.round()).all() for m in moments):
             raise ValueError(f"{where} has codes of 8-bit state where its values should be: {hint}")
 
@@ -335,7 +357,11 @@ def _converted(
 
 
 def _finite_and_not_negative(x: Tensor) -> bool:
-    return x.is_meta or bool(((x >= 0) & x.isfinite()).all())  # a meta tensor has no values
+    return _has_no_values(x) or bool(((x >= 0) & x.isfinite()).all())
+
+
+def _has_no_values(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _check_moments(p: Tensor, saved: Mapping[str, Any], source: Formats, where: str, is_0_1: bool) -> None:
@@ -365,7 +391,8 @@ def checked_step(step: Any, where: str) -> Tensor:
     """A step count, a number or a tensor of one element, as a float32 tensor without dimensions; else a ValueError."""
     if not isinstance(step, (Tensor, Real)):
         raise ValueError(f"{where} is a {type(step).__name__}, but must be a number or a tensor")
-    tensor = torch.as_tensor(step, dtype=torch.float32)
+    device = step.device if isinstance(step, Tensor) else "cpu"
+    tensor = torch.as_tensor(step, dtype=torch.float32, device=device)
     if tensor.numel() != 1:
         raise ValueError(f"{where} has shape {list(tensor.shape)}, but must hold one element")
     return tensor.reshape(())

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from torch_ademamix import bfloat16, sharding, tracing
 from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState, check_memory
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
-from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, take_state
+from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, real_or_fake, take_state
 from torch_ademamix.moments import formats_of
 from torch_ademamix.options import (
     GroupOptions,
@@ -26,6 +27,7 @@ from torch_ademamix.options import (
     refusals_of,
     settle_lrs,
 )
+from torch_ademamix.plain import plain, plain_options
 from torch_ademamix.plan import Plan, Work
 from torch_ademamix.state import (
     STATE_FORMAT,
@@ -106,6 +108,7 @@ class AdEMAMix(Optimizer):
 
     state: OptimizerState
 
+    @_disable_dynamo
     def __init__(
         self,
         params: ParamsT,
@@ -151,9 +154,10 @@ class AdEMAMix(Optimizer):
             capturable=capturable,
             state_format=STATE_FORMAT,
         )
+        defaults = plain_options(defaults)
         check_options(defaults, first=True)
         self._init_internals()
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = plain(max_grad_norm)
         self.grad_norm: Tensor | None = None
         check_max_norm(self.max_grad_norm)
         super().__init__(params, defaults)
@@ -162,17 +166,18 @@ class AdEMAMix(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; refuses options out of range before the optimizer changes."""
         if isinstance(param_group, dict):
+            param_group.update(plain_options(param_group))
             with refusals_of(f"param_groups[{len(self.param_groups)}]"):
                 check_options({**self.defaults, **param_group}, first=True)
-        super().add_param_group(param_group)
-        self._layout.forget()
-        group = self.param_groups[-1]
+        before = len(self.param_groups)
         try:
-            check_params(group, len(self.param_groups) - 1)
-        except ValueError:
-            self.param_groups.pop()
+            super().add_param_group(param_group)
+            self._layout.forget()
+            check_params(self.param_groups[-1], before)
+            settle_lrs(self.param_groups)
+        except BaseException:
+            del self.param_groups[before:]
             raise
-        settle_lrs(self.param_groups)
 
     def init_state(self, *, include_frozen: bool = False) -> None:
         """Makes the state of every parameter that requires a gradient now, not at the first step.
@@ -406,11 +411,12 @@ class AdEMAMix(Optimizer):
             lambda _, given: checked_state_dict(given, self.param_groups, self.state)
         )
         try:
-            super().load_state_dict(state_dict)
+            with real_or_fake(state_dict, self.param_groups) as loaded:
+                super().load_state_dict(dict(loaded))
+                if planned:  # or compiled steps would find none, and be compiled anew
+                    self._make_plan()
         finally:
             handle.remove()
-        if planned:  # or compiled steps would find none, and be compiled anew
-            self._make_plan()
 
     def separate_state(self) -> None:
         """Gives each state tensor a storage of its own, now and for all state that is made later.
@@ -444,6 +450,7 @@ class AdEMAMix(Optimizer):
         own = {"max_grad_norm": self.max_grad_norm, "separate": self._layout.separate, "parts": self.state.parts()}
         return {**super().__getstate__(), "state": self.state.plain(), **own}
 
+    @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
         before: OptimizerState | None = self.__dict__.get("state")
         if "_layout" not in self.__dict__:
@@ -471,6 +478,7 @@ class AdEMAMix(Optimizer):
 
 
 def _handed_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    state = state_dict["state"].items()
-    plain = {key: value.handed_out() if isinstance(value, ParamState) else value for key, value in state}
-    return {**state_dict, "state": plain}
+    items = state_dict["state"].items()
+    state = {key: value.handed_out() if isinstance(value, ParamState) else value for key, value in items}
+    groups = list(map(plain_options, state_dict["param_groups"]))
+    return {**state_dict, "state": state, "param_groups": groups}

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from torch_ademamix import sharding
 from torch_ademamix.check import floating_problem, in_place_problem
+from torch_ademamix.plain import plain_options
 from torch_ademamix.reference import HYPERPARAMETERS, Hyperparameters, hyperparameters
 
 Options = dict[str, Any]
@@ -65,7 +67,9 @@ class GroupOptions:
         self.constants = [seen.constants for seen in self._groups]
         self.has_both_kinds_of_lr = len({isinstance(row.lr, Tensor) for row in self.rows}) > 1
         if not any(_may_change(name, value) for group in groups for name, value in group.items()):
-            self._lrs, self._values = lrs, [x if type(x) in _PLAIN_TYPES else _Identical(x) for x in values]
+            values = [*chain.from_iterable(map(dict.values, groups))]  # plain now
+            self._lrs = [group["lr"] for group in groups]
+            self._values = [x if type(x) in _PLAIN_TYPES else _Identical(x) for x in values]
 
     def _are_seen(self, lrs: list[Any], values: list[Any]) -> bool:
         if len(lrs) != len(self._lrs) or not all(map(is_, lrs, self._lrs)):
@@ -81,6 +85,7 @@ class GroupOptions:
         changed = [name for name, x in group.items() if before.get(name, before) is not x or _may_change(name, x)]
         if seen is not None and not changed and len(before) == len(group):
             return seen
+        group.update(plain_options(group))
         with refusals_of(f"param_groups[{number}]"):
             check_options(group, changed)
         if group["param_rounding"] == "stochastic":
@@ -149,6 +154,8 @@ def check_options(options: Mapping[str, Any], names: Iterable[str] | None = None
             _require(name, options[name], allowed, ok)
     if options["master_weights"]:
         _require("param_rounding", options["param_rounding"], "'nearest'", lambda rounding: rounding == "nearest")
+    if first:
+        _check_order(options)
 
 
 def _require(name: str, value: Any, allowed: str, ok: Callable[[Any], bool]) -> None:
@@ -160,6 +167,27 @@ def _require(name: str, value: Any, allowed: str, ok: Callable[[Any], bool]) -> 
         raise error(f"{name} is {value!r}, but must be {allowed}")
 
 
+# Positional arguments are in bitsandbytes' order. In AdamW's, eps would be alpha, and weight_decay t_alpha.
+ORDER = (
+    "positional arguments after params are lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay; unlike AdamW's, so "
+    "pass eps and weight_decay by name"
+)
+LARGEST_EPS = 1e-3  # that anybody uses, and a smaller alpha than anybody does
+
+
+def _check_order(options: Mapping[str, Any]) -> None:
+    """Refuses values that must have been meant for other arguments.
+
+    Raises:
+        ValueError: alpha is as small as an eps, or a number of steps is below 1, as a weight decay.
+    """
+    if 0 < options["alpha"] <= LARGEST_EPS:
+        raise ValueError(f"alpha is {options['alpha']!r}, but must be 0 or above {LARGEST_EPS}: {ORDER}")
+    for name in ("t_alpha", "t_beta3"):
+        if 0 < (options[name] or 0) < 1:
+            raise ValueError(f"{name} is {options[name]!r}, but must be None, 0 or at least 1 step: {ORDER}")
+
+
 def check_params(group: Options, number: int, include_frozen: bool = False) -> None:
     """Refuses parameters of a group that can't be updated. Frozen ones may be anything, unless they are included.
 
@@ -167,7 +195,7 @@ def check_params(group: Options, number: int, include_frozen: bool = False) -> N
         ValueError: a parameter that requires a gradient has another dtype or layout.
     """
     for i, p in enumerate(group["params"]):
-        if not (include_frozen or is_trained(p)):
+        if is_lazy(p) or not (include_frozen or is_trained(p)):
             continue
         name = param_name(group, number, i)
         if problem := floating_problem(p) or in_place_problem(p):
@@ -196,7 +224,8 @@ def check_grads(group: Mapping[str, Any], number: int) -> None:
 
 
 def is_trained(p: Tensor) -> bool:
-    return p.requires_grad or p.grad is not None
+    """Whether a parameter needs state; one of a lazy module doesn't before that has made it."""
+    return (p.requires_grad or p.grad is not None) and not is_lazy(p)
 
 
 def param_name(group: Mapping[str, Any], number: int, i: int) -> str:
@@ -236,7 +265,7 @@ class HyperparameterTables:
             table, written = self.tables[name], self._written[name]
             if len(written) != len(rows) or not all(map(is_, written, rows)):
                 values = [row._replace(lr=0.0) if isinstance(row.lr, Tensor) else row for row in rows]
-                table.copy_(torch.tensor(values, dtype=table.dtype), non_blocking=True)
+                table.copy_(torch.tensor(values, dtype=table.dtype, device="cpu"), non_blocking=True)
                 self._written[name] = list(rows)
             if lrs:  # which may have been written to, where others can't see it
                 targets, sources = [table[i, :1] for i, _ in lrs], [lr.detach().reshape(1) for _, lr in lrs]
@@ -261,7 +290,7 @@ def _make_lr_tensor(group: Options) -> None:
     if isinstance(group["lr"], Tensor) and group["lr"].device == device:
         return
     # Of a float64 CPU tensor without dimensions, Dynamo would track the value, and trace everything twice.
-    group["lr"] = torch.as_tensor(group["lr"], dtype=number_dtype(device)).reshape(1).to(device)
+    group["lr"] = torch.as_tensor(group["lr"], dtype=number_dtype(device), device=device).reshape(1)
 
 
 def number_dtype(device: torch.device) -> torch.dtype:

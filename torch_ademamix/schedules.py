@@ -18,7 +18,7 @@ def alpha_schedule(step: Tensor | float, alpha: Tensor | float, t_alpha: Tensor 
     >>> alpha_schedule(50, alpha=8.0, t_alpha=100).item()
     4.0
     """
-    t = torch.as_tensor(step).double()
+    t = torch.as_tensor(step, device=getattr(step, "device", "cpu")).double()
     if t_alpha is None or _is_zero(t_alpha):
         return torch.zeros_like(t) + alpha
     warming_up = (t * alpha / t_alpha).clamp(max=alpha)
@@ -46,7 +46,7 @@ def beta3_schedule(
     >>> round(beta3_schedule(1000, beta1=0.9, beta3=0.9999, t_beta3=100_000).item(), 10)
     0.9909001624
     """
-    t = torch.as_tensor(step).double()
+    t = torch.as_tensor(step, device=getattr(step, "device", "cpu")).double()
     if t_beta3 is None or _is_zero(t_beta3):
         return torch.zeros_like(t) + beta3
     betas = (torch.as_tensor(beta, dtype=torch.float64, device=t.device) for beta in (beta1, beta3))

@@ -5,6 +5,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from torch_ademamix import paging, sharding
 from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, OptimizerState, ParamState, Storage, allocate
@@ -80,7 +81,8 @@ def without_state(
     """The parameters that are to get state, and how it is stored; refuses those that can't be updated."""
     members = []
     for number, group in enumerate(groups):
-        params = [p for p in group["params"] if (include_frozen or is_trained(p)) and not has_state(state.get(p))]
+        chosen = (p for p in group["params"] if is_trained(p) or (include_frozen and not is_lazy(p)))
+        params = [p for p in chosen if not has_state(state.get(p))]
         if params:
             check_params(group, number, include_frozen)
         members += [(p, storage(p, group)) for p in params]
