@@ -317,7 +317,7 @@ def _converted(
         raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
     _check_moments(p, saved, source, where, is_0_1)
     state = {"step": step}
-    codes = codes_in({name: value.contiguous() for name, value in saved.items()}, source) if quantized else {}
+    codes = codes_in({name: saved[name].contiguous() for name in entries(source)}, source) if quantized else {}
     converted: dict[str, tuple[Tensor, Tensor]] = {}
     for name, format in target.items():
         if name not in source:
