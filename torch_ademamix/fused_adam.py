@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from torch_ademamix.apertus import group_from_apertus
-from torch_ademamix.arenas import MASTER_REMAINDER, MOMENTS, NAMES
+from torch_ademamix.arenas import MASTER_REMAINDER, NAMES
 from torch_ademamix.loading import loaded_state
+from torch_ademamix.moments import MOMENTS, Formats, formats_of
 from torch_ademamix.optimizer import AdEMAMix
-from torch_ademamix.state import Formats, formats_of
 
 StateDict = dict[str, Any]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from torch_ademamix.apertus import MOMENT_NAMES, group_to_apertus
-from torch_ademamix.arenas import MOMENTS
 from torch_ademamix.fused_adam import FusedAdamInterface, make_class
+from torch_ademamix.moments import MOMENTS
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.variants import AdEMAMix8bit  # noqa: F401  for the example
 
