@@ -91,12 +91,12 @@ def test_code_of_the_readme():
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_names(page):
     """What a page names is there: targets of make, modules to run, files of sources, files of tests."""
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     tests = {path.stem for folder in ("tests", "compile_tests") for path in (ROOT / folder).rglob("test_*.py")}
     for token in tokens(page):
         if token.type not in ("code_inline", "fence"):
             continue
-        for target in re.findall(r"^make ([a-z-]+)", token.content, re.MULTILINE):
+        for target in re.findall(r"^make ([a-z0-9-]+)", token.content, re.MULTILINE):
             assert target in targets
         for module in re.findall(r"python -m ([\w.]+)", token.content):
             assert importlib.util.find_spec(module), module

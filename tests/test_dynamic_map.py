@@ -80,7 +80,8 @@ def test_state_of_0_1_is_converted(storage):
     new_optimizer.load_state_dict(saved)
     assert_identical(saved, before)
 
-    for state, new in zip(saved["state"].values(), new_optimizer.state.values(), strict=True):
+    for i, p in enumerate(p for group in new_optimizer.param_groups for p in group["params"]):
+        state, new = saved["state"][i], new_optimizer.state[p]
         assert_identical(new["step"], state["step"])
         for name in MOMENTS:
             if "exp_avg_absmax" not in state:

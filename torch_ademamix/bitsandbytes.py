@@ -35,6 +35,7 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
     Raises:
         ValueError: something isn't as bitsandbytes' AdEMAMix has it: missing, unknown, or of another shape or dtype.
 
+    >>> from torch_ademamix import AdEMAMix
     >>> p = torch.nn.Parameter(torch.ones(4096))
     >>> optimizer = AdEMAMix([p], optim_bits=8)
     >>> p.grad = torch.ones(4096)
@@ -124,6 +125,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
         ValueError: something is missing, unknown, or of another shape or dtype; or there are remainders of master
             weights, a group maximizes, or its schedules don't begin at step 0, which bitsandbytes can't do.
 
+    >>> from torch_ademamix import AdEMAMix
     >>> p = torch.nn.Parameter(torch.ones(2, 3))
     >>> optimizer = AdEMAMix([p])
     >>> p.grad = torch.ones(2, 3)

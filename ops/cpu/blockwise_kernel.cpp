@@ -78,7 +78,10 @@ void encode_block(const Block<float>& values, float absmax, int64_t first, int c
         if (random) {
           constexpr int CUT_OFF = 32 - Format::BITS;
           const Ints rounded = rounded_stochastically<Format>(vector, inverse, bits, i);
-          store_codes(shift_right<CUT_OFF>(shift_left<CUT_OFF>(rounded)), codes + i);
+          if constexpr (IS_FOURTH_ROOT<Format>)  // which has no sign to extend
+            store_codes(rounded & Ints((1 << Format::BITS) - 1), codes + i);
+          else
+            store_codes(shift_right<CUT_OFF>(shift_left<CUT_OFF>(rounded)), codes + i);
           continue;
         }
       }
