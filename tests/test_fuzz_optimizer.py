@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import float64
 import numpy as np
@@ -63,10 +64,14 @@ def parameters(draw):
     return nn.Parameter(p)
 
 
+ABSENT = "absent"  # in the place of exp_avg's format, at a beta1 of 0
+
+
 def formats_of(state):
-    if "exp_avg_absmax" not in state:
-        return None, None, None
-    return stored(16 if state["exp_avg_slow"].dtype == torch.int16 else 8)
+    formats = (None, None, None)
+    if "exp_avg_sq_absmax" in state:
+        formats = stored(16 if state["exp_avg_slow"].dtype == torch.int16 else 8)
+    return formats if "exp_avg" in state else (ABSENT, *formats[1:])
 
 
 def weight_of(p, state):
@@ -75,21 +80,40 @@ def weight_of(p, state):
 
 def wanted_formats(p, group):
     quantized = group["optim_bits"] == 8 and p.numel() >= group["min_8bit_size"]
-    return stored(group["slow_ema_bits"]) if quantized else (None, None, None)
+    formats = stored(group["slow_ema_bits"]) if quantized else (None, None, None)
+    return formats if group["betas"][0] > 0 else (ABSENT, *formats[1:])
 
 
 def moments_of(state):
     """The moments' values, and how exactly they are known."""
     return [
-        float64.exactly(float64.float64(state[name]))
+        float64.exactly(np.zeros(state["exp_avg_slow"].shape))
+        if format == ABSENT
+        else float64.exactly(float64.float64(state[name]))
         if format is None
         else float64.decoded(state[name], state[f"{name}_absmax"], format)
         for name, format in zip(MOMENTS, formats_of(state), strict=True)
     ]
 
 
+def load(optimizer, state_dict):
+    """At a beta1 of 0 without exp_avg, even if the saved state has it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the state dict has exp_avg")
+        optimizer.load_state_dict(state_dict)
+
+
+def drop_exp_avg(state_dict):
+    """What is left of a state dict that such an optimizer has loaded."""
+    for group in state_dict["param_groups"]:
+        for i in group["params"]:
+            if group["betas"][0] == 0 and i in state_dict["state"]:
+                for name in ("exp_avg", "exp_avg_absmax"):
+                    state_dict["state"][i].pop(name, None)
+
+
 def through_state_dict(params, optimizer, new):
-    new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    load(new, copy.deepcopy(optimizer.state_dict()))
     return params, new
 
 
@@ -97,7 +121,7 @@ def through_file(params, optimizer, new):
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    new.load_state_dict(torch.load(file, weights_only=True))
+    load(new, torch.load(file, weights_only=True))
     return params, new
 
 
@@ -200,6 +224,8 @@ class Training(RuleBasedStateMachine):
         lost = ~np.logical_and.reduce([np.isfinite(m.value) for m in new])
         may_be_lost = ~np.logical_and.reduce([m.most < 1e37 for m in new])
         for name, format, expected in zip(MOMENTS, formats, new, strict=True):
+            if format == ABSENT:
+                continue
             if format is None:
                 float64.assert_within(state[name], expected, name)
                 continue
@@ -237,7 +263,12 @@ class Training(RuleBasedStateMachine):
 
     @rule(data=st.data(), name=st.sampled_from(sorted(STEP_OPTIONS)))
     def change_option(self, data, name):
-        data.draw(st.sampled_from(self.optimizer.param_groups))[name] = data.draw(STEP_OPTIONS[name])
+        group, value = data.draw(st.sampled_from(self.optimizer.param_groups)), data.draw(STEP_OPTIONS[name])
+        old, group[name] = group.get(name), value
+        states = [self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state]
+        if name == "betas" and value[0] > 0 and any("exp_avg" not in state for state in states if state):
+            self.assert_refuses(self.optimizer.step, ValueError, "has no exp_avg")
+            group[name] = old
 
     @rule(data=st.data(), way=st.sampled_from(WAYS))
     def reload(self, data, way):
@@ -246,6 +277,8 @@ class Training(RuleBasedStateMachine):
         new = AdEMAMix(groups, max_grad_norm=self.optimizer.max_grad_norm)
         _, self.optimizer = way(self.params, self.optimizer, new)
         self.optimizer.defaults = before[2]
+        if self.optimizer is new:
+            drop_exp_avg(before[1])
         assert_identical(self.everything(), before)
 
     @rule(data=st.data(), bits=st.fixed_dictionaries(STORAGE))
@@ -253,7 +286,7 @@ class Training(RuleBasedStateMachine):
         old = self.optimizer
         new = AdEMAMix([{**group, **bits} for group in old.param_groups], max_grad_norm=old.max_grad_norm)
         before = copy.deepcopy(old.state_dict())
-        new.load_state_dict(old.state_dict())
+        load(new, old.state_dict())
         assert_identical(old.state_dict(), before)
         self.optimizer = new
         for group in new.param_groups:
@@ -268,6 +301,8 @@ class Training(RuleBasedStateMachine):
             assert_identical(new.get(name), old.get(name))
         assert formats_of(new) == wanted
         for name, was, now, exact in zip(MOMENTS, formats_of(old), wanted, moments_of(old), strict=True):
+            if now == ABSENT:
+                continue
             if was == now:
                 entries = [name] if now is None else [name, f"{name}_absmax"]
                 assert_identical([new[entry] for entry in entries], [old[entry] for entry in entries])
@@ -299,6 +334,8 @@ class Training(RuleBasedStateMachine):
             new = converted["state"][i]
             assert_identical(new["step"], old["step"])
             for name, was, now, exact in zip(MOMENTS, formats_of(old), formats_of(new), moments_of(old), strict=True):
+                if now == ABSENT:
+                    continue
                 assert now is None or old[name].numel() % float64.BLOCK_SIZE == 0
                 if was == now is not None:
                     assert_identical(new[name], old[name])
@@ -337,7 +374,9 @@ class Training(RuleBasedStateMachine):
     def refused_state(self, data, change):
         bent = copy.deepcopy(self.optimizer.state_dict())
         state = data.draw(st.sampled_from(list(bent["state"].values())))
-        optional = {REMAINDER} if change == "pop" else set()
+        optional = set()
+        if change == "pop":  # without exp_avg it is state of a beta1 of 0
+            optional = {REMAINDER} if "exp_avg_absmax" in state else {REMAINDER, "exp_avg"}
         name = data.draw(st.sampled_from(sorted(state.keys() - {"step"} - optional)))
         if change == "pop":
             del state[name]
@@ -355,14 +394,15 @@ class Training(RuleBasedStateMachine):
             return
         groups_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         for p, state in self.optimizer.state.items():
-            quantized = "exp_avg_absmax" in state
+            quantized = "exp_avg_sq_absmax" in state
             with_remainder = groups_of[p]["master_weights"] and p.dtype == torch.bfloat16
+            without = 0 if "exp_avg" in state else 1
             assert state.keys() == {
-                *("step", *MOMENTS),
-                *(ABSMAXS if quantized else ()),
+                *("step", *MOMENTS[without:]),
+                *(ABSMAXS[without:] if quantized else ()),
                 *([REMAINDER] if with_remainder else []),
             }
-            for name, format in zip(MOMENTS, formats_of(state), strict=True):
+            for name, format in zip(MOMENTS[without:], formats_of(state)[without:], strict=True):
                 dtype = compute_dtype(p.dtype) if format is None else float64.CODE_DTYPES[format]
                 assert (state[name].shape, state[name].dtype) == (p.shape, dtype)
 

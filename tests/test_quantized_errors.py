@@ -125,7 +125,7 @@ REFUSALS = [
         "grads[2] has layout torch.sparse_coo; only dense tensors are allowed",
     ),
     (setting(beta3=1.0), "beta3 is 1, but must be in [0, 1)"),
-    (setting(t_alpha=0.0), "t_alpha is 0, but must be positive or None"),
+    (setting(t_alpha=-1.0), "t_alpha is -1, but must be at least 0"),
     (setting(eps=float("nan")), "eps is nan, but must be at least 0"),
     (setting(found_inf=torch.ones(2)), "found_inf has shape [2], but must hold one element"),
     (
