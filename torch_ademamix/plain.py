@@ -31,7 +31,8 @@ def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with plain numbers; betas of a configuration's list (OmegaConf's, say) become a tuple."""
     options = {name: value if name == "params" else plain(value) for name, value in group.items()}
     betas = options.get("betas")
-    is_plain = type(betas) in (tuple, list) and all(type(beta) in _PLAIN for beta in betas)
+    exact = isinstance(betas, (tuple, list)) and type(betas) in (tuple, list)  # no subclass, as OmegaConf's is
+    is_plain = exact and all(type(beta) in _PLAIN for beta in list(betas or ()))
     if isinstance(betas, Iterable) and not is_plain and not isinstance(betas, (str, Tensor, Mapping)):
         options["betas"] = tuple(map(plain, betas))
     return options
