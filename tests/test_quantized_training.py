@@ -15,6 +15,8 @@ DRIFT_BOUNDS = drift.Drift(
     exp_avg_sq_mean=0.015,
     displacement=0.02,
 )
+# Of exp_avg_slow and the displacement, in 12 bits.
+BOUNDS_12 = {"8-bit, slow_ema_bits=12": (0.03, 0.025), "8-bit, slow_ema_bits=12, beta1=0": (0.03, 0.08)}
 
 
 @pytest.mark.slow
@@ -22,6 +24,9 @@ def test_drift():
     measured = drift.measure()
     for name, bound in vars(DRIFT_BOUNDS).items():
         assert abs(getattr(measured["8-bit"], name)) <= bound, name
+    for scheme, (slow, displacement) in BOUNDS_12.items():
+        assert measured[scheme].exp_avg_slow <= slow, scheme
+        assert measured[scheme].displacement <= displacement, scheme
     # That the bounds tell a bad scheme from a good one.
     nearest = measured[drift.TO_NEAREST]
     assert nearest.exp_avg_slow > 100 * DRIFT_BOUNDS.exp_avg_slow
