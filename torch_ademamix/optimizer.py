@@ -261,8 +261,8 @@ class AdEMAMix(Optimizer):
             name: "exp_avg", "exp_avg_slow" or "exp_avg_sq".
 
         Returns:
-            A new tensor of the parameter's shape, and a DTensor if the parameter is one. It is float32, or float64 where
-            the state of a float64 parameter isn't quantized.
+            A new tensor of the parameter's shape, and a DTensor if the parameter is one. It is float32, or float64
+            where the state of a float64 parameter isn't quantized.
 
         Raises:
             ValueError: the parameter has no state, or the state has no such EMA.
