@@ -93,9 +93,9 @@ def test_options(trained, error, options, match):
         ([1.0], TypeError, "can only optimize Tensors"),
         ([torch.ones(2, requires_grad=True) * 2], ValueError, "non-leaf"),
         (
-            [torch.ones(2), trained_tensor(torch.ones(2, dtype=torch.complex64))],
+            [torch.ones(2), trained_tensor(torch.ones(2).to(torch.float8_e4m3fn))],
             ValueError,
-            r"\['params'\]\[1\] has dtype torch.complex64",
+            r"\['params'\]\[1\] has dtype torch.float8_e4m3fn",
         ),
         ([trained_tensor(torch.ones(2).to_sparse())], ValueError, r"\['params'\]\[0\] has layout torch.sparse_coo"),
         ([trained_tensor(torch.ones(1).expand(2))], ValueError, r"\['params'\]\[0\] has elements that share memory"),

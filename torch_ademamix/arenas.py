@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch_ademamix import ops, sharding
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.moments import MOMENTS, SCALES, WORDS
+from torch_ademamix.pairs import as_real
 from torch_ademamix.places import absmax_part, code_part, state_part
 
 # The entry of a bfloat16 parameter with master weights (torch_ademamix/bfloat16.py).
@@ -89,7 +90,9 @@ class Part(NamedTuple):
     def views(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter (of a DTensor, its local tensor) that is stored there, by the names in state."""
         flats = self.arena.flats
-        moments = {name: _view(name, flats, p, self.first) for name, _ in self.arena.storage.entries}
+        moments = {name: _view(name, flats, as_real(p), self.first) for name, _ in self.arena.storage.entries}
+        if p.is_complex():
+            moments = {name: torch.view_as_complex(view) for name, view in moments.items()}
         return {"step": flats["step"][self.number], **moments}
 
     def is_of(self, p: Tensor, state: Mapping[str, Tensor]) -> bool:
@@ -107,15 +110,17 @@ class Part(NamedTuple):
 def allocate(params: Sequence[Tensor], storage: Storage) -> list[tuple[Part, dict[str, Tensor]]]:
     """Zeros for parameters of one kind of storage, in an arena of their own: for each its part, and state there."""
     local = [sharding.local(p.detach()) for p in params]
+    numels = [as_real(p).numel() for p in local]
     firsts, end = [], 0
-    for p in local:
+    for numel in numels:
         firsts.append(end)
-        end += block_count(p.numel()) * BLOCK_SIZE
+        end += block_count(numel) * BLOCK_SIZE
     if len(params) == 1:  # no more than what its state needs, which then has its storages for itself
-        end = local[0].numel()
+        end = numels[0]
     flats = {"step": torch.zeros(len(params), dtype=torch.float32, device=storage.device)}
     for name, dtype in storage.entries:  # code 0 means 0 in every format
-        flats[name] = _zeros(block_count(end) if name.endswith(SCALES) else end, dtype, storage)
+        # Real also where state is complex: the ops take it so.
+        flats[name] = _zeros(block_count(end) if name.endswith(SCALES) else end, dtype.to_real(), storage)
     arena, parts = Arena(storage, flats), []
     for number, (p, part, first) in enumerate(zip(params, local, firsts, strict=True)):
         place = Part(arena, first, number)

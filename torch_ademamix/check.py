@@ -10,24 +10,30 @@ import torch
 from torch import Tensor
 
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
+from torch_ademamix.pairs import COMPLEX_DTYPES
 from torch_ademamix.places import PLACE_NUMBERS
 from torch_ademamix.reference import HYPERPARAMETERS, Hyperparameters, compute_dtype
 
-PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the ops
 
 
-def floating_problem(tensor: Tensor) -> str | None:
+def grad_dtypes(p: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that a parameter's gradient may have."""
+    return COMPLEX_DTYPES if p.is_complex() else PARAMETER_DTYPES
+
+
+def floating_problem(tensor: Tensor, allowed: tuple[torch.dtype, ...] = PARAMETER_DTYPES) -> str | None:
     """Why a tensor can't be a parameter or a gradient, as a text that goes on after its name."""
     if tensor.layout != torch.strided:
         return f"has layout {tensor.layout}; only dense tensors are allowed"
-    if tensor.dtype not in PARAMETER_DTYPES:
-        return f"has dtype {tensor.dtype}; allowed are {', '.join(map(str, PARAMETER_DTYPES))}"
+    if tensor.dtype not in allowed:
+        return f"has dtype {tensor.dtype}; allowed are {', '.join(map(str, allowed))}"
     return None
 
 
-def are_floating(tensors: Sequence[Tensor]) -> bool:
+def are_floating(tensors: Sequence[Tensor], allowed: tuple[torch.dtype, ...]) -> bool:
     """Whether no tensor has a :func:`floating_problem`."""
-    return {t.layout for t in tensors} <= {torch.strided} and {t.dtype for t in tensors} <= set(PARAMETER_DTYPES)
+    return {t.layout for t in tensors} <= {torch.strided} and {t.dtype for t in tensors} <= set(allowed)
 
 
 def in_place_problem(tensor: Tensor) -> str | None:

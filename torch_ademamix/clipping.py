@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_ademamix.pairs import as_real
 from torch_ademamix.sharding import is_dtensor
 
 # torch.nn.utils.clip_grad_norm_ adds this to the norm.
@@ -29,6 +30,7 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     batches: dict[object, list[Tensor]] = {}
     for grad in grads:
         mesh = grad.device_mesh if is_dtensor(grad) else None
+        grad = as_real(grad.resolve_conj()) if mesh is None and grad.is_complex() else grad
         batches.setdefault((mesh, grad.device, grad.dtype), []).append(grad)
     device = grads[0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -13,7 +13,8 @@ from torch_ademamix.loading import check_is_state_dict, checked, loaded_state, t
 from torch_ademamix.moments import MOMENTS, SCALES, entries, formats_of
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.options import refusals_of
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.pairs import COMPLEX_DTYPES
+from torch_ademamix.reference import state_dtype
 
 StateDict = dict[str, Any]
 
@@ -95,8 +96,8 @@ def unquantized(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) 
 def moment(saved: Mapping[str, Any], name: str, where: str, like: Tensor | None = None) -> Tensor:
     """A moment in the dtype that AdEMAMix keeps it in, in memory of its own; of the shape of `like`."""
     shape = None if like is None else like.shape
-    value = checked(saved[name], f"{where}[{name!r}]", shape, *PARAMETER_DTYPES)
-    return value.to(compute_dtype(value.dtype), copy=True)
+    value = checked(saved[name], f"{where}[{name!r}]", shape, *PARAMETER_DTYPES, *COMPLEX_DTYPES)
+    return value.to(state_dtype(value.dtype), copy=True)
 
 
 def check_entries(saved: Mapping[str, Any], where: str, expected: set[str]) -> None:

@@ -50,11 +50,12 @@ def ademamix(
         θ &= θ - η \left( \frac{m_1 / (1 - β_1^t) + α(t) m_2}{\sqrt{ν / (1 - β_2^t)} + ε} + λ θ \right)
 
     Args:
-        params: parameters of any shapes, float32, bfloat16, float16 or float64.
-        grads: their gradients, of the same shapes and devices, in any of these dtypes.
-        exp_avgs, exp_avg_slows, exp_avg_sqs: m1, m2 and ν, of the parameters' shapes: float32, or float64
-            for float64 parameters. All zero before the first step. exp_avgs may be empty if beta1 is 0: m1 is the
-            gradient then.
+        params: parameters of any shapes, float32, bfloat16, float16 or float64; or complex64 or complex128, which are
+            updated as pairs of reals.
+        grads: their gradients, of the same shapes and devices, in any of these dtypes, complex if their parameter is.
+        exp_avgs, exp_avg_slows, exp_avg_sqs: m1, m2 and ν, of the parameters' shapes: float32, float64 for
+            float64 parameters, or of a complex parameter's dtype. All zero before the first step. exp_avgs may be
+            empty if beta1 is 0: m1 is the gradient then.
         steps: float32 tensors of one element, on the parameters' devices, each parameter's own: the steps done so far.
         lr: the learning rate η; a tensor of one element (float32 or float64, on the parameters' device)
             may change from step to step without a recompilation.

@@ -36,7 +36,7 @@ from torch_ademamix.moments import (
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import check_options, param_name, refusals_of
 from torch_ademamix.plain import plain_options
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.reference import state_dtype
 from torch_ademamix.state import (
     STATE_FORMAT,
     formats,
@@ -309,6 +309,8 @@ def _converted(
     source = formats_of(saved)
     quantized = any(source.values())
     is_0_1 = quantized and not is_current and getattr(saved.get("exp_avg"), "dtype", None) == torch.uint8
+    if quantized and p.is_complex():
+        raise ValueError(f"{where} is quantized, but the state of a complex parameter can't be; save it in 32 bits")
     expected = {"step", *entries(source)}
     if saved.keys() != expected:
         raise ValueError(f"{where} has entries {sorted(saved)}, but must have {sorted(expected)}{''.join(hints[:1])}")
@@ -322,7 +324,7 @@ def _converted(
     for name, format in target.items():
         if name not in source:
             like = next(saved[entry] for entry in entries(source) if not entry.endswith(SCALES))
-            values = torch.zeros_like(like, dtype=compute_dtype(p.dtype))
+            values = torch.zeros_like(like, dtype=state_dtype(p.dtype))
         elif not quantized:
             values = saved[name].contiguous() if in_place_problem(saved[name]) else saved[name]  # a converter's zeros
         else:
@@ -335,7 +337,7 @@ def _converted(
                 converted[name] = own, _shaped(absmax, p)
                 continue
         if format is None:
-            state[name] = values.to(compute_dtype(p.dtype))
+            state[name] = values.to(state_dtype(p.dtype))
         else:
             own, absmax = quantize_blockwise(values.float().contiguous(), format)
             converted[name] = own, _shaped(absmax, p)
@@ -366,7 +368,7 @@ def _has_no_values(x: Tensor) -> bool:
 
 def _check_moments(p: Tensor, saved: Mapping[str, Any], source: Formats, where: str, is_0_1: bool) -> None:
     """Refuses moments that aren't of the shapes and dtypes that state of these formats has."""
-    for name, dtype in entries(source, compute_dtype(p.dtype)).items():
+    for name, dtype in entries(source, state_dtype(p.dtype)).items():
         entry = f"{where}[{name!r}]"
         if not name.endswith(SCALES):
             slow = (torch.int16, torch.int8)  # of which the format goes by

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix import blockwise, cuda, fused, places, reference
+from torch_ademamix import blockwise, cuda, fused, pairs, places, reference
 from torch_ademamix.arguments import check_blockwise_step, check_dequantize, check_quantize, check_step
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.reference import Hyperparameters
@@ -220,7 +220,7 @@ without_cuda = cuda.load()  # why CUDA tensors are served by the reference kerne
 
 
 def ademamix_step_(*lists: Sequence[Any], **options: Any) -> None:
-    """The op `ademamix_step_`, which takes lists of one dtype and device.
+    """The op `ademamix_step_`, which takes lists of one dtype and device; complex tensors as pairs of reals.
 
     Args:
         options: the op's, with `hyperparameters` (numbers, or a tensor) and `lrs`; tensors may be on another device.
@@ -242,8 +242,8 @@ def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any
             options[name] = _beside(options[name], device)
     hyperparameters = options.pop("hyperparameters")
     if isinstance(hyperparameters, Tensor):
-        return tensor_hyperparameters(*lists, _beside(hyperparameters, device), **options)
-    numbers(*lists, hyperparameters, [_beside(lr, device) for lr in options.pop("lrs")], **options)
+        return pairs.call(tensor_hyperparameters, lists, _beside(hyperparameters, device), **options)
+    pairs.call(numbers, lists, hyperparameters, [_beside(lr, device) for lr in options.pop("lrs")], **options)
 
 
 def _beside(scalar: Tensor, device: torch.device | None) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from torch_ademamix import sharding
-from torch_ademamix.check import floating_problem, in_place_problem
+from torch_ademamix.check import PARAMETER_DTYPES, floating_problem, grad_dtypes, in_place_problem
+from torch_ademamix.pairs import COMPLEX_DTYPES
 from torch_ademamix.plain import plain_options
 from torch_ademamix.reference import HYPERPARAMETERS, Hyperparameters, hyperparameters
 
@@ -198,12 +199,27 @@ def check_params(group: Options, number: int, include_frozen: bool = False) -> N
         if is_lazy(p) or not (include_frozen or is_trained(p)):
             continue
         name = param_name(group, number, i)
-        if problem := floating_problem(p) or in_place_problem(p):
+        if problem := floating_problem(p, PARAMETER_DTYPES + COMPLEX_DTYPES) or in_place_problem(p):
             raise ValueError(f"{name} {problem}")
+        if p.is_complex():
+            _check_complex(p, group, name)
         if p.dtype == torch.float16 and (group["master_weights"] or group["param_rounding"] == "stochastic"):
             option = "master_weights" if group["master_weights"] else "param_rounding"
             raise ValueError(
                 f"{option} is {group[option]!r}, which is for bfloat16 parameters, but {name} has dtype {p.dtype}"
+            )
+
+
+def _check_complex(p: Tensor, group: Options, name: str) -> None:
+    """Checks that a complex parameter's group has only options that such parameters have."""
+    if p.is_conj():
+        raise ValueError(f"{name} is a lazy conjugate of another tensor; pass a parameter of p.resolve_conj()")
+    plain = {"optim_bits": 32, "master_weights": None, "param_rounding": "nearest"}
+    for option, value in plain.items():
+        if group[option] != value and (option != "optim_bits" or p.numel() >= group["min_8bit_size"]):
+            raise ValueError(
+                f"{option} is {group[option]!r}, which is for real parameters, but {name} has dtype {p.dtype}; put "
+                f"complex parameters into a group of their own with {option}={value!r}"
             )
 
 
@@ -216,7 +232,7 @@ def check_grads(group: Mapping[str, Any], number: int) -> None:
     for i, p in enumerate(group["params"]):
         if p.grad is None:
             continue
-        problem = floating_problem(p.grad)
+        problem = floating_problem(p.grad, grad_dtypes(p))
         if sharding.is_dtensor(p) and not sharding.is_dtensor(p.grad):
             problem = "is a plain tensor, but its parameter is a DTensor"
         if problem:

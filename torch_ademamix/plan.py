@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_ademamix import ops, sharding, tracing
 from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, ParamState, Part, check_memory
-from torch_ademamix.check import are_floating
+from torch_ademamix.check import are_floating, grad_dtypes
 from torch_ademamix.moments import Formats, entries, formats_of, op_entries
 from torch_ademamix.options import (
     CONSTANT_OPTIONS,
@@ -216,7 +216,7 @@ class Plan:
     def check(self, work: Sequence[Work]) -> None:
         """Refuses gradients that no op call can take."""
         for batch, _, grads in work:
-            if batch.sharded or not are_floating(grads):
+            if batch.sharded or not are_floating(grads, grad_dtypes(batch.params[0])):
                 for number in dict.fromkeys(batch.groups):
                     check_grads(self.groups[number], number)
 

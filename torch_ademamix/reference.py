@@ -7,15 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_ademamix import bfloat16
+from torch_ademamix import bfloat16, pairs
 from torch_ademamix.blockwise import FIRST_PARAM_GROUP, POSITION_BITS, Format, decode, quantize, random_bits
 from torch_ademamix.moments import MOMENTS, codes_in, entries_of, op_entries, op_formats
 from torch_ademamix.schedules import alpha_schedule, beta3_schedule
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a parameter's arithmetic and of its unquantized state."""
-    return torch.float64 if param_dtype == torch.float64 else torch.float32
+    """The dtype of a parameter's arithmetic and, but for complex parameters, of its unquantized state."""
+    return torch.float64 if param_dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's unquantized state."""
+    dtype = compute_dtype(param_dtype)
+    return dtype.to_complex() if param_dtype.is_complex else dtype
 
 
 Number = Tensor | float  # a tensor: float64, without dimensions
@@ -317,15 +323,11 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")[row.beta1 == 0 :]:  # at 0, m1 is the gradient
-                        state[name] = torch.zeros_like(p, dtype=compute_dtype(p.dtype))
-                ademamix_step_(
-                    [p],
-                    [p.grad],
-                    [state["exp_avg"]] if "exp_avg" in state else [],
-                    [state["exp_avg_slow"]],
-                    [state["exp_avg_sq"]],
-                    [state["step"]],
-                    [],
+                        state[name] = torch.zeros_like(p, dtype=state_dtype(p.dtype))
+                moments = ([state[name]] if name in state else [] for name in MOMENTS)
+                pairs.call(
+                    ademamix_step_,
+                    [[p], [p.grad], *moments, [state["step"]], []],
                     [row],
                     maximize=group["maximize"],
                     stochastic_param_rounding=False,

@@ -12,7 +12,7 @@ from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, OptimizerState, Param
 from torch_ademamix.moments import Formats, codes_in, entries, entries_of, formats_of, quantized_formats
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import Options, check_params, is_trained, param_name
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.reference import state_dtype
 
 # The number of these formats: a group's "state_format", by which a state dict tells what its codes mean, also where
 # their dtypes don't. Version 0.1.0 had other ones, and no such entry.
@@ -28,7 +28,8 @@ def formats(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None
     if has_exp_avg is None:
         has_exp_avg = bool(group["betas"][0] > 0)
     quantized = quantized_formats(group["slow_ema_bits"], has_exp_avg)
-    if group["optim_bits"] == 32 or p.numel() < group["min_8bit_size"] or sharding.scales_shape(p) is None:
+    is_small = p.numel() < group["min_8bit_size"]
+    if group["optim_bits"] == 32 or is_small or p.is_complex() or sharding.scales_shape(p) is None:
         return dict.fromkeys(quantized)
     return quantized
 
@@ -40,7 +41,7 @@ def has_remainder(p: Tensor, group: Mapping[str, Any]) -> bool:
 
 def storage(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None) -> Storage:
     """How the state of a parameter of a group is stored; see :func:`formats`."""
-    own = entries(formats(p, group, has_exp_avg), compute_dtype(p.dtype))
+    own = entries(formats(p, group, has_exp_avg), state_dtype(p.dtype))
     if has_remainder(p, group):
         own[MASTER_REMAINDER] = torch.int16
     return Storage(p.device, paging.is_paged(p, group), tuple(own.items()))
