@@ -131,7 +131,7 @@ def lists_of_op_calls(code):
     """The names in the positional lists of each op call in generated code."""
     for line in code.splitlines():
         if OP_CALL.match(line.strip()):
-            yield [names.split(", ") for names in re.findall(r"(?<!=)\[(.*?)\]", line)]
+            yield [names.split(", ") if names else [] for names in re.findall(r"(?<!=)\[(.*?)\]", line)]
 
 
 def test_inductor():
@@ -150,7 +150,7 @@ def test_inductor():
     assert_all_close(model.parameters(), expected_model.parameters())
 
     calls = list(lists_of_op_calls(code))
-    assert [len(lists) for lists in calls] == [6, 6]  # an op call per group
+    assert [len(lists) for lists in calls] == [7]  # of both groups
     for params, _grads, *state in calls:
         for name in sum(state, params):
             assert re.match(r"(primals|arg)\w+$", name)

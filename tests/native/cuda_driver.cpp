@@ -109,14 +109,43 @@ void add_prologues() {
       launch_of(prologue_kernel<T, LONG_STEP_LIST<MANY_ROWS>, MANY_ROWS>);
 }
 
-template <class P, class G, class Fast, class Slow, class Sq, ParamRounding ROUNDING>
-void add_blockwise_steps(const std::string& dtypes, const std::string& rounding) {
-  for_each<std::true_type, std::false_type>([&](auto stochastic) {
-    add_step("blockwise_step_kernel<" + dtypes + name_of(Fast{}) + ", " + name_of(Slow{}) + ", " + name_of(Sq{}) +
-                 (stochastic() ? ", true, " : ", false, ") + rounding,
-             "BlockwiseRecord",
-             blockwise_step_kernel<P, G, Fast, Slow, Sq, stochastic(), ROUNDING, LONG_LIST<BlockwiseRecord>>);
-  });
+template <class P, class G, class Fast, class Slow, class Sq, bool STOCHASTIC, ParamRounding ROUNDING>
+void add_blockwise_step(const std::string& dtypes, const std::string& rounding) {
+  add_step("blockwise_step_kernel<" + dtypes + name_of(Fast{}) + ", " + name_of(Slow{}) + ", " + name_of(Sq{}) +
+               (STOCHASTIC ? ", true, " : ", false, ") + rounding,
+           "BlockwiseRecord",
+           blockwise_step_kernel<P, G, Fast, Slow, Sq, STOCHASTIC, ROUNDING, LONG_LIST<BlockwiseRecord>>);
+}
+
+// The compiler takes a second or more for each variant under the sanitizers. So all pairs of dtypes are there for the
+// 32-bit step and the first of the formats; the other variants for the pairs that people train with.
+template <class P, class G>
+constexpr bool IS_COMMON = (std::is_same_v<P, bfloat16> && sizeof(G) != 8 && !std::is_same_v<G, half>) ||
+                           (std::is_same_v<P, float> && std::is_same_v<G, float>);
+
+template <class P, class G, ParamRounding ROUNDING>
+void add_steps(const std::string& dtypes, const std::string& rounding) {
+  const auto add_32_bit_step = [&](auto exp_avg) {
+    add_step("step_kernel<" + dtypes + (exp_avg() ? "true, " : "false, ") + rounding, "StepRecord",
+             step_kernel<P, G, exp_avg(), ROUNDING, LONG_LIST<StepRecord>>);
+  };
+  add_32_bit_step(std::true_type{});
+  add_blockwise_step<P, G, SignedSqrt, Linear, FourthRoot, true, ROUNDING>(dtypes, rounding);
+  if constexpr (std::is_same_v<P, G>)
+    add_blockwise_step<P, G, SignedSqrt, Linear, FourthRoot, false, ROUNDING>(dtypes, rounding);
+  if constexpr (IS_COMMON<P, G>) {
+    add_32_bit_step(std::false_type{});
+    for_each<std::true_type, std::false_type>([&](auto stochastic) {
+      constexpr bool STOCHASTIC = decltype(stochastic)::value;
+      if constexpr (STOCHASTIC || std::is_same_v<P, float>) {
+        add_blockwise_step<P, G, SignedSqrt, SignedSqrt, FourthRoot, STOCHASTIC, ROUNDING>(dtypes, rounding);
+        add_blockwise_step<P, G, NoCodes, Linear, FourthRoot, STOCHASTIC, ROUNDING>(dtypes, rounding);
+        add_blockwise_step<P, G, NoCodes, SignedSqrt, FourthRoot, STOCHASTIC, ROUNDING>(dtypes, rounding);
+        add_blockwise_step<P, G, SignedSqrt4, Linear12, FourthRoot, STOCHASTIC, ROUNDING>(dtypes, rounding);
+        add_blockwise_step<P, G, NoCodes, Linear12, FourthRoot4, STOCHASTIC, ROUNDING>(dtypes, rounding);
+      }
+    });
+  }
 }
 
 template <class Format>
@@ -136,17 +165,7 @@ const bool added = [] {
       using P = decltype(p);
       using G = decltype(g);
       for_each_rounding<P>([=](auto rounding, const std::string& rounding_name) {
-        const std::string dtypes = name_of(p) + ", " + name_of(g) + ", ";
-        for_each<std::true_type, std::false_type>([=](auto exp_avg) {
-          add_step("step_kernel<" + dtypes + (exp_avg() ? "true, " : "false, ") + rounding_name, "StepRecord",
-                   step_kernel<P, G, exp_avg(), rounding(), LONG_LIST<StepRecord>>);
-        });
-        add_blockwise_steps<P, G, SignedSqrt, Linear, FourthRoot, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, SignedSqrt, SignedSqrt, FourthRoot, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, NoCodes, Linear, FourthRoot, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, NoCodes, SignedSqrt, FourthRoot, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, SignedSqrt4, Linear12, FourthRoot, rounding()>(dtypes, rounding_name);
-        add_blockwise_steps<P, G, NoCodes, Linear12, FourthRoot4, rounding()>(dtypes, rounding_name);
+        add_steps<P, G, rounding()>(name_of(p) + ", " + name_of(g) + ", ", rounding_name);
       });
     });
   });

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch_ademamix import ops
 from torch_ademamix.blockwise import CODE_DTYPES
 
-SLOW_BITS = pytest.mark.parametrize("slow_ema_bits", [8, 12, 16])
-STOCHASTIC = pytest.mark.parametrize("stochastic_rounding", [True, False], ids=["stochastic", "nearest"])
+# What all variants are built for (cuda_driver.cpp).
+COMMON_DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 SAME_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 TILE = 2048  # elements that one CTA does at a time
@@ -112,10 +112,16 @@ def test_dtypes_layouts_and_sizes(param_dtype: torch.dtype, grad_dtype: torch.dt
     assert launches == 2
 
 
-@STOCHASTIC
-@SLOW_BITS
-@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("param_dtype", "grad_dtype", "slow_ema_bits", "stochastic_rounding"),
+    [
+        *((param, grad, 16, True) for param in DTYPES for grad in DTYPES),
+        *((dtype, dtype, 16, False) for dtype in DTYPES),
+        *((param, grad, bits, True) for param, grad in COMMON_DTYPES for bits in (8, 12)),
+        *((torch.float32, torch.float32, bits, False) for bits in (8, 12)),
+    ],
+    ids=str,
+)
 def test_blockwise_dtypes_layouts_and_sizes(
     param_dtype: torch.dtype, grad_dtype: torch.dtype, slow_ema_bits: int, stochastic_rounding: bool
 ) -> None:
@@ -124,8 +130,7 @@ def test_blockwise_dtypes_layouts_and_sizes(
 
 
 @pytest.mark.parametrize("slow_ema_bits", [8, 12, 16, 32])
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
-@SAME_DTYPES
+@pytest.mark.parametrize(("dtype", "grad_dtype"), COMMON_DTYPES, ids=str)
 def test_without_exp_avg(dtype: torch.dtype, grad_dtype: torch.dtype, slow_ema_bits: int) -> None:
     entries = [*MIXED, *EDGES]
     if slow_ema_bits == 32:
