@@ -70,7 +70,7 @@ def hashes(compiler: str, objects: Sequence[Path], emulator: Sequence[str] = ())
 def instructions_per_param(kernel: Path) -> float:
     """Of the 8-bit step with 16-bit exp_avg_slow and stochastic rounding: whole blocks of finite elements."""
     listing = run([f"{CROSS}objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(kernel)])
-    name = r"step_whole_block<[\w:]*SignedSqrt, [\w:]*Linear>"
+    name = r"step_whole_block<[\w:]*SignedSqrt, [\w:]*Linear, [\w:]*FourthRoot>"
     (function,) = re.findall(rf"^\w+ <.*{name}.*>:\n((?:.+\n)+)", listing, re.MULTILINE)
     addresses, texts = zip(*re.findall(r"^ +(\w+):\t(.*)", function, re.MULTILINE), strict=True)
     loops = [texts[first:last] for first, last in innermost_loops(addresses, texts)]

@@ -324,7 +324,7 @@ EXPORT int cuDeviceGetAttribute(int* value, int number, CUdevice) {
   return failure("cuDeviceGetAttribute");
 }
 EXPORT int cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
-  *context = reinterpret_cast<CUcontext>(static_cast<intptr_t>(device) + 1);
+  *context = reinterpret_cast<CUcontext>(static_cast<intptr_t>(device) + 2);  // not null; the CPU's index is -1
   return failure("cuDevicePrimaryCtxRetain");
 }
 EXPORT int cuCtxPushCurrent_v2(CUcontext) {
