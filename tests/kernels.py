@@ -34,17 +34,20 @@ def step_types() -> Iterator[tuple[str, str, str]]:
 
 
 def kernels() -> Iterator[str]:
-    """Names. All but the prologue are for long lists: short ones differ in a number."""
+    """Names. All but the prologue are for long lists: short ones differ in a number.
+
+    All pairs of dtypes are there for the default formats; the other formats for gradients of the parameters' dtype.
+    """
     tables = ("SHORT_LIST, 1", "LONG_STEP_LIST<1>, 1", "LONG_STEP_LIST<MANY_ROWS>, MANY_ROWS")
     for dtype, table in product(("float", "double"), tables):
         yield f"prologue_kernel<{dtype}, {table}>"
-    for (param, grad, rounding), exp_avg in product(step_types(), ("true", "false")):
-        yield f"step_kernel<{param}, {grad}, {exp_avg}, {rounding}, LONG_LIST<StepRecord>>"
-    for (param, grad, rounding), moments, stochastic in product(step_types(), MOMENTS, ("true", "false")):
-        if param != grad and moments not in MOMENTS[:2]:  # the rest differs by the formats alone
-            continue
-        types = ", ".join((param, grad, moments, stochastic, rounding))
-        yield f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
+    for param, grad, rounding in step_types():
+        for exp_avg in ("true", "false") if param == grad else ("true",):
+            yield f"step_kernel<{param}, {grad}, {exp_avg}, {rounding}, LONG_LIST<StepRecord>>"
+        for moments in MOMENTS if param == grad else MOMENTS[:1]:
+            for stochastic in ("true", "false") if param == grad and "NEAREST" in rounding else ("true",):
+                types = ", ".join((param, grad, moments, stochastic, rounding))
+                yield f"blockwise_step_kernel<{types}, LONG_LIST<BlockwiseRecord>>"
     for format in FORMATS:
         yield f"quantize_kernel<{format}, false>"
         yield f"dequantize_kernel<{format}>"

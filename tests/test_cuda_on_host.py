@@ -21,9 +21,11 @@ TORCH = Path(torch.__file__).parent
 
 FLAGS = ["-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing"]  # vector accesses, which CUDA allows
-FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# A third of the time to compile: what the address sanitizer sees as well, and its checks as calls.
+FLAGS += ["-fno-sanitize=vptr,object-size,null,pointer-overflow", "--param=asan-instrumentation-with-call-threshold=0"]
 FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{TORCH}/include", "-DADEMAMIX_FETCH_BYTES=1000"]
-FLAGS += ["-DADEMAMIX_BLOCKWISE_WAVES=1"]
+FLAGS += ["-DADEMAMIX_ARGUMENT_BYTES=4096", "-DADEMAMIX_BLOCKWISE_WAVES=1"]
 
 
 def build(folder: Path) -> None:
@@ -65,7 +67,7 @@ def test_on_host(tmp_path: Path) -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "--durations=8", "-p", "no:cacheprovider"]
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "--durations=40", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*pytest_command, *map(str, sorted(NATIVE.glob("*_cases.py")))],
         env=environment,

@@ -12,7 +12,10 @@
 namespace ademamix {
 
 // What a kernel's arguments may take, from driver 530 on (CUDA programming guide, "Function Parameters").
-constexpr int ARGUMENT_BYTES = 32764;
+#if !defined(ADEMAMIX_ARGUMENT_BYTES)  // tests take fewer
+#define ADEMAMIX_ARGUMENT_BYTES 32764
+#endif
+constexpr int ARGUMENT_BYTES = ADEMAMIX_ARGUMENT_BYTES;
 constexpr int OTHER_ARGUMENT_BYTES = 256;  // kept for a kernel's other arguments
 constexpr int TABLE_BYTES = ARGUMENT_BYTES - OTHER_ARGUMENT_BYTES;
 
@@ -84,7 +87,8 @@ struct StepTable {
   int32_t count;
 };
 
-constexpr int MANY_ROWS = 128;  // where not all tensors have the same
+// Where not all tensors have the same: half of the arguments.
+constexpr int MANY_ROWS = TABLE_BYTES / 2 / static_cast<int>(sizeof(HyperparameterRow));
 
 template <int ROWS>
 constexpr int LONG_STEP_LIST = (TABLE_BYTES - 8 - ROWS * static_cast<int>(sizeof(HyperparameterRow))) /

@@ -67,7 +67,8 @@ inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int sel
 
 namespace cuda_on_host {
 
-constexpr size_t STACK_BYTES = 1 << 18;  // a kernel's arguments lie there, twice under the sanitizer
+// A kernel's arguments lie there, twice under the sanitizer, which clears what it knows of a stack in each switch.
+constexpr size_t STACK_BYTES = 1 << 16;
 constexpr unsigned int WARP = 32;
 
 struct Thread {
