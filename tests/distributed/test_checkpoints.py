@@ -28,6 +28,9 @@ STORED = {
     "32": {},
     "8": {"optim_bits": 8, "min_8bit_size": 600},  # weights, not biases, which can't be quantized in shards
     "8, slow too": {"optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 8},
+    "12": {"optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 12},
+    "12 without exp_avg": {"optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 12, "betas": (0.0, 0.99, 0.999)},
+    "32 without exp_avg": {"betas": (0.0, 0.99, 0.999)},
     "8 and remainders": {"optim_bits": 8, "min_8bit_size": 600, "master_weights": "remainder"},
 }
 
