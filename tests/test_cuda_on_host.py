@@ -67,7 +67,7 @@ def test_on_host(tmp_path: Path) -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "--durations=40", "-p", "no:cacheprovider"]
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "--durations=8", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*pytest_command, *map(str, sorted(NATIVE.glob("*_cases.py")))],
         env=environment,
