@@ -36,6 +36,8 @@ SAMPLE_BYTES = 500
 def make_optimizer(args: argparse.Namespace, model: ByteGPT) -> torch.optim.Optimizer:
     if args.optimizer == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, fused=True)
+    if args.optimizer == "ADANA":  # needs no length of the run
+        return torch_ademamix.ADANA(model.parameters(), lr=args.lr, weight_decay=0.1)
     optimizer_class = getattr(torch_ademamix, args.optimizer)
     return optimizer_class(
         model.parameters(),
@@ -190,8 +192,8 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizer", choices=[*ADEMAMIX, "AdamW"], default="AdEMAMix")
-    parser.add_argument("--lr", type=float, help="peak learning rate (AdamW 6e-3, others 4e-3)")
+    parser.add_argument("--optimizer", choices=[*ADEMAMIX, "ADANA", "AdamW"], default="AdEMAMix")
+    parser.add_argument("--lr", type=float, help="peak learning rate (AdamW 6e-3, ADANA 2e-3, others 4e-3)")
     parser.add_argument("--alpha", type=float, default=2.0, help="weight of the slow average")
     parser.add_argument("--beta3", type=float, default=0.999, help="decay of the slow average")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
@@ -203,8 +205,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/gpt"), help="output folder")
     args = parser.parse_args()
-    if args.lr is None:  # the best of four for each, at the default size and number of steps
-        args.lr = 6e-3 if args.optimizer == "AdamW" else 4e-3
+    if args.lr is None:  # the best of four at the default size and number of steps; ADANA's is half of AdEMAMix's
+        args.lr = {"AdamW": 6e-3, "ADANA": 2e-3}.get(args.optimizer, 4e-3)
     if args.steps <= REPEATED_STEPS:
         parser.error(f"--steps must be more than {REPEATED_STEPS}, was {args.steps}")
     return args

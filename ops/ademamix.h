@@ -15,15 +15,20 @@ struct Hyperparameters {
   double t_alpha, t_beta3;  // steps of warm-up of alpha and beta3; 0 for none
   double schedule_start;    // steps before the warm-ups begin
   double eps, weight_decay;
+  double delta;           // of beta3 in logarithmic time, instead of beta3 and its warm-up; 0 for none
+  double log_time_beta2;  // not 0: beta2 is in logarithmic time too, and exp_avg_sq has no bias correction
+  double kappa;           // alpha grows by (1 + t)^(1 - kappa); 0 for none
+  double t_weight_decay;  // weight_decay is divided by 1 + t / t_weight_decay; 0 for a constant one
 };
 
-constexpr int64_t HYPERPARAMETERS = 10;
+constexpr int64_t HYPERPARAMETERS = 14;
 static_assert(sizeof(Hyperparameters) == HYPERPARAMETERS * sizeof(double));
 
 template <class S>
 ADEMAMIX_INLINE Hyperparameters read_hyperparameters(const S* row) {
   const auto number = [row](int i) { return static_cast<double>(row[i]); };
-  return {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9)};
+  return {number(0), number(1), number(2), number(3),  number(4),  number(5),  number(6),
+          number(7), number(8), number(9), number(10), number(11), number(12), number(13)};
 }
 
 // The schedules' t. A tensor that has done fewer steps than schedule_start waits at 0.
@@ -31,9 +36,18 @@ ADEMAMIX_INLINE double schedule_step(double step, const Hyperparameters& h) {
   return ::fmax(step - h.schedule_start, 0.0);
 }
 
-// alpha(t): linear from 0 to alpha over t_alpha steps.
+// alpha(t): linear from 0 to alpha over t_alpha steps; with kappa, it grows without end.
 ADEMAMIX_INLINE double alpha_schedule(double step, const Hyperparameters& h) {
-  return h.t_alpha > 0 ? ::fmin(step * h.alpha / h.t_alpha, h.alpha) : h.alpha;
+  const double alpha = h.t_alpha > 0 ? ::fmin(step * h.alpha / h.t_alpha, h.alpha) : h.alpha;
+  return h.kappa > 0 ? alpha + ::pow(1 + step, 1 - h.kappa) : alpha;
+}
+
+// 1 - beta(t) in logarithmic time (arXiv 2602.05298): the EMA remembers about the last t / delta steps.
+ADEMAMIX_INLINE double log_time_rate(double step, double delta) { return delta / (delta + step); }
+
+// weight_decay(t) in logarithmic time.
+ADEMAMIX_INLINE double weight_decay_schedule(double step, const Hyperparameters& h) {
+  return h.t_weight_decay > 0 ? h.weight_decay / (1 + step / h.t_weight_decay) : h.weight_decay;
 }
 
 // beta3(t): from beta1 to beta3 over t_beta3 steps, linear in the half-life of the average, which is proportional to
@@ -83,10 +97,18 @@ struct StepScalars {
         inv_sqrt_bias2(V(1 / ::sqrt(1 - ::pow(h.beta2, step)))),
         eps(V(h.eps)),
         minus_lr(V(-h.lr)),
-        weight_decay(V(h.weight_decay)) {
-    const double beta3_t = beta3_schedule(schedule_step(step, h), h);
-    beta3 = V(beta3_t);
-    one_minus_beta3 = V(1 - beta3_t);
+        weight_decay(V(weight_decay_schedule(step, h))) {
+    const double schedule_t = schedule_step(step, h);
+    const double beta3_t = beta3_schedule(schedule_t, h);
+    const double rate3 = h.delta > 0 ? log_time_rate(schedule_t, h.delta) : 1 - beta3_t;
+    beta3 = V(h.delta > 0 ? 1 - rate3 : beta3_t);
+    one_minus_beta3 = V(rate3);
+    if (h.log_time_beta2 != 0) {
+      const double rate2 = log_time_rate(step, h.delta);
+      beta2 = V(1 - rate2);
+      one_minus_beta2 = V(rate2);
+      inv_sqrt_bias2 = V(1);
+    }
   }
 
   // Broadcast to the lanes of a SIMD vector.

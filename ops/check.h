@@ -325,6 +325,10 @@ class Checker {
     in_range("t_beta3", h.t_beta3, h.t_beta3 >= 0, "at least 0");
     in_range("schedule_start", h.schedule_start, h.schedule_start >= 0, "at least 0");
     in_range("eps", h.eps, h.eps >= 0, "at least 0");
+    in_range("delta", h.delta, h.delta >= 0, "at least 0");
+    in_range("log_time_beta2", h.log_time_beta2, h.log_time_beta2 == 0 || h.delta > 0, "0, or delta positive");
+    in_range("kappa", h.kappa, h.kappa >= 0, "at least 0");
+    in_range("t_weight_decay", h.t_weight_decay, h.t_weight_decay >= 0, "at least 0");
   }
 
   ScalarType param_dtype() const { return params_.empty() ? ScalarType::Float : params_[0].dtype; }

@@ -42,6 +42,10 @@ FORMULA: dict[str, Any] = {
     "schedule_start": 0,
     "eps": 1e-8,
     "weight_decay": 0.01,
+    "delta": None,
+    "log_time_beta2": False,
+    "kappa": None,
+    "t_weight_decay": None,
     "maximize": False,
 }
 # And what a call has besides.
@@ -61,6 +65,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maximize": {"maximize": True},
     "beta1_0": {"beta1": 0.0, "t_beta3": 40},
     "schedule_start": {"t_alpha": 8, "t_beta3": 8, "schedule_start": 5},
+    "log_time": {"alpha": 1.0, "delta": 8.0, "log_time_beta2": True, "kappa": 0.85, "t_weight_decay": 30.0},
+    "log_time_beta3": {"delta": 8.0, "schedule_start": 5},
     "grad_scale": {"grad_scale": torch.tensor(1000.0), "found_inf": torch.tensor([0.0])},
     "tensor_lr": {"lr": torch.tensor([3e-3], dtype=torch.float64)},
 }
@@ -188,6 +194,7 @@ class Expected:
 def expected_step(lists: StepLists, lr: Tensor | float = 1e-2, **options: Any) -> list[Expected]:
     """What a step of `lists` should give, per parameter: new parameter and moments."""
     options = {**FORMULA, **options}
+    options |= {name: options[name] or 0 for name in reference.HYPERPARAMETERS[1:]}
     factor = -1.0 if options.pop("maximize") else 1.0
     options.pop("found_inf", None)
     if (grad_scale := options.pop("grad_scale", None)) is not None:

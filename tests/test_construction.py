@@ -139,6 +139,14 @@ class TestPositionalOrder:
     def test_plain_adamw_is_allowed(self):
         AdEMAMix([self.p], alpha=0, t_alpha=0, t_beta3=0)
 
+    def test_small_alphas(self):
+        """With kappa, which no position is for, and in the groups of an optimizer that a schedule writes to."""
+        p = nn.Parameter(torch.ones(3))
+        optimizer = AdEMAMix([p], alpha=1e-3, kappa=0.85)
+        optimizer.param_groups[0].update(alpha=1e-8, kappa=None)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
 
 @EVERY_CLASS
 @pytest.mark.parametrize("steps_before", [0, 1])

@@ -197,19 +197,19 @@ OP_REFUSALS = {
     },
     **{f"places[8] is {n}, but must be in [0, 7)": move(8, n) for n in (-1, 7)},
     "hyperparameters has dtype torch.int64, but must be torch.float32 or torch.float64": give(
-        hyperparameters=torch.zeros(1, 10, dtype=torch.int64)
+        hyperparameters=torch.zeros(1, 14, dtype=torch.int64)
     ),
     **{
-        f"hyperparameters has shape {list(shape)}, but must have shape [rows, 10]": give(
+        f"hyperparameters has shape {list(shape)}, but must have shape [rows, 14]": give(
             hyperparameters=torch.zeros(shape)
         )
-        for shape in ((), (10,), (1, 9), (0, 10), (1, 1, 10))
+        for shape in ((), (14,), (1, 10), (0, 14), (1, 1, 14))
     },
-    "hyperparameters must be contiguous": give(hyperparameters=torch.zeros(10, 2).mT),
-    "hyperparameters is on meta, but params are on cpu": give(hyperparameters=torch.zeros(1, 10, device="meta")),
+    "hyperparameters must be contiguous": give(hyperparameters=torch.zeros(14, 2).mT),
+    "hyperparameters is on meta, but params are on cpu": give(hyperparameters=torch.zeros(1, 14, device="meta")),
     **{
-        f"hyperparameters has length {n}, but must have 10 for each row": give(hyperparameters=[0.0] * n)
-        for n in (0, 9, 21)
+        f"hyperparameters has length {n}, but must have 14 for each row": give(hyperparameters=[0.0] * n)
+        for n in (0, 10, 29)
     },
     "lrs has length 1, but must have 2, one for each row, or none": give(
         hyperparameters=row_of() * 2, lrs=[torch.tensor(0.1)]
@@ -226,6 +226,8 @@ OP_REFUSALS = {
         for row, hyperparameters in ((2, row_of() * 2), (-1, hyperparameter_tensor().repeat(2, 1)))
     },
     "beta2 of row 1 is 1, but must be in [0, 1)": give(hyperparameters=row_of() + row_of(beta2=1.0)),
+    **{f"{x} is -1, but must be at least 0": give(**{x: -1.0}) for x in ("delta", "kappa", "t_weight_decay")},
+    "log_time_beta2 is 1, but must be 0, or delta positive": give(log_time_beta2=True),
     "eps of row 2 is -1, but must be at least 0": give(hyperparameters=row_of() * 2 + row_of(eps=-1.0)),
 }
 

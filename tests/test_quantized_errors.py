@@ -158,7 +158,7 @@ REFUSALS = [
     ],
     (
         setting(hyperparameters=torch.zeros(1, 9)),
-        "hyperparameters has shape [1, 9], but must have shape [rows, 10]",
+        "hyperparameters has shape [1, 9], but must have shape [rows, 14]",
     ),
 ]
 

@@ -6,6 +6,7 @@ from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.reference import ReferenceAdEMAMix
 from torch_ademamix.training import capture_train_step, compile_train_step, release_gradients
 from torch_ademamix.variants import (
+    ADANA,
     AdEMAMix8bit,
     AdEMAMix32bit,
     PagedAdEMAMix,
@@ -14,6 +15,7 @@ from torch_ademamix.variants import (
 )
 
 __all__ = [
+    "ADANA",
     "AdEMAMix",
     "AdEMAMix8bit",
     "AdEMAMix32bit",

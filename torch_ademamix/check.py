@@ -14,6 +14,9 @@ from torch_ademamix.pairs import COMPLEX_DTYPES
 from torch_ademamix.places import PLACE_NUMBERS
 from torch_ademamix.reference import HYPERPARAMETERS, Hyperparameters, compute_dtype
 
+BETAS = ("beta1", "beta2", "beta3")
+LOG_TIME = ("delta", "log_time_beta2", "kappa", "t_weight_decay")
+
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the ops
 
 
@@ -218,13 +221,17 @@ class Checker:
 
     def _row(self, row: Hyperparameters, which: str) -> None:
         """alpha and weight_decay may have any value, and so may lr."""
-        for name in ("beta1", "beta2", "beta3", "t_alpha", "t_beta3", "schedule_start", "eps"):
-            value = getattr(row, name)
-            is_beta = name.startswith("beta")
-            if not (0 <= value < 1 if is_beta else value >= 0):
-                self.refuse(f"{name}{which} is {value:g}, but must be {'in [0, 1)' if is_beta else 'at least 0'}")
-            if name == "beta1" and value != 0 and not self._has_exp_avg:
-                self.refuse(f"{name}{which} is {value:g}, but must be 0 without exp_avgs")
+        for name in (*BETAS, "t_alpha", "t_beta3", "schedule_start", "eps", *LOG_TIME):
+            value, allowed = getattr(row, name), "at least 0"
+            ok = value >= 0
+            if name in BETAS:
+                ok, allowed = 0 <= value < 1, "in [0, 1)"
+                if ok and name == "beta1" and not self._has_exp_avg:
+                    ok, allowed = value == 0, "0 without exp_avgs"
+            elif name == "log_time_beta2":
+                ok, allowed = value == 0 or row.delta > 0, "0, or delta positive"
+            if not ok:
+                self.refuse(f"{name}{which} is {value:g}, but must be {allowed}")
 
     def _state(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._state_length(name, tensors)

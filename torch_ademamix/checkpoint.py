@@ -15,13 +15,23 @@ from typing import Any
 
 import torch
 
+from torch_ademamix.adana import from_adana, to_adana
 from torch_ademamix.apertus import OPTIONS as _APPLE_OPTIONS  # the fork has Apple's names
 from torch_ademamix.apertus import from_apertus, to_apertus
 from torch_ademamix.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from torch_ademamix.conversion import StateDict, check_entries, convert, kept, moment, renamed
 from torch_ademamix.loading import checked_step
 
-__all__ = ["from_adamw", "from_apertus", "from_apple", "from_bitsandbytes", "to_apertus", "to_bitsandbytes"]
+__all__ = [
+    "from_adamw",
+    "from_adana",
+    "from_apertus",
+    "from_apple",
+    "from_bitsandbytes",
+    "to_adana",
+    "to_apertus",
+    "to_bitsandbytes",
+]
 
 # Our options and what AdamW calls them.
 _ADAMW_OPTIONS = {name: name for name in ("lr", "betas", "eps", "weight_decay")}

@@ -72,6 +72,9 @@ def exported_options(group: Mapping[str, Any], where: str, names: Mapping[str, s
         tells_format(group)
     if group.get("maximize"):
         raise ValueError(f"{where}['maximize'] is True, but must be False: {target} only minimizes")
+    for name in ("delta", "kappa", "t_weight_decay"):
+        if group.get(name) is not None:
+            raise ValueError(f"{where}[{name!r}] is {group[name]!r}, but must be None: {target} has no such schedule")
     start = group.get("schedule_start", 0)
     if start > 0 and (group.get("t_alpha") or group.get("t_beta3")):
         raise ValueError(

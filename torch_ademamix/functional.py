@@ -31,6 +31,10 @@ def ademamix(
     schedule_start: int = 0,
     eps: float,
     weight_decay: float,
+    delta: float | None = None,
+    log_time_beta2: bool = False,
+    kappa: float | None = None,
+    t_weight_decay: float | None = None,
     maximize: bool = False,
     remainders: Sequence[Tensor | None] = (),
     stochastic_param_rounding: bool = False,
@@ -65,6 +69,10 @@ def ademamix(
         schedule_start: steps done before these warm-ups begin; at least 0.
         eps: ε, at least 0.
         weight_decay: λ, decoupled, applied to the parameter's old value.
+        delta: δ of β3(t) = 1 − δ/(δ + t), instead of `beta3` and its warm-up; see :mod:`torch_ademamix.schedules`.
+        log_time_beta2: β2 is 1 − δ/(δ + t) too, and ν has no bias correction.
+        kappa: κ of α(t) = α + (1 + t)^(1 − κ).
+        t_weight_decay: T of λ(t) = λ/(1 + t/T).
         maximize: ascend instead of descend.
         remainders: for each bfloat16 parameter what rounding took away from its float32 weight, an int16 tensor of
             its shape; see :mod:`torch_ademamix.bfloat16`. None for a parameter without; empty if all are.
@@ -87,8 +95,9 @@ def ademamix(
     (1.0, 0.89995)
     """
     row = (lr, beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay)
+    log_time = (delta, log_time_beta2, kappa, t_weight_decay)
     options: dict[str, Any] = dict(
-        **_one_row(*row),
+        **_one_row(*row, *log_time),
         maximize=maximize,
         seed=seed,
         places=(),
@@ -122,6 +131,10 @@ def ademamix_blockwise(
     schedule_start: int = 0,
     eps: float,
     weight_decay: float,
+    delta: float | None = None,
+    log_time_beta2: bool = False,
+    kappa: float | None = None,
+    t_weight_decay: float | None = None,
     maximize: bool = False,
     stochastic_rounding: bool = True,
     remainders: Sequence[Tensor | None] = (),
@@ -160,8 +173,9 @@ def ademamix_blockwise(
     (1.0, 0.89995)
     """
     row = (lr, beta1, beta2, beta3, alpha, t_alpha, t_beta3, schedule_start, eps, weight_decay)
+    log_time = (delta, log_time_beta2, kappa, t_weight_decay)
     options: dict[str, Any] = dict(
-        **_one_row(*row),
+        **_one_row(*row, *log_time),
         maximize=maximize,
         stochastic_rounding=stochastic_rounding,
         seed=seed,

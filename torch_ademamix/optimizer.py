@@ -61,11 +61,17 @@ class AdEMAMix(Optimizer):
         lr: the learning rate. A float that changes recompiles a compiled step each time; a tensor of one element
             doesn't, and LR schedulers write to it in place, so a second group gets a copy of its own.
         betas: β1, β2 and β3, each in [0, 1).
-        alpha: the weight α of the slow average.
+        alpha: the weight α of the slow EMA. A value in (0, 0.001] without `kappa` raises, since AdamW has eps at this
+            position; it may be written to `param_groups`.
         t_alpha: steps over which α rises linearly from 0; None for none. Usually the whole run.
         t_beta3: steps over which β3 rises from β1, linearly in the half-life; None for none.
         schedule_start: steps of a parameter before both warm-ups begin, where another optimizer did these steps
             (:func:`torch_ademamix.checkpoint.from_adamw`); α is 0 and β3 is β1 till then.
+        delta: δ of β3(t) = 1 − δ/(δ + t), the slow EMA in logarithmic time (arXiv 2602.05298), instead of betas[2] and
+            `t_beta3`. It remembers about t/δ steps, so the length of the run need not be known. None for none.
+        log_time_beta2: β2(t) = 1 − δ/(δ + t) too, instead of betas[1], and no bias correction of exp_avg_sq.
+        kappa: κ of α(t) = alpha + (1 + t)^(1 − κ), instead of `t_alpha`; in (0, 1]. None for none.
+        t_weight_decay: T in steps of weight decay in logarithmic time, weight_decay/(1 + t/T). None for a constant one.
         eps: added to the denominator.
         weight_decay: decoupled weight decay λ.
         optim_bits: 32, or 8 for quantized state.
@@ -125,6 +131,10 @@ class AdEMAMix(Optimizer):
         is_paged: bool = False,
         *,
         schedule_start: int = 0,
+        delta: float | None = None,
+        log_time_beta2: bool = False,
+        kappa: float | None = None,
+        t_weight_decay: float | None = None,
         slow_ema_bits: Literal[8, 12, 16] = 16,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -141,6 +151,10 @@ class AdEMAMix(Optimizer):
             t_alpha=t_alpha,
             t_beta3=t_beta3,
             schedule_start=schedule_start,
+            delta=delta,
+            log_time_beta2=log_time_beta2,
+            kappa=kappa,
+            t_weight_decay=t_weight_decay,
             eps=eps,
             weight_decay=weight_decay,
             optim_bits=optim_bits,

@@ -124,9 +124,13 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("alpha", "eps", "weight_decay", "min_8bit_size"), ("at least 0", _at_least_0)),
     "betas": ("three numbers in [0, 1)", lambda betas: len(betas) == 3 and all(0 <= beta < 1 for beta in betas)),
     **dict.fromkeys(("t_alpha", "t_beta3"), ("at least 0, or None", lambda steps: steps is None or steps >= 0)),
+    **dict.fromkeys(("delta", "t_weight_decay"), ("positive, or None", lambda value: value is None or value > 0)),
+    "kappa": ("in (0, 1], or None", lambda kappa: kappa is None or 0 < kappa <= 1),
     "schedule_start": ("an int of at least 0", lambda start: isinstance(start, int) and 0 <= start < 2**63),
     "seed": ("an int of 64 bits", lambda seed: isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**63),
-    **dict.fromkeys(("maximize", "stochastic_rounding", "capturable", "is_paged"), ("True or False", _is_flag)),
+    **dict.fromkeys(
+        ("log_time_beta2", "maximize", "stochastic_rounding", "capturable", "is_paged"), ("True or False", _is_flag)
+    ),
     "optim_bits": ("8 or 32", lambda bits: bits in (8, 32)),
     "slow_ema_bits": ("8, 12 or 16", lambda bits: bits in (8, 12, 16)),
     "master_weights": ("'remainder' or None", lambda kind: kind in ("remainder", None)),
@@ -153,10 +157,23 @@ def check_options(options: Mapping[str, Any], names: Iterable[str] | None = None
                 allowed = "at least 0" if first else "a number"
                 ok = _at_least_0 if first else ok
             _require(name, options[name], allowed, ok)
+    _check_log_time(options)
     if options["master_weights"]:
         _require("param_rounding", options["param_rounding"], "'nearest'", lambda rounding: rounding == "nearest")
     if first:
         _check_order(options)
+
+
+def _check_log_time(options: Mapping[str, Any]) -> None:
+    """Raises for schedules that contradict one another."""
+    if options["delta"] is None and options["log_time_beta2"]:
+        raise ValueError("log_time_beta2 is True, but delta is None: give delta, such as 8.0")
+    for name, other, what in (("delta", "t_beta3", "β3"), ("kappa", "t_alpha", "α")):
+        if options[name] is not None and options[other]:
+            raise ValueError(
+                f"{name} is {options[name]!r} and {other} is {options[other]!r}, but both are schedules of {what}: "
+                "leave one of them None"
+            )
 
 
 def _require(name: str, value: Any, allowed: str, ok: Callable[[Any], bool]) -> None:
@@ -177,12 +194,14 @@ LARGEST_EPS = 1e-3  # that anybody uses, and a smaller alpha than anybody does
 
 
 def _check_order(options: Mapping[str, Any]) -> None:
-    """Refuses values that must have been meant for other arguments.
+    """Raises for values that must have been meant for other arguments.
+
+    With kappa, which only a keyword sets, alpha is a summand of α(t) and may be small.
 
     Raises:
         ValueError: alpha is as small as an eps, or a number of steps is below 1, as a weight decay.
     """
-    if 0 < options["alpha"] <= LARGEST_EPS:
+    if 0 < options["alpha"] <= LARGEST_EPS and options["kappa"] is None:
         raise ValueError(f"alpha is {options['alpha']!r}, but must be 0 or above {LARGEST_EPS}: {ORDER}")
     for name in ("t_alpha", "t_beta3"):
         if 0 < (options[name] or 0) < 1:

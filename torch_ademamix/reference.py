@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_ademamix import bfloat16, pairs
 from torch_ademamix.blockwise import FIRST_PARAM_GROUP, POSITION_BITS, Format, decode, quantize, random_bits
 from torch_ademamix.moments import MOMENTS, codes_in, entries_of, op_entries, op_formats
-from torch_ademamix.schedules import alpha_schedule, beta3_schedule
+from torch_ademamix.schedules import alpha_schedule, beta3_schedule, growth, log_time_decay, log_time_rate
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
@@ -40,6 +40,10 @@ class Hyperparameters(NamedTuple):
     schedule_start: Number
     eps: Number
     weight_decay: Number
+    delta: Number  # 0 for a β3 that isn't in logarithmic time
+    log_time_beta2: Number  # 0 or 1
+    kappa: Number  # 0 for none
+    t_weight_decay: Number  # 0 for a constant weight decay
 
 
 HYPERPARAMETERS = Hyperparameters._fields
@@ -59,6 +63,10 @@ def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
         float(group["schedule_start"]),
         float(group["eps"]),
         float(group["weight_decay"]),
+        float(group["delta"] or 0),
+        float(group["log_time_beta2"]),
+        float(group["kappa"] or 0),
+        float(group["t_weight_decay"] or 0),
     )
 
 
@@ -82,19 +90,39 @@ def step_scalars(
     t_alpha: Number | None,
     t_beta3: Number | None,
     schedule_start: Number,
-) -> dict[str, Tensor]:
+    weight_decay: Number,
+    delta: Number,
+    log_time_beta2: Number,
+    kappa: Number,
+    t_weight_decay: Number,
+) -> dict[str, Number]:
     """What one step's update needs, in float64; `step` counts from 1."""
     t = step.double().reshape(())
     schedule_t = (t - schedule_start).clamp(min=0)
     beta3_t = beta3_schedule(schedule_t, beta1, beta3, t_beta3)
+    rate3 = _given(delta, lambda: log_time_rate(schedule_t, delta), 1 - beta3_t)
+    alpha_t = alpha_schedule(schedule_t, alpha, t_alpha)
+    rate2 = _given(log_time_beta2, lambda: log_time_rate(t, delta), 1 - beta2)
     return {
         "lr": torch.as_tensor(lr, dtype=torch.float64, device=t.device).reshape(()),
-        "alpha": alpha_schedule(schedule_t, alpha, t_alpha),
-        "beta3": beta3_t,
-        "one_minus_beta3": 1 - beta3_t,
+        "alpha": _given(kappa, lambda: alpha_t + growth(schedule_t, kappa), alpha_t),
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": _given(log_time_beta2, lambda: 1 - rate2, beta2),
+        "one_minus_beta2": rate2,
+        "beta3": _given(delta, lambda: 1 - rate3, beta3_t),
+        "one_minus_beta3": rate3,
         "bias1": 1 - beta1**t,
-        "sqrt_bias2": (1 - beta2**t).sqrt(),
+        "sqrt_bias2": _given(log_time_beta2, lambda: torch.ones_like(t), (1 - beta2**t).sqrt()),
+        "weight_decay": _given(t_weight_decay, lambda: log_time_decay(t, weight_decay, t_weight_decay), weight_decay),
     }
+
+
+def _given(number: Number, value: Callable[[], Number], otherwise: Number) -> Number:
+    """The value where a number isn't 0, which of a tensor the host doesn't know."""
+    if isinstance(number, Tensor):
+        return torch.where(number != 0, value(), otherwise)
+    return value() if number else otherwise
 
 
 def ademamix_update(
@@ -115,12 +143,16 @@ def ademamix_update(
     schedule_start: Number,
     eps: Number,
     weight_decay: Number,
+    delta: Number = 0,
+    log_time_beta2: Number = 0,
+    kappa: Number = 0,
+    t_weight_decay: Number = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of one parameter, as in the paper; returns the new values and changes nothing.
+    """One step of one parameter, as in the papers; returns the new values and changes nothing.
 
-    param and grad are already in the dtype of the arithmetic; `step` counts from 1. Without exp_avg, beta1 is 0.
+    param and grad are already in the dtype of the arithmetic; `step` counts from 1.
     """
-    scalars = step_scalars(
+    numbers = step_scalars(
         step,
         lr,
         beta1=beta1,
@@ -130,16 +162,13 @@ def ademamix_update(
         t_alpha=t_alpha,
         t_beta3=t_beta3,
         schedule_start=schedule_start,
+        weight_decay=weight_decay,
+        delta=delta,
+        log_time_beta2=log_time_beta2,
+        kappa=kappa,
+        t_weight_decay=t_weight_decay,
     )
-    numbers = {
-        **scalars,
-        "beta1": beta1,
-        "one_minus_beta1": 1 - beta1,
-        "beta2": beta2,
-        "one_minus_beta2": 1 - beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
+    numbers["eps"] = eps
     s = {name: x.to(param.dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()}
     m1 = grad if exp_avg is None else s["beta1"] * exp_avg + s["one_minus_beta1"] * grad
     m2 = s["beta3"] * exp_avg_slow + s["one_minus_beta3"] * grad
@@ -292,6 +321,10 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         schedule_start: int = 0,
+        delta: float | None = None,
+        log_time_beta2: bool = False,
+        kappa: float | None = None,
+        t_weight_decay: float | None = None,
         maximize: bool = False,
     ) -> None:
         defaults = dict(
@@ -303,6 +336,10 @@ class ReferenceAdEMAMix(torch.optim.Optimizer):
             schedule_start=schedule_start,
             eps=eps,
             weight_decay=weight_decay,
+            delta=delta,
+            log_time_beta2=log_time_beta2,
+            kappa=kappa,
+            t_weight_decay=t_weight_decay,
             maximize=maximize,
         )
         super().__init__(params, defaults)

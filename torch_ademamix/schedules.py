@@ -1,4 +1,4 @@
-"""The warm-up schedules of α and β3 (arXiv 2409.03137, section 3)."""
+"""The schedules: warm-ups of α and β3 (arXiv 2409.03137, section 3), and logarithmic time (arXiv 2602.05298)."""
 
 import torch
 from torch import Tensor
@@ -54,6 +54,55 @@ def beta3_schedule(
     s = t / t_beta3
     warming_up = torch.exp(1 / ((1 - s) * start + s * end)).clamp(max=beta3)
     return torch.where(t < t_beta3, warming_up, beta3)
+
+
+def log_time_rate(step: Tensor | float, delta: Tensor | float) -> Tensor:
+    """1 − β(t) = δ/(δ + t) of an EMA in logarithmic time, which remembers about the last t/δ steps.
+
+    Args:
+        step: t, counting from 1; a tensor of any shape, or a number.
+        delta: δ.
+
+    Returns:
+        A float64 tensor of step's shape.
+
+    >>> log_time_rate(8, delta=8.0).item()
+    0.5
+    """
+    return delta / (delta + torch.as_tensor(step).double())
+
+
+def growth(step: Tensor | float, kappa: Tensor | float) -> Tensor:
+    """(1 + t)^(1 − κ), which ADANA adds to α.
+
+    Args:
+        step: t, counting from 1; a tensor of any shape, or a number.
+        kappa: κ.
+
+    Returns:
+        A float64 tensor of step's shape.
+
+    >>> growth(15, kappa=0.75).item()
+    2.0
+    """
+    return (1 + torch.as_tensor(step).double()) ** (1 - kappa)
+
+
+def log_time_decay(step: Tensor | float, weight_decay: Tensor | float, t_weight_decay: Tensor | float) -> Tensor:
+    """λ(t) = λ/(1 + t/T): weight decay in logarithmic time.
+
+    Args:
+        step: t, counting from 1; a tensor of any shape, or a number.
+        weight_decay: λ.
+        t_weight_decay: T, in steps.
+
+    Returns:
+        A float64 tensor of step's shape.
+
+    >>> log_time_decay(300, weight_decay=0.4, t_weight_decay=100).item()
+    0.1
+    """
+    return weight_decay / (1 + torch.as_tensor(step).double() / t_weight_decay)
 
 
 def _is_zero(steps: Tensor | float) -> bool:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch_ademamix import AdEMAMix
 from torch_ademamix.blockwise import dequantize
 from torch_ademamix.distributed import LoadPlanner, get_full_optimizer_state_dict
+from torch_ademamix.variants import ADANA_OPTIONS
 
 pytestmark = pytest.mark.distributed
 
@@ -32,6 +33,7 @@ STORED = {
     "12 without exp_avg": {"optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 12, "betas": (0.0, 0.99, 0.999)},
     "32 without exp_avg": {"betas": (0.0, 0.99, 0.999)},
     "8 and remainders": {"optim_bits": 8, "min_8bit_size": 600, "master_weights": "remainder"},
+    "ADANA, 12": {**ADANA_OPTIONS, "optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 12},
 }
 
 

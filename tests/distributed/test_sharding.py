@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_ademamix import AdEMAMix, compile_train_step, release_gradients
 from torch_ademamix.sharding import first_group
+from torch_ademamix.variants import ADANA_OPTIONS
 
 pytestmark = pytest.mark.distributed
 
@@ -28,7 +29,8 @@ EVERY_BITS = pytest.mark.parametrize("bits", BITS)
 def steps_equal_plain_steps(layout, bits, hidden=512, backend=None):
     """Each step gives, bit for bit, what a plain parameter's step gives with the same gradient."""
     model, plain = make_model(layout, hidden), make_model(None, hidden)
-    options = {**OPTIONS, **BITS[bits], "lr": torch.tensor([1e-2], dtype=torch.float64)}
+    stored = {**ADANA_OPTIONS, "t_weight_decay": 5.0} if bits == "ADANA" else BITS[bits]
+    options = {**OPTIONS, **stored, "lr": torch.tensor([1e-2], dtype=torch.float64)}
     # One group, as parameters usually come, where all are rounded alike.
     groups = [{"params": [p], **rounding_of_part(p)} for p in model.parameters()]
     alike = all(group["stochastic_rounding"] for group in groups)
@@ -90,6 +92,10 @@ def expected_quantized(layout, world_size):
 def test_step(workers, world_size, layout, bits):
     expected = expected_quantized(layout, world_size) if bits == 8 else []
     assert workers.run(world_size, steps_equal_plain_steps, layout, bits) == [expected] * world_size
+
+
+def test_step_in_logarithmic_time(workers):
+    workers.run(2, steps_equal_plain_steps, "fsdp", "ADANA")
 
 
 @pytest.mark.parametrize(("layout", "hidden"), [("fsdp", 5), ("fsdp_tp", 6)])

@@ -381,6 +381,10 @@ Hyperparameters draw_row(Choices& choices) {
   h.schedule_start = choices.of<double>({0, 0, 1, 0x1p63});
   h.eps = draw_number(choices, 0, 1);
   h.weight_decay = draw_number(choices, -1, 1);
+  h.delta = choices.one_in(3) ? draw_number(choices, 1e-3, 100) : 0;
+  h.log_time_beta2 = h.delta > 0 && choices.one_in(2);
+  h.kappa = choices.one_in(3) ? draw_number(choices, 1e-3, 1) : 0;
+  h.t_weight_decay = warm_up();
   return h;
 }
 

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t NUMEL = 192 * BLOCK_SIZE + 77;  // with a ragged block, and a ragged vector in it
 constexpr int64_t BLOCKS = block_count(NUMEL);
 constexpr uint64_t SEED = 0x123456789abcdef;
-constexpr Hyperparameters OPTIONS{1e-2f, 0.9, 0.999, 0.9999, 5, 8, 8, 0, 1e-8, 0.01};
+constexpr Hyperparameters OPTIONS{1e-2f, 0.9, 0.999, 0.9999, 5, 8, 8, 0, 1e-8, 0.01, 0, 0, 0, 0};
 constexpr float STEP = 5;
 
 enum class Values {
