@@ -6,7 +6,7 @@ the table in docs/drift.md.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,32 +15,37 @@ from torch import Tensor
 from tqdm import trange
 
 from benchmarks.shared.writing import DOCS, markdown_table, write_table
-from torch_ademamix import AdEMAMix
+from torch_ademamix import ADANA, AdEMAMix
 
 STEPS = 20_000
 COORDINATES = 16_384
 MEAN = 0.1  # what coordinates' means are normally distributed by, over the standard deviation of the noise
 BETA3 = 0.9999
 
+# How state is stored.
 FLOAT32 = "32-bit"
-SCHEMES: dict[str, dict[str, Any]] = {
+TWELVE_BITS = "8-bit, slow_ema_bits=12"
+TO_NEAREST = "8-bit, slow_ema_bits=8, stochastic_rounding=False"  # as bitsandbytes has it, in other formats
+STATES: dict[str, dict[str, Any]] = {
     FLOAT32: {},
     "8-bit": {"optim_bits": 8},
-    "8-bit, slow_ema_bits=12": {"optim_bits": 8, "slow_ema_bits": 12},
+    TWELVE_BITS: {"optim_bits": 8, "slow_ema_bits": 12},
     "8-bit, slow_ema_bits=8": {"optim_bits": 8, "slow_ema_bits": 8},
     "8-bit, stochastic_rounding=False": {"optim_bits": 8, "stochastic_rounding": False},
-    # As bitsandbytes has it, in other formats: every moment in 8 bits and rounded to nearest.
-    "8-bit, slow_ema_bits=8, stochastic_rounding=False": {
-        "optim_bits": 8,
-        "slow_ema_bits": 8,
-        "stochastic_rounding": False,
-    },
-    "32-bit, beta1=0": {"beta1": 0.0},
-    "8-bit, beta1=0": {"optim_bits": 8, "beta1": 0.0},
-    "8-bit, slow_ema_bits=12, beta1=0": {"optim_bits": 8, "slow_ema_bits": 12, "beta1": 0.0},
+    TO_NEAREST: {"optim_bits": 8, "slow_ema_bits": 8, "stochastic_rounding": False},
 }
-BETA1 = 0.9
-TO_NEAREST = "8-bit, slow_ema_bits=8, stochastic_rounding=False"
+
+# What is stored: AdEMAMix's EMAs, or without the fast one, also in logarithmic time.
+FORMULAS: dict[str, Callable[..., AdEMAMix]] = {
+    "{}": lambda params, beta3, **options: AdEMAMix(params, betas=(0.9, 0.999, beta3), **options),
+    "{}, beta1=0": lambda params, beta3, **options: AdEMAMix(params, betas=(0.0, 0.999, beta3), **options),
+    "ADANA, {}": lambda params, beta3, **options: ADANA(params, **options),
+}
+SCHEMES = {
+    formula.format(state): (formula, state)
+    for formula in FORMULAS
+    for state in (STATES if formula == "{}" else (FLOAT32, "8-bit", TWELVE_BITS))
+}
 
 DOCUMENT = DOCS / "drift.md"
 
@@ -53,7 +58,7 @@ class Drift:
     exp_avg_slow: float
     exp_avg_sq: float
     exp_avg_sq_mean: float  # of the mean of exp_avg_sq over all coordinates; signed
-    displacement: float  # of what the parameters moved by, against the 32-bit optimizer's with the same β1
+    displacement: float  # of what the parameters moved by, against the same optimizer's with 32-bit state
 
 
 def moments(optimizer: AdEMAMix, p: Tensor) -> list[Tensor]:
@@ -72,13 +77,12 @@ def measure(
     """Runs all schemes over the same gradients; the parameters start at 0 and don't decay."""
     generator = torch.Generator().manual_seed(seed)
 
-    def make(dtype: torch.dtype, beta1: float = BETA1, **options: Any) -> tuple[Tensor, AdEMAMix]:
+    def make(dtype: torch.dtype, formula: str, state: str) -> tuple[Tensor, AdEMAMix]:
         p = torch.zeros(coordinates, dtype=dtype, requires_grad=True)
-        return p, AdEMAMix([p], betas=(beta1, 0.999, beta3), weight_decay=0.0, **options)
+        return p, FORMULAS[formula]([p], beta3=beta3, weight_decay=0.0, **STATES[state])
 
-    beta1s = {name: options.get("beta1", BETA1) for name, options in SCHEMES.items()}
-    exact = {beta1: make(torch.float64, beta1) for beta1 in set(beta1s.values())}
-    runs = {name: make(torch.float32, **options) for name, options in SCHEMES.items()}
+    exact = {formula: make(torch.float64, formula, FLOAT32) for formula in FORMULAS}
+    runs = {scheme: make(torch.float32, *scheme) for scheme in SCHEMES.values()}
     mean = MEAN * torch.randn(coordinates, generator=generator)
     for _ in trange(steps, desc="drift", leave=False, disable=None):
         grad = mean + torch.randn(coordinates, generator=generator)
@@ -86,10 +90,9 @@ def measure(
             p.grad = grad.to(p.dtype)
             optimizer.step()
 
-    moved = {beta1s[name]: p.detach() for name, (p, _) in runs.items() if name.startswith(FLOAT32)}
     drifts = {}
-    for name, (p, optimizer) in runs.items():
-        exact_p, exact_optimizer = exact[beta1s[name]]
+    for name, (formula, state) in SCHEMES.items():
+        (exact_p, exact_optimizer), (p, optimizer) = exact[formula], runs[formula, state]
         true_m2, true_nu, *true_m1 = moments(exact_optimizer, exact_p)
         m2, nu, *m1 = moments(optimizer, p)
         drifts[name] = Drift(
@@ -97,7 +100,7 @@ def measure(
             exp_avg_slow=relative_error(m2, true_m2),
             exp_avg_sq=relative_error(nu, true_nu),
             exp_avg_sq_mean=(nu.mean() / true_nu.mean() - 1).item(),
-            displacement=relative_error(p.detach(), moved[beta1s[name]]),
+            displacement=relative_error(p.detach(), runs[formula, FLOAT32][0].detach()),
         )
     return drifts
 
@@ -115,7 +118,7 @@ def table(drifts: Mapping[str, Drift]) -> str:
     for scheme, drift in drifts.items():
         cells = {name: percent(value) for name, value in asdict(drift).items()}
         cells["exp_avg_sq_mean"] = percent(drift.exp_avg_sq_mean, "+")
-        if scheme.startswith(FLOAT32):
+        if SCHEMES[scheme][1] == FLOAT32:
             cells["displacement"] = "-"
         rows.append([scheme, *cells.values()])
     return markdown_table(heads, rows)

@@ -1,22 +1,58 @@
-"""What `benchmarks.convergence` searches and compares: one run's configuration, and the plan of all."""
+"""What `benchmarks.convergence` searches and compares: the optimizers, one run's configuration, and the plan of all."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from benchmarks import drift
+from benchmarks.drift import FLOAT32, STATES, TWELVE_BITS
 
 ADAMW = "AdamW"
-COMPARED = (drift.FLOAT32, "8-bit", "8-bit, slow_ema_bits=8")
-SMALLER = ("32-bit, beta1=0", "8-bit, slow_ema_bits=12", "8-bit, slow_ema_bits=12, beta1=0")  # by `--smaller`
-ADEMAMIX = {name: drift.SCHEMES[name] for name in (*COMPARED, *SMALLER)}
-PERTURBED = "32-bit, perturbed"  # initial weights multiplied by 1 + 1e-6 * noise: how much of a run's end is chance
+NO_MOMENTUM = f"{FLOAT32}, beta1=0"
+ADANA = "ADANA"
+ADANA_12 = f"{ADANA}, {TWELVE_BITS}"
+PERTURBED = f"{FLOAT32}, perturbed"  # initial weights multiplied by 1 + 1e-6 * noise: how much of an end is chance
 PERTURBATION = 1e-6
 
 
 @dataclass(frozen=True)
-class Config:
-    """One run; β3 and α are AdEMAMix's."""
+class Scheme:
+    """An optimizer of the tables."""
 
-    optimizer: str
+    base: str | None = None  # whose settings it has, and whose losses its own are compared with; None: a search's
+    options: Mapping[str, Any] = field(default_factory=dict)  # besides the learning rate, β3 and α
+    best_only: bool = False  # compared at the base's best setting only, where it has several
+    varied: bool = False  # one run, with the search's seed: other options of the base
+
+
+# By the names of tables and files, in the tables' order.
+SCHEMES = {
+    ADAMW: Scheme(),
+    ADANA: Scheme(),
+    ADANA_12: Scheme(ADANA, STATES[TWELVE_BITS]),
+    "ADANA, delta=4": Scheme(ADANA, {"delta": 4.0}, varied=True),
+    "ADANA, delta=16": Scheme(ADANA, {"delta": 16.0}, varied=True),
+    "ADANA, kappa=0.75": Scheme(ADANA, {"kappa": 0.75}, varied=True),
+    "ADANA, kappa=1": Scheme(ADANA, {"kappa": 1.0}, varied=True),
+    # AdEMAMix, at each β3:
+    FLOAT32: Scheme(),
+    **{name: Scheme(FLOAT32, STATES[name]) for name in ("8-bit", TWELVE_BITS, "8-bit, slow_ema_bits=8")},
+    PERTURBED: Scheme(FLOAT32, best_only=True),
+    # AdEMAMix with β1 = 0, at the best β3 and α:
+    NO_MOMENTUM: Scheme(),
+    f"{TWELVE_BITS}, beta1=0": Scheme(NO_MOMENTUM, STATES[TWELVE_BITS]),
+}
+LONG = (ADAMW, FLOAT32, ADANA, ADANA_12)  # of the long runs
+
+
+def base_of(scheme: str) -> str:
+    return SCHEMES[scheme].base or scheme
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run; only AdEMAMix has a β3 and an α."""
+
+    optimizer: str  # a scheme's name
     lr: float
     beta3: float | None
     alpha: float | None
@@ -40,8 +76,11 @@ class Plan:
     alphas: tuple[float, ...] = (2.0, 5.0, 8.0)
     search_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)  # none that the settings were chosen by
+    long_steps: int = 24_000
+    long_seeds: tuple[int, ...] = (1, 2)  # learning rates are chosen by the first
     extend: bool = True  # lines of learning rates, until the best isn't at the edge; and refine the best
-    evaluation_windows: int = 256  # per point of a curve, spread evenly over the held-out files
+    evaluations: int = 24  # points of a curve
+    evaluation_windows: int = 256  # per point, spread evenly over the held-out files
     final_windows: int = 4096
     rosenbrock_steps: int = 10_000
 
@@ -52,7 +91,10 @@ SHORT = Plan(
     beta3s=(0.999,),
     alphas=(2.0,),
     seeds=(1,),
+    long_steps=48,
+    long_seeds=(1,),
     extend=False,
+    evaluations=3,
     evaluation_windows=32,
     final_windows=32,
     rosenbrock_steps=100,

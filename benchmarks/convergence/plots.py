@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.convergence import rosenbrock
-from benchmarks.convergence.plan import ADAMW, PERTURBED
-from benchmarks.convergence.report import Report, Setting
-from benchmarks.drift import FLOAT32
+from benchmarks.convergence.plan import ADAMW, ADANA, ADANA_12, NO_MOMENTUM, PERTURBED, SCHEMES, base_of
+from benchmarks.convergence.report import Record, Report, Setting
+from benchmarks.drift import FLOAT32, TWELVE_BITS
 from benchmarks.shared.writing import figure
 
 if TYPE_CHECKING:
@@ -20,21 +20,33 @@ COLOURS = {
     ADAMW: "#252525",
     FLOAT32: "#08519c",
     "8-bit": "#d94801",
+    TWELVE_BITS: "#c51b8a",
     "8-bit, slow_ema_bits=8": "#31a354",
+    NO_MOMENTUM: "#756bb1",
+    ADANA: "#006d2c",
+    ADANA_12: "#74c476",
     PERTURBED: "#9ecae1",
 }
-LINES = ("#252525", "#08519c", "#6baed6", "#a63603", "#fd8d3c", "#31a354", "#c51b8a", "#756bb1")
+LINES = ("#252525", "#08519c", "#6baed6", "#a63603", "#fd8d3c", "#31a354", "#c51b8a", "#756bb1", "#8c510a", "#006d2c")
 
 
-def mean_curve(found: Report, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def curves_of(records: Mapping[int, Record]) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the validation losses of all seeds (seeds, steps)."""
-    curves = [record["curve"] for record in found.comparison[setting].values() if record["final"] is not None]
+    curves = [record["curve"] for record in records.values() if record["final"] is not None]
     steps = np.array([point["step"] for point in curves[0]]) if curves else np.array([])
     return steps, np.array([[point["validation"] for point in curve] for curve in curves])
 
 
+def label_of(setting: Setting) -> str:
+    """Of an optimizer with 32-bit state."""
+    if setting.beta3 is None:
+        return setting.optimizer
+    beta1 = ", β1 = 0" if base_of(setting.optimizer) == NO_MOMENTUM else ""
+    return f"AdEMAMix{beta1}, β3 = {setting.beta3:g}, α = {setting.alpha:g}"
+
+
 def losses(path: Path, found: Report) -> None:
-    """Left: AdamW and AdEMAMix with 32-bit state; then, for each β3, quantized state against 32-bit."""
+    """Left: all optimizers with 32-bit state; then, for each β3, quantized state against 32-bit."""
     beta3s = sorted({s.beta3 for s in found.comparison if s.beta3 is not None})
     if not beta3s:
         return
@@ -42,16 +54,14 @@ def losses(path: Path, found: Report) -> None:
         left, *others = made.subplots(1, 1 + len(beta3s))
         lowest = []
         for setting in found.settings:
-            if setting.optimizer not in (ADAMW, FLOAT32):
+            if SCHEMES[setting.optimizer].base is not None:
                 continue
-            steps, values = mean_curve(found, setting)
+            steps, values = curves_of(found.comparison[setting])
             if not len(values):
                 continue
-            label, style, colour = setting.name, "-", COLOURS[setting.optimizer]
-            if setting.beta3 is not None:
-                label = f"AdEMAMix, β3 = {setting.beta3:g}, α = {setting.alpha:g}"
-                style = ("-", "--", ":")[beta3s.index(setting.beta3) % 3]
-            _band(left, steps, values, f"{label}, lr = {setting.lr:g}", colour, style)
+            style = "-" if setting.beta3 is None else ("-", "--", ":")[beta3s.index(setting.beta3) % 3]
+            label = f"{label_of(setting)}, lr = {setting.lr:g}"
+            _band(left, steps, values, label, COLOURS[setting.optimizer], style)
             lowest.append(values.min())
         if lowest:
             left.set_ylim(min(lowest) - 0.05, min(lowest) + 1)
@@ -62,6 +72,25 @@ def losses(path: Path, found: Report) -> None:
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
             _legend(axes)
+
+
+def longer(path: Path, found: Report) -> None:
+    """The long runs, without their beginning."""
+    if not found.long:
+        return
+    with figure(path, 6.5, 4.2) as made:
+        axes = made.subplots()
+        lowest = []
+        for setting in found.long_settings:
+            steps, values = curves_of(found.long[setting])
+            if len(values):
+                _band(axes, steps, values, f"{setting.name}, lr = {setting.lr:g}", COLOURS[setting.optimizer])
+                lowest.append(values.min())
+        if lowest:
+            axes.set_ylim(min(lowest) - 0.02, min(lowest) + 0.4)
+        axes.set(xlabel="step", ylabel="validation loss (nats per byte)")
+        axes.grid(alpha=0.3)
+        _legend(axes)
 
 
 def _legend(axes: "Axes") -> None:
@@ -76,7 +105,7 @@ def _band(axes: "Axes", steps: np.ndarray, values: np.ndarray, label: str, colou
 
 
 def _differences(axes: "Axes", found: Report, beta3: float) -> None:
-    settings = [s for s in found.settings if s.beta3 == beta3]
+    settings = [s for s in found.settings if s.beta3 == beta3 and base_of(s.optimizer) == FLOAT32]
     base = next((s for s in settings if s.optimizer == FLOAT32), None)
     if base is None:
         return
@@ -99,9 +128,8 @@ def search(path: Path, found: Report) -> None:
     """Final validation loss by learning rate."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for setting, record in sorted(found.search.items(), key=lambda item: (item[0].beta3 or 0, item[0].alpha or 0)):
-        label = ADAMW if setting.beta3 is None else f"AdEMAMix, β3 = {setting.beta3:g}, α = {setting.alpha:g}"
-        if record["final"] is not None:
-            lines[label].append((setting.lr, record["final"]))
+        if record["final"] is not None and not SCHEMES[setting.optimizer].varied:
+            lines[label_of(setting)].append((setting.lr, record["final"]))
     with figure(path, 6.5, 4.2) as made:
         axes = made.subplots()
         for (label, points), colour in zip(lines.items(), LINES, strict=False):

@@ -4,16 +4,15 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.convergence import rosenbrock
-from benchmarks.convergence.plan import ADAMW, PERTURBED, Plan
-from benchmarks.drift import FLOAT32, SCHEMES
+from benchmarks.convergence.plan import ADAMW, ADANA, LONG, SCHEMES, Plan, base_of
 from benchmarks.shared.writing import markdown_table
 
-ORDER = [ADAMW, FLOAT32, PERTURBED, *(name for name in SCHEMES if name != FLOAT32)]
+ORDER = list(SCHEMES)
 Record = Mapping[str, Any]
 Walks = Mapping[str, list[rosenbrock.Walk]]
 
@@ -29,7 +28,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return self.optimizer if self.optimizer == ADAMW else f"AdEMAMix, {self.optimizer}"
+        return self.optimizer if self.beta3 is None else f"AdEMAMix, {self.optimizer}"
 
 
 def final(record: Record) -> float:
@@ -41,47 +40,60 @@ class Report:
 
     def __init__(self, plan: Plan, records: Iterable[Record]) -> None:
         self.plan = plan
-        self.records = [record for record in records if record["config"]["steps"] == plan.steps]
+        self.records = list(records)
         self.search: dict[Setting, Record] = {}
         self.comparison: dict[Setting, dict[int, Record]] = defaultdict(dict)
+        self.long: dict[Setting, dict[int, Record]] = defaultdict(dict)
         for record in self.records:
             config = record["config"]
             setting = Setting(*(config[name] for name in ("optimizer", "lr", "beta3", "alpha")))
-            if config["seed"] == plan.search_seed:
+            if config["steps"] == plan.long_steps:
+                self.long[setting][config["seed"]] = record
+            elif config["steps"] == plan.steps and config["seed"] == plan.search_seed:
                 self.search[setting] = record
-            elif config["seed"] in plan.seeds:
+            elif config["steps"] == plan.steps and config["seed"] in plan.seeds:
                 self.comparison[setting][config["seed"]] = record
 
     @property
     def settings(self) -> list[Setting]:
-        """Of the comparison: AdamW, then by β3."""
-        return sorted(self.comparison, key=lambda s: (s.beta3 or 0, ORDER.index(s.optimizer)))
+        """Of the comparison: AdamW and ADANA, then by β3."""
+        return sorted(self.comparison, key=order)
 
-    def minus(self, setting: Setting, optimizer: str, beta3: float | None) -> list[float]:
-        """Differences to another optimizer's final losses, with the same seeds."""
-        others = next((s for s in self.comparison if (s.optimizer, s.beta3) == (optimizer, beta3)), None)
-        if others is None or others == setting:
-            return []
-        mine, theirs = self.comparison[setting], self.comparison[others]
-        return [final(mine[seed]) - final(theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    @property
+    def long_settings(self) -> list[Setting]:
+        """Of the long runs: each optimizer's best one, which it has run with the most seeds."""
+        best = []
+        for name in LONG:
+            found = [s for s in self.long if s.optimizer == name]
+            if found:
+                best.append(min(found, key=lambda s: (-len(self.long[s]), min(map(final, self.long[s].values())))))
+        return best
 
     def search_table(self) -> str:
-        lrs = sorted({setting.lr for setting in self.search})
-        lines: dict[tuple[str, float | None, float | None], dict[float, float]] = defaultdict(dict)
-        for setting, record in self.search.items():
-            lines[setting.name, setting.beta3, setting.alpha][setting.lr] = final(record)
+        return lines_by_lr({s: final(r) for s, r in self.search.items() if not SCHEMES[s.optimizer].varied})
+
+    def varied_table(self) -> str:
+        """ADANA with other δ and κ, next to its own at that learning rate."""
+        lrs = {s.lr for s in self.search if SCHEMES[s.optimizer].varied}
+        of_adana = [s for s in self.search if base_of(s.optimizer) == ADANA and s.lr in lrs]
+        rows = [[s.name, f"{s.lr:g}", f"{final(self.search[s]):.4f}"] for s in sorted(of_adana, key=order)]
+        return markdown_table(["", "lr", "loss"], rows)
+
+    def long_table(self) -> str:
         rows = []
-        for (name, beta3, alpha), losses in sorted(lines.items(), key=lambda item: (item[0][1] or 0, item[0][2] or 0)):
-            best = min(losses.values())
-            cells = [
-                "" if lr not in losses else f"**{losses[lr]:.4f}**" if losses[lr] == best else f"{losses[lr]:.4f}"
-                for lr in lrs
-            ]
-            rows.append([name, *("" if value is None else f"{value:g}" for value in (beta3, alpha)), *cells])
-        return markdown_table(["", "β3", "α", *(f"{lr:g}" for lr in lrs)], rows)
+        for setting in self.long_settings:
+            losses = [final(record) for _, record in sorted(self.long[setting].items())]
+            each = " ".join(f"{loss:.4f}" for loss in losses)
+            differences = with_spread(minus(self.long, setting, ADAMW, None))
+            rows.append([setting.name, f"{setting.lr:g}", f"{mean(losses):.4f}", each, differences])
+        return markdown_table(["", "lr", "mean", "each seed", "minus AdamW"], rows)
+
+    def long_search_table(self) -> str:
+        first = self.plan.long_seeds[0]
+        return lines_by_lr({s: final(records[first]) for s, records in self.long.items() if first in records})
 
     def comparison_table(self) -> str:
-        heads = ["", "β3", "α", "lr", "seeds", "mean", "spread", "each seed", "minus AdamW", "minus 32-bit"]
+        heads = ["", "β3", "α", "lr", "seeds", "mean", "spread", "each seed", "minus AdamW", "minus 32-bit state"]
         rows = []
         for setting in self.settings:
             losses = [final(record) for _, record in sorted(self.comparison[setting].items())]
@@ -90,8 +102,8 @@ class Report:
                 [
                     *(setting.name, *mixture, f"{setting.lr:g}", str(len(losses))),
                     *(f"{mean(losses):.4f}", spread(losses), " ".join(f"{loss:.4f}" for loss in losses)),
-                    with_spread(self.minus(setting, ADAMW, None)),
-                    with_spread(self.minus(setting, FLOAT32, setting.beta3)),
+                    with_spread(minus(self.comparison, setting, ADAMW, None)),
+                    with_spread(minus(self.comparison, setting, base_of(setting.optimizer), setting.beta3)),
                 ]
             )
         return markdown_table(heads, rows)
@@ -103,6 +115,10 @@ class Report:
             "comparison": [
                 {**asdict(s), "final": {seed: r["final"] for seed, r in sorted(self.comparison[s].items())}}
                 for s in self.settings
+            ],
+            "longer": [
+                {**asdict(s), "final": {seed: r["final"] for seed, r in sorted(records.items())}}
+                for s, records in self.long.items()
             ],
             "rosenbrock": rosenbrock.summary(walks),
             **self.origin(),
@@ -116,6 +132,39 @@ class Report:
             return sorted(found)
 
         return {name: values(name) for name in ("commit", "processor", "versions", "text")}
+
+
+def order(setting: Setting) -> tuple[float, int]:
+    return setting.beta3 or 0, ORDER.index(setting.optimizer)
+
+
+def minus(
+    runs: Mapping[Setting, Mapping[int, Record]], setting: Setting, optimizer: str, beta3: float | None
+) -> list[float]:
+    """Differences to another optimizer's final losses, with the same seeds: its setting that has most of them."""
+    others = [s for s in runs if (s.optimizer, s.beta3) == (optimizer, beta3)]
+    if not others or setting in others:
+        return []
+    mine, theirs = runs[setting], runs[max(others, key=lambda s: len(runs[s]))]
+    return [final(mine[seed]) - final(theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def lines_by_lr(losses: Mapping[Setting, float]) -> str:
+    """A table of losses: a line has the settings that differ in the learning rate only."""
+    lrs = sorted({setting.lr for setting in losses})
+    lines: dict[Setting, dict[float, float]] = defaultdict(dict)
+    for setting, loss in losses.items():
+        lines[replace(setting, lr=0.0)][setting.lr] = loss
+    rows = []
+    for setting in sorted(lines, key=lambda s: (s.beta3 or 0, s.alpha or 0, ORDER.index(s.optimizer))):
+        line = lines[setting]
+        best = min(line.values())
+        cells = [
+            "" if lr not in line else f"**{line[lr]:.4f}**" if line[lr] == best else f"{line[lr]:.4f}" for lr in lrs
+        ]
+        mixture = ["" if value is None else f"{value:g}" for value in (setting.beta3, setting.alpha)]
+        rows.append([setting.name, *mixture, *cells])
+    return markdown_table(["", "β3", "α", *(f"{lr:g}" for lr in lrs)], rows)
 
 
 def spread(values: list[float]) -> str:
@@ -150,6 +199,14 @@ def markdown(found: Report, walks: Walks) -> str:
         f"Final validation loss by learning rate, seed {plan.search_seed}.",
         found.search_table(),
         "![Final loss by learning rate](search.svg)",
+        f"ADANA with another δ (instead of 8) or κ (0.85), seed {plan.search_seed}, without a search of its own:",
+        found.varied_table(),
+        "## Longer runs",
+        f"{plan.long_steps:,} steps, seeds {', '.join(map(str, plan.long_seeds))}; AdEMAMix's warm-ups last as long.",
+        found.long_table() if found.long else "Not yet run.",
+        *(("![Validation loss of the longer runs](long.svg)",) if found.long else ()),
+        f"Final validation loss by learning rate, seed {plan.long_seeds[0]}:",
+        found.long_search_table(),
         "## Rosenbrock",
         f"{plan.rosenbrock_steps:,} steps from {rosenbrock.START}; arrived: the step from which on the distance to the "
         f"minimum stays below {rosenbrock.NEAR:g}.",

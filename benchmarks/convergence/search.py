@@ -2,13 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import drift
-from benchmarks.convergence.plan import ADAMW, COMPARED, PERTURBED, SMALLER, Config, Plan
+from benchmarks.convergence.plan import ADAMW, FLOAT32, LONG, NO_MOMENTUM, SCHEMES, Config, Plan, base_of
 from benchmarks.convergence.training import Trainer
 from benchmarks.shared import writing
 
@@ -47,14 +46,17 @@ class Runs:
         final = self.record(config)["final"]
         return math.inf if final is None else final
 
-    def best(self, config: Config, lrs: tuple[float, ...], extend: bool) -> Config:
-        """`config` at the best of the learning rates, which are doubled and halved until it isn't at their edge."""
+    def best(self, config: Config, lrs: tuple[float, ...], extend: bool, factor: float = 2) -> Config:
+        """`config` at the best of the learning rates, whose line goes on by `factor` until it isn't at their edge."""
         line = sorted(lrs)
         while True:
             best = min(line, key=lambda lr: self.loss(replace(config, lr=lr)))
             if not extend or line[0] < best < line[-1]:
                 return replace(config, lr=best)
-            line = sorted({*line, rounded(best / 2), rounded(best * 2)})
+            if best == line[-1]:
+                line.append(rounded(best * factor))
+            if best == line[0]:
+                line.insert(0, rounded(best / factor))
 
     def refined(self, config: Config) -> Config:
         neighbours = [replace(config, lr=rounded(config.lr * 2**k)) for k in (-0.5, 0.0, 0.5)]
@@ -65,44 +67,68 @@ def rounded(lr: float) -> float:
     return float(f"{lr:.3g}")
 
 
-def search(plan: Plan, runs: Runs) -> dict[str, Config]:
-    """The best settings of AdamW, and of AdEMAMix at each β3, by their names in the tables."""
-    adamw = Config(ADAMW, plan.lrs[0], None, None, plan.search_seed, plan.steps)
-    found = {ADAMW: runs.best(adamw, plan.lrs, plan.extend)}
+def mixtures(plan: Plan, runs: Runs) -> list[Config]:
+    """The best settings of AdEMAMix with 32-bit state, one at each β3, the best first."""
+    found = []
     lrs = plan.lrs
     for beta3 in plan.beta3s:
         lines = []
         for alpha in plan.alphas:
-            config = replace(adamw, optimizer=drift.FLOAT32, beta3=beta3, alpha=alpha)
+            config = Config(FLOAT32, lrs[0], beta3, alpha, plan.search_seed, plan.steps)
             lines.append(runs.best(config, lrs, plan.extend))
             if plan.extend:
                 lr = lines[-1].lr
                 lrs = (rounded(lr / 2), lr, rounded(lr * 2))
-        found[f"β3 = {beta3:g}"] = min(lines, key=runs.loss)
-    if plan.extend:
-        mixtures = [name for name in found if name != ADAMW]
-        for name in (ADAMW, min(mixtures, key=lambda name: runs.loss(found[name]))):
-            found[name] = runs.refined(found[name])
-    return found
+        found.append(min(lines, key=runs.loss))
+    best, *others = sorted(found, key=runs.loss)
+    return [runs.refined(best) if plan.extend else best, *others]
 
 
-def comparison(plan: Plan, found: dict[str, Config], runs: Runs) -> Iterator[Config]:
-    """The configurations of the final comparison, the best β3 first within a seed."""
-    mixtures = sorted((c for name, c in found.items() if name != ADAMW), key=runs.loss)
+def settings(scheme: str, plan: Plan, runs: Runs) -> list[Config]:
+    """What a scheme is compared at: its base's best settings, with the search's seed. Makes the runs they take."""
+    base = base_of(scheme)
+    if base == FLOAT32:
+        found = mixtures(plan, runs)
+    else:
+        config = Config(base, plan.lrs[0], None, None, plan.search_seed, plan.steps)
+        if base == NO_MOMENTUM:
+            config = replace(mixtures(plan, runs)[0], optimizer=base)
+        lrs = plan.lrs if base == ADAMW else plan.lrs[:2]
+        config = runs.best(config, lrs, plan.extend)
+        found = [runs.refined(config) if plan.extend else config]
+    if SCHEMES[scheme].best_only:
+        found = found[:1]
+    return [replace(config, optimizer=scheme) for config in found]
+
+
+def comparison(plan: Plan, runs: Runs, schemes: Collection[str]) -> Iterator[Config]:
+    """The runs of the comparison: each scheme's settings with every seed; varied options once."""
     for seed in plan.seeds:
-        yield replace(found[ADAMW], seed=seed)
-        for config in mixtures:
-            for scheme in COMPARED:
-                yield replace(config, optimizer=scheme, seed=seed)
-    for seed in plan.seeds:
-        yield replace(mixtures[0], optimizer=PERTURBED, seed=seed)
+        for scheme in SCHEMES:
+            if scheme in schemes and not SCHEMES[scheme].varied:
+                yield from (replace(config, seed=seed) for config in settings(scheme, plan, runs))
+    for scheme in SCHEMES:
+        if scheme in schemes and SCHEMES[scheme].varied:
+            yield from settings(scheme, plan, runs)
 
 
-def smaller(plan: Plan, found: dict[str, Config], runs: Runs) -> Iterator[Config]:
-    """Schemes of smaller state at the first β3, each at the best of learning rates of its own, with the same seeds."""
-    best = found[f"β3 = {plan.beta3s[0]:g}"]
-    for scheme in SMALLER:
-        config = runs.best(replace(best, optimizer=scheme), (rounded(best.lr / 2), best.lr), plan.extend)
-        config = runs.refined(config) if plan.extend else config
-        for seed in plan.seeds:
-            yield replace(config, seed=seed)
+def long_runs(plan: Plan, runs: Runs, schemes: Collection[str]) -> Iterator[Config]:
+    """The long runs of each scheme's best setting.
+
+    The learning rate is the best one with the first seed, in steps of √2, looked for around half of the best one of the
+    shorter runs.
+    """
+    first, *others = plan.long_seeds
+    for scheme in LONG:
+        if scheme in schemes:
+            short = settings(scheme, plan, runs)[0]
+            config = replace(short, seed=first, steps=plan.long_steps)
+            best = runs.best(config, (rounded(short.lr / 2),), plan.extend, 2**0.5)
+            yield best
+            yield from (replace(best, seed=seed) for seed in others)
+
+
+STAGES: dict[str, Callable[[Plan, Runs, Collection[str]], Iterator[Config]]] = {
+    "comparison": comparison,
+    "long": long_runs,
+}

@@ -10,15 +10,24 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from benchmarks.convergence.plan import ADAMW, ADEMAMIX, PERTURBATION, PERTURBED, Config, Plan
-from benchmarks.drift import BETA1
+from benchmarks.convergence.plan import (
+    ADAMW,
+    ADANA,
+    NO_MOMENTUM,
+    PERTURBATION,
+    PERTURBED,
+    SCHEMES,
+    Config,
+    Plan,
+    base_of,
+)
 from benchmarks.shared import origin
 from examples.byte_gpt import ByteGPT, loss_fn, standard_library
+from torch_ademamix import ADANA as Adana
 from torch_ademamix import AdEMAMix
 
 SIZE, CONTEXT, BATCH = "nano", 64, 4
 WEIGHT_DECAY = 0.1
-EVALUATIONS = 24  # points of a curve
 EVALUATION_BATCH = 32
 
 
@@ -35,16 +44,15 @@ def make_optimizer(config: Config, model: ByteGPT) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, fused=True
         )
-    options = dict(ADEMAMIX.get(config.optimizer, {}))
+    options = {"lr": config.lr, "weight_decay": WEIGHT_DECAY, "seed": config.seed, **SCHEMES[config.optimizer].options}
+    if base_of(config.optimizer) == ADANA:
+        return Adana(model.parameters(), **options)
     return AdEMAMix(
         model.parameters(),
-        lr=config.lr,
-        betas=(options.pop("beta1", BETA1), 0.999, config.beta3),
+        betas=(0.0 if base_of(config.optimizer) == NO_MOMENTUM else 0.9, 0.999, config.beta3),
         alpha=config.alpha,
         t_alpha=config.steps,
         t_beta3=config.steps,
-        weight_decay=WEIGHT_DECAY,
-        seed=config.seed,
         **options,
     )
 
@@ -79,7 +87,7 @@ class Trainer:
         scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
         generator = torch.Generator().manual_seed(config.seed)
         windows = self.training.unfold(0, CONTEXT + 1, 1)  # a view: one window per byte
-        every = config.steps // EVALUATIONS
+        every = config.steps // self.plan.evaluations
         curve: list[dict[str, float]] = []
         losses: list[Tensor] = []
         started = perf_counter()
