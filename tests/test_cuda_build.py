@@ -99,8 +99,8 @@ blockwise_step double                  128     126     126     126     136     1
 blockwise_step float                   118      88      89      82      81      80
 blockwise_step half                    114      72      78      72      72      72
 dequantize                              26      24      24      24      24      26
-prologue double                         56      54      54      56      58      54
-prologue float                          56      56      54      57      56      52
+prologue double                         64      62      63      60      62      62
+prologue float                          64      62      63      60      64      62
 quantize                                31      32      32      32      32      34
 step bfloat16                           50      52      52      48      48      54
 step bfloat16 remainder                 59      56      56      56      58      58
