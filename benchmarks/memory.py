@@ -40,6 +40,9 @@ RECIPES = (
     Recipe("AdEMAMix, with remainders", torch.bfloat16, partial(AdEMAMix, master_weights="remainder")),
     Recipe("AdEMAMix8bit", torch.bfloat16, AdEMAMix8bit),
     Recipe("AdEMAMix8bit, with remainders", torch.bfloat16, partial(AdEMAMix8bit, master_weights="remainder")),
+    Recipe(
+        "AdEMAMix8bit, with remainders in 8 bits", torch.bfloat16, partial(AdEMAMix8bit, master_weights="remainder8")
+    ),
     Recipe("AdEMAMix8bit, slow_ema_bits=12", torch.bfloat16, partial(AdEMAMix8bit, slow_ema_bits=12)),
     Recipe("AdEMAMix8bit, beta1=0", torch.bfloat16, partial(AdEMAMix8bit, betas=BETA1_0)),
     Recipe(

@@ -155,7 +155,7 @@ def test_generated_code_of_groups_and_dtypes():
     assert_only_op_calls(code, 2)
 
 
-KEEPING_UPDATES = ({"master_weights": "remainder"}, {"param_rounding": "stochastic"})
+KEEPING_UPDATES = ({"master_weights": "remainder"}, {"master_weights": "remainder8"}, {"param_rounding": "stochastic"})
 
 
 @pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])

@@ -10,8 +10,28 @@ namespace ademamix {
 enum class ParamRounding : int8_t {
   NEAREST,
   REMAINDER,   // an int16 beside the parameter has what rounding took away: together they are the float32 weight
+  REMAINDER8,  // an int8 has the upper half of that; the lower one is rounded up or down at random
   STOCHASTIC,  // up or down at random, right on average
 };
+
+constexpr bool has_remainder(ParamRounding rounding) {
+  return rounding == ParamRounding::REMAINDER || rounding == ParamRounding::REMAINDER8;
+}
+
+// Whether the parameters draw random bits, which belong to their elements in row-major order.
+constexpr bool draws(ParamRounding rounding) {
+  return rounding == ParamRounding::STOCHASTIC || rounding == ParamRounding::REMAINDER8;
+}
+
+// By the size of an element of the remainders, 0 if there are none.
+constexpr ParamRounding param_rounding(int remainder_bytes, bool stochastic) {
+  return stochastic             ? ParamRounding::STOCHASTIC
+         : remainder_bytes == 0 ? ParamRounding::NEAREST
+         : remainder_bytes == 1 ? ParamRounding::REMAINDER8
+                                : ParamRounding::REMAINDER;
+}
+
+constexpr int REMAINDER8_UNIT = 256;  // of an int8 remainder, in units of an int16 one
 
 // The weight's bits are the parameter's with 16 zeros after them, plus the remainder, which has a sign: so the
 // parameter is the weight rounded to nearest, of two equally near values to the one of larger magnitude. Where others
@@ -30,6 +50,12 @@ struct SplitWeight {
 ADEMAMIX_INLINE SplitWeight split_weight(float weight) {
   const uint32_t bits = float_bits(weight);
   return weight == weight ? SplitWeight{bits + 0x8000, bits} : SplitWeight{bits, 0};
+}
+
+// One of the two weights around whose lowest 8 bits are 0; of `random` the lowest 8 bits count.
+ADEMAMIX_INLINE float round_to_24_bits(float weight, uint32_t random) {
+  const uint32_t bits = (float_bits(weight) + random % REMAINDER8_UNIT) / REMAINDER8_UNIT * REMAINDER8_UNIT;
+  return weight == weight ? float_from_bits(bits) : weight;
 }
 
 // The parameter is the upper half; `random` has 16 bits. Up, in magnitude, with the probability of the part that is

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "ademamix.h"
+#include "bfloat16.h"
 #include "blockwise.h"
 #include "place.h"
 #include "tensor_view.h"
@@ -192,16 +193,19 @@ class Checker {
     }
   }
 
-  // How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of two other ways.
-  void param_rounding(const Views& remainders, bool stochastic) {
+  // How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of the other ways.
+  ParamRounding param_rounding(const Views& remainders, bool stochastic) {
+    int remainder_bytes = 0;
     if (!remainders.empty()) {
-      state("remainders", remainders, ScalarType::Short);
+      remainder_bytes = remainders[0].dtype == ScalarType::Char ? 1 : 2;
+      state("remainders", remainders, remainder_bytes == 1 ? ScalarType::Char : ScalarType::Short);
       if (stochastic) refuse(op_, ": stochastic_param_rounding is true, but with remainders nothing is rounded away");
     }
-    if (params_.empty() || params_[0].dtype == ScalarType::BFloat16) return;
-    if (!remainders.empty() || stochastic)
+    const bool is_bfloat16 = params_.empty() || params_[0].dtype == ScalarType::BFloat16;
+    if (!is_bfloat16 && (!remainders.empty() || stochastic))
       refuse(op_, ": params[0] has dtype ", dtype_name(params_[0].dtype), ", but ",
              stochastic ? "stochastic_param_rounding is" : "remainders are", " for torch.bfloat16");
+    return ademamix::param_rounding(remainder_bytes, stochastic);
   }
 
   // After all lists of state.

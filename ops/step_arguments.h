@@ -81,18 +81,19 @@ struct StepOptions {
   std::vector<int64_t> streams, places;
   std::optional<Tensor> grad_scale, found_inf;
   bool dry_run;
+  ParamRounding param_rounding{};
 
   size_t row_of(size_t param) const { return rows.empty() ? 0 : static_cast<size_t>(rows[param]); }
 };
 
 // Checks a call, and lets `step` do it; in a dry run, what it does ahead of its first write.
 template <class Lists, class Step>
-void run_op(Lists lists, const StepOptions& options, const Step& step) {
+void run_op(Lists lists, StepOptions options, const Step& step) {
   Checker check(Lists::OP, lists.params, options.places);
   lists.check(check);
-  check.param_rounding(lists.remainders, options.stochastic_param_rounding);
+  options.param_rounding = check.param_rounding(lists.remainders, options.stochastic_param_rounding);
   check.places(lists.steps);
-  const bool draws = std::is_same_v<Lists, BlockwiseLists> || options.stochastic_param_rounding;
+  const bool draws = std::is_same_v<Lists, BlockwiseLists> || ademamix::draws(options.param_rounding);
   if (draws) check.length("streams", options.streams.size());
   std::visit([&](const auto& h) { check.hyperparameters(h, options.rows); }, options.hyperparameters);
   check.scaler(options.grad_scale, options.found_inf);

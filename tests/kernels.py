@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 NVRTC = {version: ROOT / f"build/nvrtc/libnvrtc.so.{version}" for version in (12, 13)}
 
 DTYPES = ("float", "bfloat16", "half", "double")
-ROUNDINGS = {"bfloat16": ("NEAREST", "REMAINDER", "STOCHASTIC")}
+ROUNDINGS = {"bfloat16": ("NEAREST", "REMAINDER", "REMAINDER8", "STOCHASTIC")}
 FORMATS = ("SignedSqrt", "FourthRoot", "Linear", "Linear12", "SignedSqrt4", "FourthRoot4")
 STOCHASTIC_FORMATS = ("FourthRoot", "SignedSqrt4", "FourthRoot4")
 

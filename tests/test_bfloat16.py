@@ -9,6 +9,8 @@ import torch
 from config import KERNELS, MIXED, OPTIONS, assert_identical, bits, make_lists, native_built, step, step_call
 from quantized import blockwise_call, blockwise_step, make_blockwise
 
+from benchmarks import weights as weights_benchmark
+from benchmarks.shared.writing import TABLE_BEGIN, TABLE_END
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, bfloat16
 from torch_ademamix.blockwise import FIRST_PARAM_GROUP, random_bits
 from torch_ademamix.checkpoint import to_bitsandbytes
@@ -144,11 +146,57 @@ def test_stochastic_rounding_is_that_of_the_formula(kernel, kind, grad_dtype):
 
 @KINDS
 @EVERY_KERNEL
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_remainders_of_8_bits_are_those_of_the_formula(kernel, kind, grad_dtype):
+    """The float32 step of the 24-bit weights, rounded by the parameters' random bits."""
+    lists, remainders = split_lists(make(kind, torch.float32, grad_dtype))
+    remainders = [torch.empty_like(r, dtype=torch.int8).copy_(bfloat16.converted(r, torch.int8)) for r in remainders]
+    exact = lists.clone()
+    exact.params = [bfloat16.join(p, r) for p, r in zip(lists.params, remainders, strict=True)]
+    streams = [5 * i + 2 + i * 2**32 for i in range(len(lists.params))]
+    take_step(kernel, exact, seed=SEED, streams=streams)
+    take_step(kernel, lists, seed=SEED, streams=streams, remainders=remainders)
+    for i, weight in enumerate(exact.params):
+        key = {"seed": SEED, "step": lists.steps[i], "stream": streams[i], "first_group": FIRST_PARAM_GROUP}
+        random = random_bits(weight.numel(), **key).view(weight.shape)
+        param, remainder = bfloat16.split(bfloat16.round_to_24_bits(weight.contiguous(), random), torch.int8)
+        assert torch.equal(bits(lists.params[i]), bits(param))
+        assert torch.equal(remainders[i], remainder)
+    exact.params = lists.params
+    assert_identical(list(lists), list(exact))
+
+
+def test_24_bits_are_right_on_average_and_come_back():
+    weights = every_float()
+    weights = weights[weights.isfinite()]
+    random = torch.arange(256)[:, None]
+    rounded = bfloat16.round_to_24_bits(weights.expand(256, -1), random)
+    assert_identical(bfloat16.join(*bfloat16.split(rounded, torch.int8)), rounded)
+    average = rounded.view(torch.int32).long().sum(0)
+    assert torch.equal(average, 256 * weights.view(torch.int32).long())
+    nan = torch.full((1,), torch.nan)
+    assert bool(bfloat16.join(*bfloat16.split(bfloat16.round_to_24_bits(nan, random[:1, 0]), torch.int8)).isnan().all())
+
+
+def test_remainders_change_their_width():
+    remainders = torch.arange(-(1 << 15), 1 << 15).short()
+    narrow = bfloat16.converted(remainders, torch.int8)
+    off = (bfloat16.converted(narrow, torch.int16).int() - remainders).abs()
+    assert off[remainders < 127 * 256 + 128].max() == 128
+    assert off.max() == 255  # rather than to the next parameter
+    assert_identical(bfloat16.converted(bfloat16.converted(narrow, torch.int16), torch.int8), narrow)
+
+
+@KINDS
+@EVERY_KERNEL
 def test_a_skipped_step_changes_nothing(kernel, kind):
     lists, remainders = split_lists(make(kind, torch.float32))
     before, before_remainders = lists.clone(), [r.clone() for r in remainders]
     take_step(kernel, lists, remainders=remainders, found_inf=torch.ones(()))
     take_step(kernel, lists, stochastic_param_rounding=True, streams=[0] * len(MIXED), found_inf=torch.ones(()))
+    narrow = [torch.full_like(r, 7, dtype=torch.int8) for r in remainders]
+    take_step(kernel, lists, remainders=narrow, streams=[0] * len(MIXED), found_inf=torch.ones(()))
+    assert all(bool((r == 7).all()) for r in narrow)
     assert_identical(list(lists), list(before))
     assert_identical(remainders, before_remainders)
 
@@ -165,6 +213,8 @@ def test_opcheck(kind):
     lists, remainders = split_lists(make(kind, torch.float32, entries=[MIXED[2], *MIXED[8:11]]))
     torch.library.opcheck(*op_call(kind, lists, remainders=remainders))
     torch.library.opcheck(*op_call(kind, lists, stochastic_param_rounding=True, streams=[4, 3, 2, 1]))
+    remainders = [bfloat16.converted(r, torch.int8) for r in remainders]
+    torch.library.opcheck(*op_call(kind, lists, remainders=remainders, streams=[4, 3, 2, 1]))
 
 
 @KINDS
@@ -197,6 +247,28 @@ def test_remainders_track_float32_weights_exactly(optimizer_class):
     param, weight, _ = train(torch.bfloat16, optimizer_class, master_weights="remainder")
     assert_identical(weight, exact)
     assert_identical(param, bfloat16.split(exact)[0])
+
+
+@OPTIMIZERS
+def test_remainders_of_8_bits_track_float32_weights(optimizer_class):
+    """Off by a few of their ulps, which are 2^-8 of the parameters'."""
+    exact, _, start = train(torch.float32, optimizer_class)
+    _, weight, _ = train(torch.bfloat16, optimizer_class, master_weights="remainder8")
+    moved, error = exact - start.float(), weight - exact
+    print("remainder8:", (error.square().mean() / moved.square().mean()).sqrt().item(), "of the displacement")
+    assert error.square().mean().sqrt() < 0.01 * moved.square().mean().sqrt()
+    assert error.mean().abs() < 0.001 * moved.mean().abs()
+
+
+def test_table_of_drifts(tmp_path, monkeypatch, capsys):
+    document = tmp_path / "precision.md"
+    document.write_text(f"before\n{TABLE_BEGIN}\nold\n{TABLE_END}\nafter\n")
+    monkeypatch.setattr(weights_benchmark, "DOCUMENT", document)
+    weights_benchmark.main(["--steps", "20", "--write"])
+    table = capsys.readouterr().out
+    assert document.read_text() == f"before\n{TABLE_BEGIN}\n{table}{TABLE_END}\nafter\n"
+    assert '| `master_weights="remainder"` | 0 | 0 | 0 | 0 |' in table
+    assert len(table.splitlines()) == 2 + len(weights_benchmark.SCHEMES)
 
 
 @OPTIMIZERS
@@ -235,7 +307,11 @@ def everything(params, optimizer):
 
 
 @OPTIMIZERS
-@pytest.mark.parametrize("options", [{"master_weights": "remainder"}, {"param_rounding": "stochastic"}], ids=repr)
+@pytest.mark.parametrize(
+    "options",
+    [{"master_weights": "remainder"}, {"master_weights": "remainder8"}, {"param_rounding": "stochastic"}],
+    ids=repr,
+)
 def test_resume(tmp_path, optimizer_class, options):
     params, optimizer = make_optimizer(optimizer_class=optimizer_class, **options)
     take_steps(params, optimizer, 3)
@@ -262,6 +338,27 @@ def test_remainders_are_state_of_bfloat16_parameters_alone():
     assert states[0]["master_remainder"].shape == params[0].shape
     p = optimizer.param_groups[1]["params"][0]
     assert optimizer.master_weight(p).data_ptr() == p.data_ptr()
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [("remainder", "remainder8"), ("remainder8", "remainder")])
+def test_remainders_of_another_width_are_converted(saved, wanted):
+    params, optimizer = make_optimizer(master_weights=saved)
+    take_steps(params, optimizer, 2)
+    _, other = make_optimizer(master_weights=wanted)
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+        remainder = optimizer.state[p]["master_remainder"]
+        dtype = bfloat16.REMAINDERS[wanted]
+        assert_identical(other.state[q]["master_remainder"], bfloat16.converted(remainder, dtype))
+        assert other.state[q]["master_remainder"].dtype == dtype
+
+
+def test_one_call_has_remainders_of_one_width():
+    lists, remainders = split_lists(make("32", torch.float32))
+    remainders[1] = bfloat16.converted(remainders[1], torch.int8)
+    for kernel in KERNELS if native_built() else ["reference"]:
+        with pytest.raises(RuntimeError, match=r"remainders\[1\] has dtype torch.int8, but must be torch.int16"):
+            take_step(kernel, lists, remainders=remainders, streams=[0] * len(MIXED))
 
 
 @OPTIMIZERS
@@ -298,7 +395,7 @@ def test_remainders_are_not_lost_to_bitsandbytes():
     ("bend", "text"),
     [
         (lambda r: r[:-1], r"has shape \[69, 80\], but must have \[70, 80\]"),
-        (lambda r: r.int(), "has dtype torch.int32, but must be torch.int16"),
+        (lambda r: r.int(), "has dtype torch.int32, but must be torch.int16 or torch.int8"),
         (lambda r: 3, "is a int, but must be a tensor"),
     ],
 )
@@ -316,7 +413,7 @@ def test_refuses_damaged_remainders(bend, text):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"master_weights": "kahan"}, "master_weights is 'kahan', but must be 'remainder' or None"),
+        ({"master_weights": "kahan"}, "master_weights is 'kahan', but must be 'remainder', 'remainder8' or None"),
         ({"param_rounding": "down"}, "param_rounding is 'down', but must be 'nearest' or 'stochastic'"),
         (
             {"master_weights": "remainder", "param_rounding": "stochastic"},

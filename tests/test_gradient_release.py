@@ -17,6 +17,7 @@ OPTIONS = {
     "8-bit": {"optim_bits": 8, "min_8bit_size": 16},  # with stochastic rounding: bits by the parameter's number
     "maximize": {"maximize": True, "t_alpha": 3, "t_beta3": 3},
     "remainders": {"dtype": torch.bfloat16, "master_weights": "remainder"},
+    "remainders of 8 bits": {"dtype": torch.bfloat16, "master_weights": "remainder8"},
     "stochastic parameters": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "optim_bits": 8},
 }
 

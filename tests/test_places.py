@@ -16,6 +16,7 @@ from config import (
 from places import in_arenas
 from quantized import SEED, blockwise_step, make_blockwise, streams_of
 
+from torch_ademamix import bfloat16
 from torch_ademamix.reference import HYPERPARAMETERS
 
 KINDS = pytest.mark.parametrize("kind", ["32", "blockwise"])
@@ -35,8 +36,13 @@ def run(kernel, kind, lists, **options):
 def roundings(lists):
     """How bfloat16 parameters may be rounded, as options of a step; remainders in the parameters' order in memory."""
     remainders = [torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16) for p in lists.params]
-    stochastic = {"stochastic_param_rounding": True, "seed": SEED, "streams": streams_of(lists.params)}
-    return {"nearest": {}, "remainders": {"remainders": remainders}, "stochastic": stochastic}
+    random = {"seed": SEED, "streams": streams_of(lists.params)}
+    return {
+        "nearest": {},
+        "remainders": {"remainders": remainders},
+        "remainders of 8 bits": {"remainders": [bfloat16.converted(r, torch.int8) for r in remainders], **random},
+        "stochastic": {"stochastic_param_rounding": True, **random},
+    }
 
 
 def check(kernel, kind, lists, count=2, **options):
@@ -64,7 +70,7 @@ def test_options(kernel, kind, options):
 
 
 @KINDS
-@pytest.mark.parametrize("rounding", ["nearest", "remainders", "stochastic"])
+@pytest.mark.parametrize("rounding", ["nearest", "remainders", "remainders of 8 bits", "stochastic"])
 def test_bfloat16_parameters(kernel, kind, rounding):
     lists = make(kind, ENTRIES, torch.bfloat16)
     check(kernel, kind, lists, **roundings(lists)[rounding])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ademamix import bfloat16
 from torch_ademamix.blockwise import CODE_DTYPES, POSITION_BITS, Format, block_count
 from torch_ademamix.check import Checker
 from torch_ademamix.moments import op_formats, packed_moment
@@ -94,7 +95,7 @@ def _check_options(
     check.steps(steps)
     check.param_rounding(remainders, stochastic_param_rounding)
     check.places(steps)
-    if draws:
+    if draws or bfloat16.draws(remainders):
         check.length("streams", streams)
     check.hyperparameters(hyperparameters, lrs, rows)
     check.scaler(grad_scale, found_inf)

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from torch_ademamix.bfloat16 import draws
 from torch_ademamix.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.pairs import COMPLEX_DTYPES
 from torch_ademamix.places import PLACE_NUMBERS
@@ -136,9 +137,9 @@ class Checker:
                 self.refuse(f"steps[{i}] has shape {list(step.shape)}, but must hold one element")
 
     def param_rounding(self, remainders: Sequence[Tensor], stochastic: bool) -> None:
-        """How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of two other ways."""
+        """How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of the other ways."""
         if remainders:
-            self._state("remainders", remainders, torch.int16)
+            self._state("remainders", remainders, torch.int8 if draws(remainders) else torch.int16)
             if stochastic:
                 self.refuse("stochastic_param_rounding is true, but with remainders nothing is rounded away")
         if (remainders or stochastic) and self._params and self._params[0].dtype != torch.bfloat16:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import ops
+from torch_ademamix.bfloat16 import draws
 from torch_ademamix.reference import Hyperparameters
 
 Batch = tuple[Sequence[Any], ...]  # the lists of an op call
@@ -74,8 +75,9 @@ def ademamix(
         kappa: κ of α(t) = α + (1 + t)^(1 − κ).
         t_weight_decay: T of λ(t) = λ/(1 + t/T).
         maximize: ascend instead of descend.
-        remainders: for each bfloat16 parameter what rounding took away from its float32 weight, an int16 tensor of
-            its shape; see :mod:`torch_ademamix.bfloat16`. None for a parameter without; empty if all are.
+        remainders: for each bfloat16 parameter what rounding took away from its float32 weight, a tensor of its
+            shape, int16, or int8 for 24 bits of the weight; see :mod:`torch_ademamix.bfloat16`. None for a parameter
+            without; empty if all are.
         stochastic_param_rounding: round bfloat16 parameters up or down at random; right on average.
         seed: of the random bits, together with the step, the tensor's stream and the element.
         streams: a number for each tensor, so that no two draw the same bits; their places in the lists if empty.
@@ -229,8 +231,10 @@ def plain_batches(
     batches = []
     for *batch, some_remainders, some_streams in _split(*lists, remainders, streams, by=(0, 1, 6)):
         stochastic_here = _rounds_stochastically(batch[0], stochastic)
-        rounding = {"stochastic_param_rounding": stochastic_here, "streams": some_streams if stochastic_here else []}
-        batches.append(((*batch, _those_given(some_remainders)), rounding))
+        given = _those_given(some_remainders)
+        random = stochastic_here or draws(given)
+        rounding = {"stochastic_param_rounding": stochastic_here, "streams": some_streams if random else []}
+        batches.append(((*batch, given), rounding))
     return batches
 
 

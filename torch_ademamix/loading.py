@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from torch_ademamix import dynamic_map, sharding
+from torch_ademamix import bfloat16, dynamic_map, sharding
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     NAMES,
@@ -41,8 +41,8 @@ from torch_ademamix.state import (
     STATE_FORMAT,
     formats,
     has_exp_avg,
-    has_remainder,
     make_state,
+    remainder_dtype,
     storage,
     write,
 )
@@ -276,11 +276,16 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
         ValueError: with `where` at its beginning.
     """
     hint = "load the checkpoint with the optim_bits, slow_ema_bits and min_8bit_size that it was saved with"
+    otherwise = "or, if the group's option was changed after the state was made, set it back in the state dict"
+    kept, wanted = saved.get(MASTER_REMAINDER), bfloat16.REMAINDERS.get(group.get("master_weights"))
+    if isinstance(kept, Tensor) and wanted is not None and kept.dtype != wanted:
+        text = f"{where}[{MASTER_REMAINDER!r}] has dtype {kept.dtype}, but its group has"
+        hint = "load the checkpoint with the master_weights that it was saved with"
+        raise ValueError(f"{text} master_weights={group['master_weights']!r}: {hint}, {otherwise}")
     if "exp_avg_slow" in saved and "exp_avg_slow_absmax" in saved:
         dtype, bits = saved["exp_avg_slow"].dtype, group.get("slow_ema_bits")
         if bits in WITHOUT_EXP_AVG and bits != 8 * dtype.itemsize:
             text = f"{where}['exp_avg_slow'] has dtype {dtype}, but its group has slow_ema_bits={bits}"
-            otherwise = "or, if the group's option was changed after the state was made, set it back in the state dict"
             raise ValueError(f"{text}: {hint}, {otherwise}")
     elif (
         "exp_avg_slow_absmax" not in saved
@@ -343,18 +348,21 @@ def _converted(
             converted[name] = own, _shaped(absmax, p)
     if converted:
         state |= entries_of(converted, target)
-    if saved_remainder is not None and not has_remainder(p, group):
+    wanted_remainder = remainder_dtype(p, group)
+    if saved_remainder is not None and wanted_remainder is None:
         raise ValueError(
             f"{where} has {MASTER_REMAINDER!r}, a part of the float32 weights, which would be lost; load it with "
-            "master_weights='remainder' and bfloat16 parameters, or delete the entry"
+            "master_weights='remainder' (or 'remainder8') and bfloat16 parameters, or delete the entry"
         )
     if saved_remainder is not None:
-        remainder = checked(saved_remainder, f"{where}[{MASTER_REMAINDER!r}]", p.shape, torch.int16)
+        remainder = checked(saved_remainder, f"{where}[{MASTER_REMAINDER!r}]", p.shape, *bfloat16.REMAINDERS.values())
+        assert wanted_remainder is not None
+        remainder = bfloat16.converted(remainder, wanted_remainder)
         if in_place_problem(remainder):
             remainder = remainder.contiguous()
         state[MASTER_REMAINDER] = remainder
-    elif has_remainder(p, group):
-        state[MASTER_REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+    elif wanted_remainder is not None:
+        state[MASTER_REMAINDER] = torch.zeros_like(p, dtype=wanted_remainder, memory_format=torch.preserve_format)
     return state
 
 

@@ -85,7 +85,8 @@ class AdEMAMix(Optimizer):
         seed: of the stochastic rounding.
         master_weights: "remainder" keeps what rounding takes away from bfloat16 parameters, whose updates are often
             below half an ulp: the int16 state `master_remainder` (:mod:`torch_ademamix.bfloat16`), which is the
-            float32 weight together with the parameter; see :meth:`master_weight`.
+            float32 weight together with the parameter; see :meth:`master_weight`. "remainder8" keeps 24 bits of the
+            weight with an int8, stochastically rounded: 1 B per parameter, not 2.
         param_rounding: of bfloat16 parameters without master weights: to the "nearest" value, or "stochastic", which
             is right on average and needs no state.
         max_grad_norm: clips the gradients of all groups together to this norm, as
@@ -138,7 +139,7 @@ class AdEMAMix(Optimizer):
         slow_ema_bits: Literal[8, 12, 16] = 16,
         stochastic_rounding: bool = True,
         seed: int = 0,
-        master_weights: Literal["remainder"] | None = None,
+        master_weights: Literal["remainder", "remainder8"] | None = None,
         param_rounding: Literal["nearest", "stochastic"] = "nearest",
         max_grad_norm: float | None = None,
         maximize: bool = False,
@@ -253,7 +254,7 @@ class AdEMAMix(Optimizer):
         return loss
 
     def master_weight(self, p: Tensor) -> Tensor:
-        """The float32 weight of a parameter with `master_weights="remainder"`; of others the parameter itself.
+        """The float32 weight of a parameter with `master_weights`; of others the parameter itself.
 
         >>> p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
         >>> optimizer = AdEMAMix([p], lr=1e-5, weight_decay=0, master_weights="remainder")
@@ -410,7 +411,7 @@ class AdEMAMix(Optimizer):
 
         How state is stored (`optim_bits`, `slow_ema_bits`, `min_8bit_size`, `is_paged`, `master_weights`) is this
         optimizer's own affair: state that was saved in another format is converted. Only the remainders of master
-        weights can't be: without `master_weights="remainder"` they are refused.
+        weights can't be: without `master_weights` they are refused; from 16 bits to 8 they are rounded to the nearest.
 
         Raises:
             ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from torch_ademamix import sharding
+from torch_ademamix.bfloat16 import REMAINDERS
 from torch_ademamix.check import PARAMETER_DTYPES, floating_problem, grad_dtypes, in_place_problem
 from torch_ademamix.pairs import COMPLEX_DTYPES
 from torch_ademamix.plain import plain_options
@@ -133,7 +134,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "optim_bits": ("8 or 32", lambda bits: bits in (8, 32)),
     "slow_ema_bits": ("8, 12 or 16", lambda bits: bits in (8, 12, 16)),
-    "master_weights": ("'remainder' or None", lambda kind: kind in ("remainder", None)),
+    "master_weights": ("'remainder', 'remainder8' or None", lambda kind: kind in (*REMAINDERS, None)),
     "param_rounding": ("'nearest' or 'stochastic'", lambda rounding: rounding in ("nearest", "stochastic")),
 }
 

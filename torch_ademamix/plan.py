@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_ademamix import ops, sharding, tracing
 from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, ParamState, Part, check_memory
+from torch_ademamix.bfloat16 import draws
 from torch_ademamix.check import are_floating, grad_dtypes
 from torch_ademamix.moments import Formats, entries, formats_of, op_entries
 from torch_ademamix.options import (
@@ -102,7 +103,7 @@ class Batch:
         Args:
             chosen: which of the parameters have a gradient.
             grads: these gradients, of one dtype, placed as their parameters.
-            random: whether the op draws random bits.
+            random: whether the op draws random bits, whatever the remainders are.
         """
         whole = len(chosen) == len(self.params)
         params = local = self.params if whole else [self.params[i] for i in chosen]
@@ -115,7 +116,7 @@ class Batch:
             state = [[refs[i] for i in chosen] if refs else [] for refs in state]
         lists = (local, grads, *([tensor() for tensor in refs] for refs in state))
         more = {
-            "streams": [] if not random else streams if whole else [streams[i] for i in chosen],
+            "streams": [] if not (random or draws(lists[-1])) else streams if whole else [streams[i] for i in chosen],
             "places": places if whole else [k for i in chosen for k in _place(places, i)],
         }
         return params, groups if whole else [groups[i] for i in chosen], lists, more

@@ -215,12 +215,15 @@ def ademamix_step_(
             g = -g
         weight, *moments = ademamix_update(p, g, m1, m2, nu, t, **row._asdict())
         rounded = [weight]
-        if remainders:
-            rounded = [*bfloat16.split(weight)]
-        elif stochastic_param_rounding:
+        random = None
+        if stochastic_param_rounding or bfloat16.draws(remainders):
             key: dict[str, Any] = {"seed": seed, "step": t, "stream": streams[i], "device": p.device}
-            random = random_bits(p.numel(), first_group=FIRST_PARAM_GROUP, **key)
-            rounded = [bfloat16.round_stochastically(weight, random.view(p.shape))]
+            random = random_bits(p.numel(), first_group=FIRST_PARAM_GROUP, **key).view(p.shape)
+        if remainders:
+            exact = weight if random is None else bfloat16.round_to_24_bits(weight, random)
+            rounded = [*bfloat16.split(exact, remainders[i].dtype)]
+        elif random is not None:
+            rounded = [bfloat16.round_stochastically(weight, random)]
         new = (*moments, t, *rounded)
         for old, value in zip((m1, m2, nu, step, param, *remainders[i : i + 1]), new, strict=True):
             if old is None:

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from torch_ademamix import paging, sharding
 from torch_ademamix.arenas import MASTER_REMAINDER, NAMES, OptimizerState, ParamState, Storage, allocate
+from torch_ademamix.bfloat16 import REMAINDERS
 from torch_ademamix.moments import Formats, codes_in, entries, entries_of, formats_of, quantized_formats
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import Options, check_params, is_trained, param_name
@@ -34,16 +35,16 @@ def formats(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None
     return quantized
 
 
-def has_remainder(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether master weights keep what is rounded away from this parameter."""
-    return group["master_weights"] == "remainder" and p.dtype == torch.bfloat16
+def remainder_dtype(p: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
+    """In which dtype master weights keep what is rounded away from this parameter; None if they don't."""
+    return REMAINDERS.get(group["master_weights"]) if p.dtype == torch.bfloat16 else None
 
 
 def storage(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None) -> Storage:
     """How the state of a parameter of a group is stored; see :func:`formats`."""
     own = entries(formats(p, group, has_exp_avg), state_dtype(p.dtype))
-    if has_remainder(p, group):
-        own[MASTER_REMAINDER] = torch.int16
+    if dtype := remainder_dtype(p, group):
+        own[MASTER_REMAINDER] = dtype
     return Storage(p.device, paging.is_paged(p, group), tuple(own.items()))
 
 

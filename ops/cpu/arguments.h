@@ -48,12 +48,6 @@ inline void use_common_order(std::initializer_list<TensorView*> tensors) {
   for (TensorView* t : tensors) t->contiguous = true;
 }
 
-inline ParamRounding param_rounding(const std::vector<TensorView>& remainders, bool stochastic) {
-  return stochastic           ? ParamRounding::STOCHASTIC
-         : remainders.empty() ? ParamRounding::NEAREST
-                              : ParamRounding::REMAINDER;
-}
-
 // The random bits of one parameter's step, after its increment.
 inline RandomKey random_key(int64_t seed, const TensorView& step, int64_t stream) {
   return random_key(static_cast<uint64_t>(seed), static_cast<uint32_t>(*static_cast<const float*>(step.data)), stream);

@@ -36,22 +36,22 @@ void set_moments(BlockwiseTensor<T>& t, const BlockwiseLists& lists, size_t i) {
 template <class T>
 void run(const BlockwiseLists& lists, const StepOptions& options) {
   const auto scalars = advance<T>(lists.steps, options);
-  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
+  const ParamRounding rounding = options.param_rounding;
   std::vector<BlockwiseTensor<T>> tensors;
   std::vector<int64_t> numels;
   tensors.reserve(lists.params.size());
   numels.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
     const RandomKey random = random_key(options.seed, lists.steps[i], options.streams[i]);
-    const bool has_remainder = rounding == ParamRounding::REMAINDER;
-    tensors.push_back({{lists.params[i], rounding, has_remainder ? lists.remainders[i] : TensorView{}, random},
-                       lists.grads[i],
-                       {},
-                       {},
-                       {},
-                       scalars[i],
-                       random,
-                       options.stochastic_rounding});
+    tensors.push_back(
+        {{lists.params[i], rounding, has_remainder(rounding) ? lists.remainders[i] : TensorView{}, random},
+         lists.grads[i],
+         {},
+         {},
+         {},
+         scalars[i],
+         random,
+         options.stochastic_rounding});
     set_moments(tensors.back(), lists, i);
     numels.push_back(lists.params[i].numel);
   }

@@ -8,8 +8,8 @@ namespace ademamix {
 struct Param {
   TensorView tensor;
   ParamRounding rounding;
-  TensorView remainder;  // if ParamRounding::REMAINDER
-  RandomKey random;      // if ParamRounding::STOCHASTIC
+  TensorView remainder;  // if has_remainder(rounding)
+  RandomKey random;      // if draws(rounding)
 };
 
 }  // namespace ademamix

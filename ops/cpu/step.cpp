@@ -9,7 +9,7 @@ namespace {
 template <class T>
 void run(const StepLists& lists, const StepOptions& options) {
   const auto scalars = advance<T>(lists.steps, options);
-  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
+  const ParamRounding rounding = options.param_rounding;
   std::vector<StepTensor<T>> tensors;
   std::vector<int64_t> numels;
   tensors.reserve(lists.params.size());
@@ -23,11 +23,11 @@ void run(const StepLists& lists, const StepOptions& options) {
                     lists.exp_avg_sqs[i],
                     scalars[i],
                     has_exp_avg};
-    if (rounding == ParamRounding::STOCHASTIC) {
+    t.param.remainder = has_remainder(rounding) ? lists.remainders[i] : t.param.tensor;
+    if (draws(rounding)) {
       // Of the elements in row-major order.
       t.param.random = random_key(options.seed, lists.steps[i], options.streams[i]);
     } else {
-      t.param.remainder = rounding == ParamRounding::REMAINDER ? lists.remainders[i] : t.param.tensor;
       use_common_order({&t.param.tensor, &t.param.remainder, &t.grad, &t.exp_avg, &t.exp_avg_slow, &t.exp_avg_sq});
     }
     tensors.push_back(t);

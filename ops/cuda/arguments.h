@@ -88,6 +88,7 @@ inline const char* rounding_name(ParamRounding rounding) {
   switch (rounding) {
     case ParamRounding::STOCHASTIC: return "ParamRounding::STOCHASTIC";
     case ParamRounding::REMAINDER: return "ParamRounding::REMAINDER";
+    case ParamRounding::REMAINDER8: return "ParamRounding::REMAINDER8";
     default: return "ParamRounding::NEAREST";
   }
 }
@@ -108,15 +109,11 @@ inline int element_bytes(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
+inline int remainder_bytes(ParamRounding rounding) { return rounding == ParamRounding::REMAINDER8 ? 1 : 2; }
+
 // Whether accesses of so many elements may start there.
 inline bool aligned(const void* data, int element_bytes, int elements) {
   return reinterpret_cast<uintptr_t>(data) % access_alignment(element_bytes, elements) == 0;
-}
-
-inline ParamRounding param_rounding(const Views& remainders, bool stochastic) {
-  return stochastic           ? ParamRounding::STOCHASTIC
-         : remainders.empty() ? ParamRounding::NEAREST
-                              : ParamRounding::REMAINDER;
 }
 
 inline torch::stable::Device device_of(const TensorView& view) {

@@ -54,17 +54,15 @@ struct BlockwiseKernel {
   bool is_wide(const BlockwiseRecord& r) const {
     return aligned(r.param, element_bytes(param), LANE_ELEMENTS) && aligned(r.exp_avg, 1, LANE_ELEMENTS) &&
            aligned(r.exp_avg_slow, slow_bytes(), LANE_ELEMENTS) && aligned(r.exp_avg_sq, 1, LANE_ELEMENTS) &&
-           aligned(r.remainder, sizeof(int16_t), LANE_ELEMENTS);
+           aligned(r.remainder, remainder_bytes(rounding), LANE_ELEMENTS);
   }
 };
 
 void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
-  const BlockwiseKernel kernel{
-      lists.params[0].dtype,        lists.grads[0].dtype,
-      lists.exp_avg_slows[0].dtype, lists.has_exp_avg(),
-      lists.exp_avg_in_words(),     lists.exp_avg_sq_in_words(),
-      options.stochastic_rounding,  param_rounding(lists.remainders, options.stochastic_param_rounding)};
+  const BlockwiseKernel kernel{lists.params[0].dtype,       lists.grads[0].dtype,     lists.exp_avg_slows[0].dtype,
+                               lists.has_exp_avg(),         lists.exp_avg_in_words(), lists.exp_avg_sq_in_words(),
+                               options.stochastic_rounding, options.param_rounding};
   const Kernel loaded = kernel.load(device, lists.params.size());
   if (options.dry_run) {
     prologue_kernel(device, kernel.param, options, lists.steps.size());
@@ -83,7 +81,7 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
         lists.exp_avg_sqs.empty() ? nullptr : static_cast<uint8_t*>(lists.exp_avg_sqs[i].data),
         {static_cast<float*>(lists.exp_avg_slow_absmaxs[i].data), static_cast<float*>(lists.exp_avg_sq_absmaxs[i].data),
          lists.has_exp_avg() ? static_cast<float*>(lists.exp_avg_absmaxs[i].data) : nullptr}};
-    if (kernel.rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
+    if (has_remainder(kernel.rounding)) r.remainder = lists.remainders[i].data;
     r.numel = lists.params[i].numel;
     r.stream = options.streams[i];
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
@@ -99,7 +97,7 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
                                  {r.absmaxs[0], absmax_bytes},
                                  {r.absmaxs[1], absmax_bytes},
                                  {r.absmaxs[2], absmax_bytes},
-                                 {r.remainder, numel * sizeof(int16_t)}}};
+                                 {r.remainder, numel * remainder_bytes(kernel.rounding)}}};
   };
   const auto tiles_of_record = [](const BlockwiseRecord& r) { return tiles_of(r.blocks); };
   const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, options);

@@ -131,7 +131,7 @@ constexpr int blockwise_ctas_per_sm() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // reductions by shuffles take more
   return 4;
 #else
-  if (ROUNDING == ParamRounding::STOCHASTIC) return 4;
+  if (draws(ROUNDING)) return 4;
   return sizeof(P) == 2 && sizeof(G) <= 4 && ROUNDING == ParamRounding::NEAREST ? 6 : 5;
 #endif
 }
@@ -200,7 +200,7 @@ class BlockLanes {
   struct Place {
     P* param;
     const G* grad;
-    int16_t* remainder;
+    Remainder<ROUNDING>* remainder;
     int8_t* m1;
     typename Slow::Code* m2;
     uint8_t* nu;

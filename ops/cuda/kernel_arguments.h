@@ -146,9 +146,9 @@ struct StepRecord {
   void* exp_avg;  // or none
   void* exp_avg_slow;
   void* exp_avg_sq;
-  int16_t* remainder;  // if ParamRounding::REMAINDER
+  void* remainder;  // if has_remainder(rounding)
   int64_t numel;
-  int64_t stream;     // of random bits, if ParamRounding::STOCHASTIC
+  int64_t stream;     // of random bits, if draws(rounding)
   int32_t head;       // elements before the first aligned ones; NO_ALIGNMENT where the pointers never are at once
   int32_t wide_grad;  // whether the gradient is aligned there too
 };
@@ -172,7 +172,7 @@ struct BlockwiseRecord {
   void* exp_avg_slow;
   uint8_t* exp_avg_sq;  // or none, in the same way
   float* absmaxs[3];    // of exp_avg_slow, exp_avg_sq and exp_avg
-  int16_t* remainder;   // if ParamRounding::REMAINDER
+  void* remainder;      // if has_remainder(rounding)
   int64_t numel;
   int64_t stream;  // of random bits
   uint32_t blocks;

@@ -6,10 +6,18 @@
 
 namespace ademamix {
 
+template <ParamRounding ROUNDING>
+using Remainder = std::conditional_t<ROUNDING == ParamRounding::REMAINDER8, int8_t, int16_t>;
+
 // Element i's, or nothing where there are no remainders to count from.
 template <ParamRounding ROUNDING>
-__device__ __forceinline__ int16_t* remainder_at(int16_t* remainders, int64_t i) {
-  return ROUNDING == ParamRounding::REMAINDER ? remainders + i : nullptr;
+__device__ __forceinline__ Remainder<ROUNDING>* remainder_at(void* remainders, int64_t i) {
+  return has_remainder(ROUNDING) ? static_cast<Remainder<ROUNDING>*>(remainders) + i : nullptr;
+}
+
+template <class Remainder>
+__device__ __forceinline__ float join(uint32_t param, Remainder remainder) {
+  return join_weight(param, sizeof(Remainder) == 1 ? remainder * REMAINDER8_UNIT : remainder);
 }
 
 template <class P, ParamRounding ROUNDING, int N>
@@ -17,31 +25,31 @@ class ParamLanes {
   static_assert(ROUNDING == ParamRounding::NEAREST || std::is_same_v<P, bfloat16>);
 
  public:
-  __device__ __forceinline__ void load(const P* param, const int16_t* remainder) {
+  __device__ __forceinline__ void load(const P* param, const Remainder<ROUNDING>* remainder) {
     param_.load(param);
-    if constexpr (ROUNDING == ParamRounding::REMAINDER) remainder_.load(remainder);
+    if constexpr (has_remainder(ROUNDING)) remainder_.load(remainder);
   }
 
   // The first `count` elements; the others become 0.
-  __device__ __forceinline__ void load(const P* param, const int16_t* remainder, int count) {
+  __device__ __forceinline__ void load(const P* param, const Remainder<ROUNDING>* remainder, int count) {
     param_.load(param, count, P(0));
-    if constexpr (ROUNDING == ParamRounding::REMAINDER) remainder_.load(remainder, count, 0);
+    if constexpr (has_remainder(ROUNDING)) remainder_.load(remainder, count, 0);
   }
 
-  __device__ __forceinline__ void store(P* param, int16_t* remainder) const {
+  __device__ __forceinline__ void store(P* param, Remainder<ROUNDING>* remainder) const {
     param_.store(param);
-    if constexpr (ROUNDING == ParamRounding::REMAINDER) remainder_.store(remainder);
+    if constexpr (has_remainder(ROUNDING)) remainder_.store(remainder);
   }
 
-  __device__ __forceinline__ void store(P* param, int16_t* remainder, int count) const {
+  __device__ __forceinline__ void store(P* param, Remainder<ROUNDING>* remainder, int count) const {
     param_.store(param, count);
-    if constexpr (ROUNDING == ParamRounding::REMAINDER) remainder_.store(remainder, count);
+    if constexpr (has_remainder(ROUNDING)) remainder_.store(remainder, count);
   }
 
   template <class T>
   __device__ __forceinline__ T get(int i) const {
-    if constexpr (ROUNDING == ParamRounding::REMAINDER)
-      return join_weight(float_bits(param_.template get<float>(i)) >> 16, remainder_.template get<int16_t>(i));
+    if constexpr (has_remainder(ROUNDING))
+      return join(float_bits(param_.template get<float>(i)) >> 16, remainder_.template get<Remainder<ROUNDING>>(i));
     else
       return param_.template get<T>(i);
   }
@@ -51,16 +59,19 @@ class ParamLanes {
   __device__ __forceinline__ void set_all(const T (&weights)[N], const RandomKey& key, uint64_t group) {
     if constexpr (ROUNDING == ParamRounding::NEAREST) {
       param_.set_all(weights);
-    } else if constexpr (ROUNDING == ParamRounding::REMAINDER) {
+    } else if constexpr (has_remainder(ROUNDING)) {
+      RandomWords words{};
+      if constexpr (draws(ROUNDING)) words = random_words(key, group, FIRST_PARAM_GROUP);
       uint32_t params[N], remainders[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const SplitWeight weight = split_weight(weights[i]);
+        const SplitWeight weight =
+            split_weight(draws(ROUNDING) ? round_to_24_bits(weights[i], random_half(words, i)) : weights[i]);
         params[i] = weight.param;
         remainders[i] = weight.remainder;
       }
       param_.set_upper_halves(params);
-      remainder_.set_all(remainders);
+      remainder_.template set_all<draws(ROUNDING) ? 8 : 0>(remainders);
     } else {
       static_assert(N == RANDOM_GROUP);
       const RandomWords words = random_words(key, group, FIRST_PARAM_GROUP);
@@ -73,34 +84,40 @@ class ParamLanes {
 
  private:
   Lanes<P, N> param_;
-  std::conditional_t<ROUNDING == ParamRounding::REMAINDER, Lanes<int16_t, N>, Nothing> remainder_;
+  std::conditional_t<has_remainder(ROUNDING), Lanes<Remainder<ROUNDING>, N>, Nothing> remainder_;
 };
 
 // One element, where vectors don't fit.
 template <ParamRounding ROUNDING, class T, class P>
-__device__ __forceinline__ T load_weight(const P* param, const int16_t* remainder) {
-  if constexpr (ROUNDING == ParamRounding::REMAINDER)
-    return join_weight(param->x, *remainder);
+__device__ __forceinline__ T load_weight(const P* param, const Remainder<ROUNDING>* remainder) {
+  if constexpr (has_remainder(ROUNDING))
+    return join(param->x, *remainder);
   else
     return static_cast<T>(*param);
 }
 
+// The random bits of one element.
+__device__ __forceinline__ uint32_t param_random(const RandomKey& key, int64_t number) {
+  const RandomWords words = random_words(key, static_cast<uint64_t>(number) / RANDOM_GROUP, FIRST_PARAM_GROUP);
+  const int i = static_cast<int>(number % RANDOM_GROUP);
+  // By comparisons: an array that is indexed by a variable would have to lie in memory.
+  const uint32_t word = i < 4 ? (i < 2 ? words.word[0] : words.word[1]) : i < 6 ? words.word[2] : words.word[3];
+  return i % 2 ? word >> 16 : word & 0xffff;
+}
+
 // `number` is the element's.
 template <ParamRounding ROUNDING, class T, class P>
-__device__ __forceinline__ void store_weight(T weight, P* param, int16_t* remainder, const RandomKey& key,
+__device__ __forceinline__ void store_weight(T weight, P* param, Remainder<ROUNDING>* remainder, const RandomKey& key,
                                              int64_t number) {
   if constexpr (ROUNDING == ParamRounding::NEAREST) {
     *param = static_cast<P>(weight);
-  } else if constexpr (ROUNDING == ParamRounding::REMAINDER) {
-    const SplitWeight split = split_weight(weight);
+  } else if constexpr (has_remainder(ROUNDING)) {
+    const SplitWeight split =
+        split_weight(draws(ROUNDING) ? round_to_24_bits(weight, param_random(key, number)) : weight);
     param->x = static_cast<uint16_t>(split.param >> 16);
-    *remainder = static_cast<int16_t>(split.remainder);
+    *remainder = static_cast<Remainder<ROUNDING>>(split.remainder >> (draws(ROUNDING) ? 8 : 0));
   } else {
-    const RandomWords words = random_words(key, static_cast<uint64_t>(number) / RANDOM_GROUP, FIRST_PARAM_GROUP);
-    const int i = static_cast<int>(number % RANDOM_GROUP);
-    // By comparisons: an array that is indexed by a variable would have to lie in memory.
-    const uint32_t word = i < 4 ? (i < 2 ? words.word[0] : words.word[1]) : i < 6 ? words.word[2] : words.word[3];
-    param->x = static_cast<uint16_t>(round_stochastically(weight, i % 2 ? word >> 16 : word & 0xffff) >> 16);
+    param->x = static_cast<uint16_t>(round_stochastically(weight, param_random(key, number)) >> 16);
   }
 }
 

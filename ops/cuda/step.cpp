@@ -28,12 +28,12 @@ struct StepKernel {
 
   // The smallest number of elements after which all pointers but the gradient's are aligned.
   int32_t head(const StepRecord& r) const {
-    const bool grouped = rounding == ParamRounding::STOCHASTIC;  // the elements from 0 on share random words
+    const bool grouped = draws(rounding);  // the elements from 0 on share random words
     for (int element = 0; element < (grouped ? 1 : width()); ++element) {
       if (aligned_at(r.param, param_bytes(), element) &&
           aligned_at(r.exp_avg, state_bytes(), r.exp_avg ? element : 0) &&
           aligned_at(r.exp_avg_slow, state_bytes(), element) && aligned_at(r.exp_avg_sq, state_bytes(), element) &&
-          aligned_at(r.remainder, sizeof(int16_t), r.remainder ? element : 0))
+          aligned_at(r.remainder, remainder_bytes(rounding), r.remainder ? element : 0))
         return static_cast<int32_t>(std::min<int64_t>(element, r.numel));
     }
     return NO_ALIGNMENT;
@@ -47,7 +47,7 @@ int64_t tiles_of(const StepRecord& r) {
 
 void step(StepLists& lists, const StepOptions& options) {
   const CurrentDevice device(lists.params[0].device_index);
-  const ParamRounding rounding = param_rounding(lists.remainders, options.stochastic_param_rounding);
+  const ParamRounding rounding = options.param_rounding;
   const bool has_exp_avg = !lists.exp_avgs.empty();
   const StepKernel kernel{lists.params[0].dtype, lists.grads[0].dtype, has_exp_avg, rounding};
   const Kernel loaded = kernel.load(device, lists.params.size());
@@ -62,15 +62,15 @@ void step(StepLists& lists, const StepOptions& options) {
                      {lists.exp_avg_slows, true},
                      {lists.exp_avg_sqs, true},
                      {lists.remainders, true}},
-                    /*any_order=*/!options.stochastic_param_rounding);
+                    /*any_order=*/!draws(rounding));
   std::vector<StepRecord> records;
   records.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
     StepRecord r{lists.params[i].data, lists.grads[i].data, has_exp_avg ? lists.exp_avgs[i].data : nullptr,
                  lists.exp_avg_slows[i].data, lists.exp_avg_sqs[i].data};
     r.numel = lists.params[i].numel;
-    if (rounding == ParamRounding::REMAINDER) r.remainder = static_cast<int16_t*>(lists.remainders[i].data);
-    if (rounding == ParamRounding::STOCHASTIC) r.stream = options.streams[i];
+    if (has_remainder(rounding)) r.remainder = lists.remainders[i].data;
+    if (draws(rounding)) r.stream = options.streams[i];
     r.head = kernel.head(r);
     r.wide_grad = r.head != NO_ALIGNMENT && kernel.aligned_at(r.grad, kernel.grad_bytes(), r.head);
     records.push_back(r);
@@ -80,7 +80,7 @@ void step(StepLists& lists, const StepOptions& options) {
     return std::array<Range, 4>{{{r.exp_avg, bytes},
                                  {r.exp_avg_slow, bytes},
                                  {r.exp_avg_sq, bytes},
-                                 {r.remainder, static_cast<size_t>(r.numel) * sizeof(int16_t)}}};
+                                 {r.remainder, static_cast<size_t>(r.numel) * remainder_bytes(rounding)}}};
   };
   const StepScalarsOnDevice scalars(device, lists.params[0], lists.steps, options);
   const void* const on_device = scalars.data();

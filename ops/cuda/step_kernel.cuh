@@ -28,7 +28,7 @@ struct StepTile {
   T* exp_avg;
   T* exp_avg_slow;
   T* exp_avg_sq;
-  int16_t* remainder;
+  Remainder<ROUNDING>* remainder;
   int64_t begin;
   bool wide_grad;
 
@@ -43,7 +43,7 @@ struct StepTile {
         wide_grad(r.wide_grad) {}
 
   __device__ __forceinline__ void update_one(int i, const StepScalars<T>& s, const RandomKey& key) const {
-    int16_t* const rest = remainder_at<ROUNDING>(remainder, i);
+    Remainder<ROUNDING>* const rest = remainder_at<ROUNDING>(remainder, i);
     Element<T> e{load_weight<ROUNDING, T>(param + i, rest), EXP_AVG ? exp_avg[i] : T(0), exp_avg_slow[i],
                  exp_avg_sq[i]};
     update<EXP_AVG>(e, static_cast<T>(grad[i]), s);

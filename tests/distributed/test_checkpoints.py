@@ -34,11 +34,12 @@ STORED = {
     "32 without exp_avg": {"betas": (0.0, 0.99, 0.999)},
     "8 and remainders": {"optim_bits": 8, "min_8bit_size": 600, "master_weights": "remainder"},
     "ADANA, 12": {**ADANA_OPTIONS, "optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 12},
+    "8 and remainders of 8 bits": {"optim_bits": 8, "min_8bit_size": 600, "master_weights": "remainder8"},
 }
 
 
 def make(layout, stored, **options):
-    model = make_model(layout, dtype=torch.bfloat16 if stored == "8 and remainders" else torch.float32)
+    model = make_model(layout, dtype=torch.bfloat16 if "remainders" in stored else torch.float32)
     return model, AdEMAMix(model.parameters(), **{**OPTIONS, **STORED[stored], **options})
 
 
@@ -188,6 +189,7 @@ def load_full(folder, layout, stored, broadcast):
         ("8", True, False),  # of which neither NCCL nor gloo can send 16-bit codes
         ("8, slow too", False, True),
         ("8 and remainders", True, False),
+        ("8 and remainders of 8 bits", True, False),
     ],
 )
 def test_full_state_dicts(workers, tmp_path, stored, ours, broadcast):
@@ -279,6 +281,11 @@ def other_precision(folder, stored, message):
         ("8", "32", r"up.weight.exp_avg has dtype torch.int8 in the checkpoint, but must be torch.float32"),
         ("32", "8", r"up.weight.exp_avg has dtype torch.float32 in the checkpoint, but must be torch.int8"),
         ("8", "8, slow too", r"exp_avg_slow has dtype torch.int16 in the checkpoint, but must be torch.int8"),
+        (
+            "8 and remainders",
+            "8 and remainders of 8 bits",
+            r"master_remainder has dtype torch.int16 in the checkpoint, but must be torch.int8",
+        ),
         ("8 and remainders", "8", r"checkpoint has .*up.weight.master_remainder.*, which would be lost"),
     ],
 )

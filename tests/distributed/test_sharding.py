@@ -269,10 +269,10 @@ def scaler_skips_on_every_rank():
     assert all(full(p).isfinite().all() for p in model.parameters())
 
 
-def replicas_stay_equal():
+def replicas_stay_equal(rounding):
     """Stochastic rounding draws the same bits for the same element on every process that has it."""
     model = make_model("hsdp", dtype=torch.bfloat16)
-    options = {**OPTIONS, **BITS[8], "stochastic_rounding": True, "param_rounding": "stochastic"}
+    options = {**OPTIONS, **BITS[8], "stochastic_rounding": True, **rounding}
     optimizer = AdEMAMix(model.parameters(), **options)
     for batch in range(3):
         backward(model, "hsdp", batch)
@@ -280,7 +280,7 @@ def replicas_stay_equal():
         optimizer.zero_grad()
     mesh = model.up.weight.device_mesh
     for p in model.parameters():
-        for tensor in (p.detach(), optimizer.state[p]["exp_avg_sq"]):
+        for tensor in (optimizer.master_weight(p).detach(), optimizer.state[p]["exp_avg_sq"]):
             ours = tensor.to_local().double()
             theirs = [torch.empty_like(ours) for _ in range(mesh.size(0))]
             dist.all_gather(theirs, ours, mesh.get_group(0))
@@ -366,5 +366,6 @@ def test_on_two(workers, case):
     workers.run(2, case)
 
 
-def test_replicas(workers):
-    workers.run(4, replicas_stay_equal)
+@pytest.mark.parametrize("rounding", [{"param_rounding": "stochastic"}, {"master_weights": "remainder8"}], ids=repr)
+def test_replicas(workers, rounding):
+    workers.run(4, replicas_stay_equal, rounding)

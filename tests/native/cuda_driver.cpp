@@ -96,6 +96,7 @@ void for_each_rounding(const Use& use) {
   use(Constant<ParamRounding::NEAREST>{}, "ParamRounding::NEAREST");
   if constexpr (std::is_same_v<P, bfloat16>) {
     use(Constant<ParamRounding::REMAINDER>{}, "ParamRounding::REMAINDER");
+    use(Constant<ParamRounding::REMAINDER8>{}, "ParamRounding::REMAINDER8");
     use(Constant<ParamRounding::STOCHASTIC>{}, "ParamRounding::STOCHASTIC");
   }
 }

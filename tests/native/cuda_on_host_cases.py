@@ -89,12 +89,18 @@ def with_remainders(lists: Lists) -> dict[str, Any]:
     }
 
 
+def with_remainders_of_8_bits(lists: Lists) -> dict[str, Any]:
+    streams = [7 * i + 1 for i in range(len(lists.params))]
+    remainders = [torch.randint_like(p, -(1 << 7), 1 << 7, dtype=torch.int8) for p in lists.params]
+    return {"remainders": remainders, "seed": SEED, "streams": streams}
+
+
 def stochastically(lists: Lists) -> dict[str, Any]:
     streams = [7 * i + 1 for i in range(len(lists.params))]
     return {"stochastic_param_rounding": True, "seed": SEED, "streams": streams}
 
 
-ROUNDINGS = pytest.mark.parametrize("rounding", [with_remainders, stochastically])
+ROUNDINGS = pytest.mark.parametrize("rounding", [with_remainders, with_remainders_of_8_bits, stochastically])
 KINDS = pytest.mark.parametrize("kind", ["32", "blockwise"])
 
 
@@ -284,7 +290,7 @@ def test_places(kind: str, dtype: torch.dtype, count: int) -> None:
     lists = make(kind, MIXED[2:6] + MIXED[8:], dtype)
     roundings: list[dict[str, Any]] = [{}]
     if dtype == torch.bfloat16:
-        roundings += [with_remainders(lists), stochastically(lists)]
+        roundings += [with_remainders(lists), with_remainders_of_8_bits(lists), stochastically(lists)]
     for options in roundings:
         plain, remainders = lists.clone(), options.pop("remainders", [])
         arenas = in_arenas(plain.clone(), remainders, count)
