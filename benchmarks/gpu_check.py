@@ -101,6 +101,7 @@ def short_run() -> None:
         (torch.float32, {}),
         (torch.bfloat16, {}),
         (torch.bfloat16, {"master_weights": "remainder"}),
+        (torch.bfloat16, {"master_weights": "remainder8"}),
         (torch.bfloat16, {"param_rounding": "stochastic"}),
     ]
     for state, (dtype, rounding) in itertools.product(states, roundings):

@@ -48,7 +48,7 @@ def measure(
     start = torch.randn(coordinates, generator=generator).bfloat16()
 
     def make(dtype: torch.dtype, **options: Any) -> tuple[Tensor, AdEMAMix]:
-        p = start.to(dtype).requires_grad_()
+        p = start.to(dtype, copy=True).requires_grad_()
         return p, optimizer_class([p], lr=LR, **options)
 
     exact, exact_optimizer = make(torch.float32)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from byte_gpt import SIZES, ByteGPT, loss_fn, standard_library
@@ -27,6 +28,14 @@ import torch_ademamix
 
 ADEMAMIX = [f"{paged}AdEMAMix{bits}" for paged in ("", "Paged") for bits in ("", "8bit", "32bit")]
 STATEFUL = ("model", "optimizer", "scheduler")
+# Of the weights, by name: their dtype, and how AdEMAMix keeps what rounding would take away.
+WEIGHTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "remainder": (torch.bfloat16, {"master_weights": "remainder"}),
+    "remainder8": (torch.bfloat16, {"master_weights": "remainder8"}),
+    "stochastic": (torch.bfloat16, {"param_rounding": "stochastic"}),
+}
 REPEATED_STEPS = 10
 VALIDATION_POINTS = 10
 VALIDATION_WINDOWS = 512
@@ -49,6 +58,7 @@ def make_optimizer(args: argparse.Namespace, model: ByteGPT) -> torch.optim.Opti
         t_alpha=args.steps,
         t_beta3=args.steps,
         weight_decay=0.1,
+        **WEIGHTS[args.weights][1],
     )
 
 
@@ -81,7 +91,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, text: Tensor, seed: int) -> None:
         torch.manual_seed(seed)
-        self.model = ByteGPT(args.size, args.context).to(args.device)
+        self.model = ByteGPT(args.size, args.context).to(args.device, WEIGHTS[args.weights][0])
         self.optimizer = make_optimizer(args, self.model)
         self.train_step = make_train_step(self.model, self.optimizer)
         self.scheduler = LambdaLR(self.optimizer, partial(warmup_cosine, steps=args.steps))
@@ -193,6 +203,7 @@ def main(args: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=[*ADEMAMIX, "ADANA", "AdamW"], default="AdEMAMix")
+    parser.add_argument("--weights", choices=list(WEIGHTS), default="float32", help="others than float32 are bfloat16")
     parser.add_argument("--lr", type=float, help="peak learning rate (AdamW 6e-3, ADANA 2e-3, others 4e-3)")
     parser.add_argument("--alpha", type=float, default=2.0, help="weight of the slow average")
     parser.add_argument("--beta3", type=float, default=0.999, help="decay of the slow average")
@@ -207,6 +218,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.lr is None:  # the best of four at the default size and number of steps; ADANA's is half of AdEMAMix's
         args.lr = {"AdamW": 6e-3, "ADANA": 2e-3}.get(args.optimizer, 4e-3)
+    if args.optimizer == "AdamW" and WEIGHTS[args.weights][1]:
+        parser.error(f"--weights {args.weights} is for AdEMAMix and ADANA")
     if args.steps <= REPEATED_STEPS:
         parser.error(f"--steps must be more than {REPEATED_STEPS}, was {args.steps}")
     return args

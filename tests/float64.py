@@ -165,9 +165,10 @@ def stored_as(x: Interval, dtype: torch.dtype, ulps: float = 0.5) -> Interval:
 
 
 def master_weight(param: Tensor, remainder: Tensor) -> Array:
-    """The float32 weight that bfloat16 parameters and their int16 remainders are."""
+    """The float32 weight that bfloat16 parameters and their int16 or int8 remainders are."""
     bits = param.detach().contiguous().view(torch.int16).numpy().astype(np.int64)
-    magnitude = np.maximum((bits & 0x7FFF) * 2**16 + remainder.numpy().astype(np.int64), 0)
+    unit = 2**8 if remainder.dtype == torch.int8 else 1
+    magnitude = np.maximum((bits & 0x7FFF) * 2**16 + remainder.numpy().astype(np.int64) * unit, 0)
     with np.errstate(invalid="ignore"):
         values = magnitude.astype(np.uint32).view(np.float32).astype(np.float64)
     return np.asarray(np.where(bits < 0, -values, values))

@@ -148,12 +148,15 @@ def param_roundings(draw: st.DrawFn, lists: StepLists) -> dict[str, Any]:
     way = draw(st.sampled_from(["nearest", "remainders", "stochastic"]))
     if way == "nearest" or not lists.params or lists.params[0].dtype != torch.bfloat16:
         return {}
+    numbers = st.integers(-(2**63), 2**63 - 1)
+    random = {"seed": draw(numbers), "streams": [draw(numbers) for _ in lists.params]}
     if way == "stochastic":
-        streams = [draw(st.integers(-(2**63), 2**63 - 1)) for _ in lists.params]
-        return {"stochastic_param_rounding": True, "seed": draw(st.integers(-(2**63), 2**63 - 1)), "streams": streams}
+        return {"stochastic_param_rounding": True, **random}
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    remainders = [torch.from_numpy(np.asarray(rng.integers(-(2**15), 2**15, p.shape, np.int16))) for p in lists.params]
-    return {"remainders": [draw(laid_out(remainder)) for remainder in remainders]}
+    dtype = draw(st.sampled_from([np.int16, np.int8]))
+    limits = np.iinfo(dtype)
+    values = [np.asarray(rng.integers(limits.min, limits.max + 1, p.shape, dtype)) for p in lists.params]
+    return {"remainders": [draw(laid_out(torch.from_numpy(x))) for x in values], **random}
 
 
 learning_rates = st.one_of(

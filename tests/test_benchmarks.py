@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from benchmarks import memory
 from benchmarks.cpu import __main__ as cpu
 from benchmarks.cpu import measure, peers, report
 from benchmarks.cpu.cases import IN_PLACE, Case, Group
@@ -45,6 +46,17 @@ def test_state_bytes(name, per_parameter, monkeypatch):
     peer.step()
     steps = 0 if name == peers.PLAIN else 3 * 4
     assert footprint.state_bytes(peer.state) == 300 * per_parameter + steps
+
+
+def test_state_of_gpt2():
+    """Bytes per parameter, flat buffers with their padding and the steps included."""
+    of = {recipe.name: memory.gpt2_state(recipe) for recipe in memory.RECIPES if "AdEMAMix" in recipe.name}
+    assert of["AdEMAMix, beta1=0"] == pytest.approx(8, abs=1e-4)
+    assert of["AdEMAMix8bit, beta1=0"] <= 3.04
+    assert of["AdEMAMix8bit, slow_ema_bits=12"] <= 3.07
+    assert of["AdEMAMix8bit, slow_ema_bits=12, beta1=0"] <= 2.06
+    assert of["AdEMAMix8bit, with remainders"] - of["AdEMAMix8bit"] == pytest.approx(2, abs=1e-4)
+    assert of["AdEMAMix8bit, with remainders in 8 bits"] - of["AdEMAMix8bit"] == pytest.approx(1, abs=1e-4)
 
 
 def test_state_bytes_counts_shared_tensors_once():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -249,15 +250,23 @@ def test_remainders_track_float32_weights_exactly(optimizer_class):
     assert_identical(param, bfloat16.split(exact)[0])
 
 
+def most_variance(start, moved, significant_bits):
+    """Of the sum of the errors of stochastic rounding: a step's is between -ulp and ulp, of mean 0 and a variance of at
+    most ulp * |update|, and updates go back half the way at most.
+    """
+    ulp = torch.ldexp(torch.ones(len(start)), torch.frexp(start.float()).exponent - significant_bits)
+    return 2 * ulp * moved.abs()
+
+
 @OPTIMIZERS
 def test_remainders_of_8_bits_track_float32_weights(optimizer_class):
-    """Off by a few of their ulps, which are 2^-8 of the parameters'."""
+    """To the random walk of stochastic rounding to their 16 significant bits, and without bias."""
     exact, _, start = train(torch.float32, optimizer_class)
     _, weight, _ = train(torch.bfloat16, optimizer_class, master_weights="remainder8")
     moved, error = exact - start.float(), weight - exact
-    print("remainder8:", (error.square().mean() / moved.square().mean()).sqrt().item(), "of the displacement")
-    assert error.square().mean().sqrt() < 0.01 * moved.square().mean().sqrt()
-    assert error.mean().abs() < 0.001 * moved.mean().abs()
+    variance = most_variance(start, moved, 16)
+    assert error.square().mean() < variance.mean() < (0.04 * moved).square().mean()
+    assert error.mean().abs() < 4 * variance.sum().sqrt() / len(moved) < moved.mean().abs() / 100
 
 
 def test_table_of_drifts(tmp_path, monkeypatch, capsys):
@@ -281,9 +290,7 @@ def test_stochastic_rounding_has_no_bias_and_nearest_loses_updates(optimizer_cla
         return train(torch.bfloat16, optimizer_class, **options)[0].float() - exact
 
     stochastic, nearest = error(param_rounding="stochastic"), error()
-    # A step's error is between -ulp and ulp, of mean 0 and a variance of at most ulp * |update|.
-    ulp = torch.ldexp(torch.ones(512), torch.frexp(start.float()).exponent - 8)
-    deviation = (2 * ulp * moved.abs()).sum().sqrt() / len(moved)
+    deviation = most_variance(start, moved, 8).sum().sqrt() / len(moved)
     assert stochastic.mean().abs() < 4 * deviation < moved.mean().abs() / 10
     assert nearest.mean().abs() > moved.mean().abs() / 2
 
@@ -345,12 +352,32 @@ def test_remainders_of_another_width_are_converted(saved, wanted):
     params, optimizer = make_optimizer(master_weights=saved)
     take_steps(params, optimizer, 2)
     _, other = make_optimizer(master_weights=wanted)
-    other.load_state_dict(optimizer.state_dict())
+    lossy = pytest.warns(UserWarning, match="remainders of 16 bits, .* 8 bits are kept")
+    with lossy if wanted == "remainder8" else nullcontext():
+        other.load_state_dict(optimizer.state_dict())
     for p, q in zip(params, other.param_groups[0]["params"], strict=True):
         remainder = optimizer.state[p]["master_remainder"]
         dtype = bfloat16.REMAINDERS[wanted]
         assert_identical(other.state[q]["master_remainder"], bfloat16.converted(remainder, dtype))
         assert other.state[q]["master_remainder"].dtype == dtype
+
+
+def test_remainders_of_another_width_than_their_group_says():
+    """As DCP leaves them, which copies what it reads into tensors of another dtype."""
+    params, optimizer = make_optimizer(master_weights="remainder8")
+    take_steps(params, optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["master_weights"] = "remainder"
+    with pytest.raises(ValueError, match=r"'master_remainder'\] has dtype torch.int8, .* master_weights='remainder'"):
+        optimizer.load_state_dict(saved)
+
+
+def test_float32_weights_split_to_the_nearest_of_24_bits():
+    weights = every_float()
+    weights = weights[weights.isfinite()]
+    param, remainder = bfloat16.split(weights, torch.int8)
+    halfway = torch.tensor(128)
+    assert_identical(bfloat16.join(param, remainder), bfloat16.round_to_24_bits(weights, halfway))
 
 
 def test_one_call_has_remainders_of_one_width():

@@ -159,6 +159,8 @@ ONE_CALL = "one call takes one dtype and one device"
 OP_REFUSALS = {
     **REFUSALS,
     "remainders[2] has dtype torch.int32, but must be torch.int16": remain(4, 2, torch.Tensor.int),
+    "remainders[2] has dtype torch.int8, but must be torch.int16": remain(4, 2, torch.Tensor.char),
+    "remainders[1] has dtype torch.int16, but must be torch.int8": remain(4, 0, torch.Tensor.char),
     **{
         f"{x}[1] is torch.bfloat16 on cpu, but {x}[0] is torch.float32 on cpu; {ONE_CALL}": convert(
             x, 1, torch.bfloat16

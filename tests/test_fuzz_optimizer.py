@@ -50,7 +50,9 @@ STORAGE = {
     "min_8bit_size": st.sampled_from([0, 1, 256, 4096]),
     "is_paged": st.booleans(),
 }
-ROUNDING = st.sampled_from([{"master_weights": "remainder"}, {"param_rounding": "stochastic"}, {}])
+ROUNDING = st.sampled_from(
+    [{"master_weights": "remainder"}, {"master_weights": "remainder8"}, {"param_rounding": "stochastic"}, {}]
+)
 PARAM_DTYPES = st.sampled_from([*DTYPES, torch.bfloat16])  # which has the most ways
 
 

@@ -27,12 +27,13 @@ def test_lengths(lr, length, grad_dtype):
 
 @pytest.mark.parametrize("hyperparameters", [None, hyperparameter_tensor()], ids=["numbers", "tensor"])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("rounding", ["nearest", "remainders"])
-def test_places(rounding, count, hyperparameters):
+@pytest.mark.parametrize("remainder_dtype", [None, torch.int16, torch.int8], ids=str)
+def test_places(remainder_dtype, count, hyperparameters):
     lists = make_lists([MIXED[2], *MIXED[8:14]], torch.bfloat16)
-    remainders = [torch.zeros(p.shape, dtype=torch.int16) for p in lists.params if rounding == "remainders"]
+    remainders = [torch.zeros(p.shape, dtype=remainder_dtype) for p in lists.params if remainder_dtype]
     arenas = in_arenas(lists, remainders, count)
-    torch.library.opcheck(*step_call(PACKET, arenas, hyperparameters=hyperparameters, **arenas.options))
+    options = {"hyperparameters": hyperparameters, "streams": range(len(lists.params)), **arenas.options}
+    torch.library.opcheck(*step_call(PACKET, arenas, **options))
 
 
 @pytest.mark.parametrize("length", [0, 1, 7])

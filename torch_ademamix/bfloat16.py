@@ -43,7 +43,7 @@ def split(weight: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Ten
 
     Args:
         weight: float32, of any shape.
-        dtype: of the remainders, int16 or int8; an int8 one loses the lowest 8 bits of the weight, if they aren't 0.
+        dtype: of the remainders, int16 or int8, for which the weight is rounded to the nearest of 24 bits.
 
     >>> param, remainder = split(torch.tensor([0.1]))
     >>> param.item(), remainder.item(), join(param, remainder).item() == torch.tensor(0.1).item()
@@ -51,14 +51,17 @@ def split(weight: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Ten
     """
     bits = weight.view(torch.int32)
     nan = weight.isnan()
+    if dtype == torch.int8:
+        bits = torch.where(nan, bits, (bits + _UNIT // 2) & -_UNIT)
     upper = (torch.where(nan, bits, bits + _HALF // 2) >> 16).to(torch.int16)
     remainder = torch.where(nan, 0, bits).to(torch.int16)
     return upper.view(torch.bfloat16), remainder if dtype == torch.int16 else (remainder >> 8).to(torch.int8)
 
 
-def draws(remainders: Sequence[Tensor]) -> bool:
+def draws(remainders: Sequence[Tensor | None]) -> bool:
     """Whether weights with these remainders are rounded at random."""
-    return len(remainders) > 0 and remainders[0].dtype == torch.int8
+    first = remainders[0] if len(remainders) else None
+    return first is not None and first.dtype == torch.int8
 
 
 def converted(remainder: Tensor, dtype: torch.dtype) -> Tensor:

@@ -62,6 +62,9 @@ FOREIGN_STATE = {
 }
 
 DROPPED_EXP_AVG = "the state dict has exp_avg, which isn't kept, since betas[0] is 0: there it is the gradient"
+NARROWED_REMAINDER = (
+    "the state dict has remainders of 16 bits, and master_weights is 'remainder8': 8 bits are kept, rounded to nearest"
+)
 NEW_EXP_AVG = "the state dict has no exp_avg, since betas[0] was 0; now it isn't, and exp_avg starts at zero"
 
 # Version 0.1.0 had unsigned codes of dynamic maps in their place, of which exp_avg's dtype tells.
@@ -93,7 +96,7 @@ def checked_state_dict(
 
     The state is hidden from torch's `load_state_dict`, which would cast it to the parameter's dtype, and brought out
     by :func:`brought_out`. How state is stored stays the optimizer's own affair. exp_avg is kept where the loaded β1 is
-    above 0, or the optimizer's state has it already; if that loses or lacks information, there is a warning.
+    above 0, or the optimizer's state has it already. What loses or lacks information is warned of.
 
     Raises:
         ValueError: a state or an option isn't as it has to be.
@@ -125,6 +128,9 @@ def checked_state_dict(
                 warnings_due.add(DROPPED_EXP_AVG)
             if not was_kept and beta1 > 0:
                 warnings_due.add(NEW_EXP_AVG)
+            remainders = [entries[MASTER_REMAINDER] for entries in (state[i], loaded) if MASTER_REMAINDER in entries]
+            if [remainder.dtype for remainder in remainders] == [torch.int16, torch.int8]:
+                warnings_due.add(NARROWED_REMAINDER)
             others = {name: value for name, value in state[i].items() if name not in NAMES}
             state[i] = {**others, **{name: _Hidden(value) for name, value in loaded.items()}}
     for text in sorted(warnings_due):
@@ -277,7 +283,7 @@ def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
     """
     hint = "load the checkpoint with the optim_bits, slow_ema_bits and min_8bit_size that it was saved with"
     otherwise = "or, if the group's option was changed after the state was made, set it back in the state dict"
-    kept, wanted = saved.get(MASTER_REMAINDER), bfloat16.REMAINDERS.get(group.get("master_weights"))
+    kept, wanted = saved.get(MASTER_REMAINDER), bfloat16.REMAINDERS.get(group.get("master_weights", ""))
     if isinstance(kept, Tensor) and wanted is not None and kept.dtype != wanted:
         text = f"{where}[{MASTER_REMAINDER!r}] has dtype {kept.dtype}, but its group has"
         hint = "load the checkpoint with the master_weights that it was saved with"

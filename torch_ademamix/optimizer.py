@@ -411,7 +411,8 @@ class AdEMAMix(Optimizer):
 
         How state is stored (`optim_bits`, `slow_ema_bits`, `min_8bit_size`, `is_paged`, `master_weights`) is this
         optimizer's own affair: state that was saved in another format is converted. Only the remainders of master
-        weights can't be: without `master_weights` they are refused; from 16 bits to 8 they are rounded to the nearest.
+        weights can't be dropped: without `master_weights` they are refused. From 16 bits to 8 they are rounded to
+        nearest, with a warning.
 
         Raises:
             ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of

@@ -398,6 +398,7 @@ Call draw_call(Choices& choices) {
   call.stochastic_param_rounding = rounded_otherwise && choices.one_in(2);
   const bool has_remainders = rounded_otherwise && !call.stochastic_param_rounding;
   const ScalarType slow_dtype = choices.of({ScalarType::Short, ScalarType::Char});
+  const ScalarType remainder_dtype = choices.of({ScalarType::Short, ScalarType::Char});
   const auto dtype_of = [&](Kind kind) {
     switch (kind) {
       case Kind::PARAM: return param_dtype;
@@ -406,7 +407,7 @@ Call draw_call(Choices& choices) {
       case Kind::CODES: return ScalarType::Char;
       case Kind::SQ_CODES: return ScalarType::Byte;
       case Kind::SLOW_CODES: return slow_dtype;
-      case Kind::REMAINDER: return ScalarType::Short;
+      case Kind::REMAINDER: return remainder_dtype;
       default: return ScalarType::Float;
     }
   };

@@ -116,7 +116,7 @@ void hash_steps_of(Values values, ParamRounding rounding, int64_t param_stride, 
   const int param_dtype = static_cast<int>(c10::CppTypeToScalarType<P>::value);
   const int grad_dtype = static_cast<int>(c10::CppTypeToScalarType<G>::value);
   const auto param = random_array<P>(values, NUMEL * param_stride);
-  const auto remainder = random_array<int16_t>(values);
+  const auto remainder = random_array<int16_t>(values);  // of which int8 ones are the first half
   auto grad = random_array<G>(values);
 
   auto p = param;
@@ -195,6 +195,7 @@ int main() {
     hash_steps_of_gradients<c10::BFloat16>(values);
     hash_steps_of_gradients<c10::Half>(values);
     hash_steps<c10::BFloat16, float, float>(values, ParamRounding::REMAINDER);
+    hash_steps<c10::BFloat16, float, float>(values, ParamRounding::REMAINDER8);
     hash_steps<c10::BFloat16, float, float>(values, ParamRounding::STOCHASTIC);
     hash_steps<c10::BFloat16, float, float>(values, ParamRounding::NEAREST, 2);
     hash_steps<double, double, double>(values, ParamRounding::NEAREST);
