@@ -143,7 +143,7 @@ def test_instructions_of_the_blockwise_step(compiled: dict[tuple[int, int], Kern
         if name.startswith("blockwise_step_kernel<bfloat16, bfloat16")
     }
     print(*counts.items(), sep="\n")
-    assert len(counts) == 32
+    assert len(counts) == 30
     for name, count in counts.items():
         if "NoCodes" in name:  # without exp_avg
             with_exp_avg = name.replace("NoCodes", "SignedSqrt4" if "Linear12" in name else "SignedSqrt")
