@@ -80,7 +80,7 @@ struct StepScalars {
   V beta3, one_minus_beta3;
   V alpha;
   V inv_bias1;       // 1 / (1 - beta1^t)
-  V inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  V inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t) / ROOT_SCALE<V>
   V eps, minus_lr, weight_decay;
 
   StepScalars() = default;
@@ -123,7 +123,7 @@ struct StepScalars {
         one_minus_beta3(s.one_minus_beta3),
         alpha(s.alpha),
         inv_bias1(s.inv_bias1),
-        inv_sqrt_bias2(s.inv_sqrt_bias2),
+        inv_sqrt_bias2(s.inv_sqrt_bias2 * T(1 / ROOT_SCALE<V>)),
         eps(s.eps),
         minus_lr(s.minus_lr),
         weight_decay(s.weight_decay) {}
@@ -145,7 +145,7 @@ ADEMAMIX_INLINE void update_moments(Element<V>& e, V grad, const StepScalars<V>&
   e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, s.one_minus_beta2 * grad * grad);
 }
 
-// then the parameter, from them and from root = sqrt(nu),
+// then the parameter, from them and from root = scaled_sqrt(nu),
 template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE void update_param(Element<V>& e, V root, const StepScalars<V>& s) {
   const V numerator = fma(s.alpha, e.exp_avg_slow, EXP_AVG ? e.exp_avg * s.inv_bias1 : e.exp_avg);
@@ -157,7 +157,7 @@ ADEMAMIX_INLINE void update_param(Element<V>& e, V root, const StepScalars<V>& s
 template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE V update(Element<V>& e, V grad, const StepScalars<V>& s) {
   update_moments<EXP_AVG>(e, grad, s);
-  const V root = sqrt(e.exp_avg_sq);
+  const V root = scaled_sqrt(e.exp_avg_sq);
   update_param<EXP_AVG>(e, root, s);
   return root;
 }

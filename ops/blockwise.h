@@ -75,7 +75,7 @@ struct SignedSqrt4 : SignedSqrtFormat<int8_t, 7> {
   template <int ZERO = ROUNDING_MAGIC, class V>
   ADEMAMIX_INLINE static V encode(V value, V inverse) {
     V fraction = abs(value) * inverse;
-    if constexpr (ZERO == POSITION_ZERO) fraction = larger(fma(fraction, V(1 + GAIN), V(-GAIN)), V(0));
+    if constexpr (ZERO == POSITION_ZERO) fraction = at_least_zero(fma(fraction, V(1 + GAIN), V(-GAIN)));
     return fma(copysign(unit_sqrt(fraction), value), V(MAX), V(ZERO));
   }
 };
@@ -184,9 +184,7 @@ struct NoCodes {
 };
 
 template <class Format>
-constexpr bool IS_KEPT = true;
-template <>
-constexpr bool IS_KEPT<NoCodes> = false;
+constexpr bool IS_KEPT = !std::is_same_v<Format, NoCodes>;
 
 // Calls f with a value of a format's struct.
 template <class F>

@@ -28,6 +28,15 @@ ADEMAMIX_INLINE V fma_down(V a, V b, V c) {
 ADEMAMIX_INLINE float sqrt(float a) { return ::sqrtf(a); }
 ADEMAMIX_INLINE double sqrt(double a) { return ::sqrt(a); }
 
+// A root that is ROOT_SCALE times too large, where it takes an instruction to make it right.
+template <class V>
+constexpr float ROOT_SCALE = 1;
+
+template <class V>
+ADEMAMIX_INLINE V scaled_sqrt(V a) {
+  return sqrt(a);
+}
+
 // Of a number in [0, 1]; a denormal one may count as 0.
 template <class V>
 ADEMAMIX_INLINE V unit_sqrt(V a) {
@@ -41,6 +50,12 @@ ADEMAMIX_INLINE float copysign(float magnitude, float sign) { return ::copysignf
 
 // Of two numbers; neither is NaN.
 ADEMAMIX_INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+// Of a number that is at most 1.
+template <class V>
+ADEMAMIX_INLINE V at_least_zero(V a) {
+  return larger(a, V(0));
+}
 
 ADEMAMIX_INLINE float at_most_one(float a) { return a < 1 ? a : 1; }
 

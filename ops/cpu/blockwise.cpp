@@ -10,12 +10,10 @@ namespace {
 
 static_assert(BLOCK_SIZE == UNIT, "no two threads may share a quantization block");
 
-Quantized quantized(const TensorView& codes, const TensorView& absmax) {
-  return {codes.data, static_cast<float*>(absmax.data), format_of(codes.dtype), false};
-}
-
-Quantized in_words(const TensorView& words, const TensorView& absmax, BlockFormat format) {
-  return {words.data, static_cast<float*>(absmax.data), format, true};
+// Of codes, or of words in which codes of a format are.
+Quantized quantized(const TensorView& codes, const TensorView& absmax, std::optional<BlockFormat> in_words = {}) {
+  const BlockFormat format = in_words ? *in_words : format_of(codes.dtype);
+  return {codes.data, static_cast<float*>(absmax.data), format, in_words.has_value()};
 }
 
 // The moments of one parameter of a call.
@@ -23,13 +21,13 @@ template <class T>
 void set_moments(BlockwiseTensor<T>& t, const BlockwiseLists& lists, size_t i) {
   const TensorView& slow = lists.exp_avg_slows[i];
   if (lists.exp_avg_in_words())
-    t.exp_avg = in_words(slow, lists.exp_avg_absmaxs[i], BlockFormat::SIGNED_SQRT_INT4);
+    t.exp_avg = quantized(slow, lists.exp_avg_absmaxs[i], BlockFormat::SIGNED_SQRT_INT4);
   else if (lists.has_exp_avg())
     t.exp_avg = quantized(lists.exp_avgs[i], lists.exp_avg_absmaxs[i]);
-  t.exp_avg_slow = lists.in_words() ? in_words(slow, lists.exp_avg_slow_absmaxs[i], BlockFormat::LINEAR_INT12)
+  t.exp_avg_slow = lists.in_words() ? quantized(slow, lists.exp_avg_slow_absmaxs[i], BlockFormat::LINEAR_INT12)
                                     : quantized(slow, lists.exp_avg_slow_absmaxs[i]);
   t.exp_avg_sq = lists.exp_avg_sq_in_words()
-                     ? in_words(slow, lists.exp_avg_sq_absmaxs[i], BlockFormat::FOURTH_ROOT_UINT4)
+                     ? quantized(slow, lists.exp_avg_sq_absmaxs[i], BlockFormat::FOURTH_ROOT_UINT4)
                      : quantized(lists.exp_avg_sqs[i], lists.exp_avg_sq_absmaxs[i]);
 }
 

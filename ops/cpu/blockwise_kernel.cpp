@@ -56,11 +56,11 @@ template <class Format>
 Ints rounded_stochastically(V values, V inverse, const Block<uint16_t>& random, int i) {
   const Ints positions = bits_of(Format::template encode<Format::POSITION_ZERO>(values, inverse));
   const Ints bits = load_bits<RANDOM_ELEMENT<Format>>(random, i);
-  return shift_right<STOCHASTIC_SHIFT>(round_position<Format>(positions, bits));
+  return round_position<Format>(positions, bits) >> Ints(STOCHASTIC_SHIFT);
 }
 
 // Words of Linear12's codes and others, in their lowest 16 bits; the codes in their own lowest bits.
-Ints words_of(Ints slow, Ints others) { return shift_left<4>(slow) | (others & Ints(15)); }
+Ints words_of(Ints slow, Ints others) { return slow << Ints(4) | (others & Ints(15)); }
 
 // A block's values, of which `absmax` is the scale.
 void encode_block(const Block<float>& values, float absmax, int64_t first, int count, const RandomKey* random,
@@ -76,12 +76,12 @@ void encode_block(const Block<float>& values, float absmax, int64_t first, int c
       const V vector = V::load(values + i);
       if constexpr (Format::POSITION_ZERO != 0) {
         if (random) {
-          constexpr int CUT_OFF = 32 - Format::BITS;
+          const Ints cut_off(32 - Format::BITS);
           const Ints rounded = rounded_stochastically<Format>(vector, inverse, bits, i);
           if constexpr (IS_FOURTH_ROOT<Format>)  // which has no sign to extend
             store_codes(rounded & Ints((1 << Format::BITS) - 1), codes + i);
           else
-            store_codes(shift_right<CUT_OFF>(shift_left<CUT_OFF>(rounded)), codes + i);
+            store_codes(rounded << cut_off >> cut_off, codes + i);
           continue;
         }
       }
@@ -154,15 +154,15 @@ bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
   for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
     Element<V> e;
     if constexpr (IN_WORDS) {
-      const Ints words = load_words(m2_codes + i);
-      const V others = to_float(SQ_IN_WORDS ? words & Ints(15) : shift_right<28>(shift_left<28>(words)));
-      e.exp_avg_slow = Slow::decode(to_float(shift_right<4>(words)), m2_unit);
+      const Ints words = load_ints(m2_codes + i);
+      const V others = to_float(SQ_IN_WORDS ? words & Ints(15) : words << Ints(28) >> Ints(28));
+      e.exp_avg_slow = Slow::decode(to_float(words >> Ints(4)), m2_unit);
       (SQ_IN_WORDS ? e.exp_avg_sq : e.exp_avg) = Other::decode(others, SQ_IN_WORDS ? nu_unit : m1_unit);
     } else {
-      if constexpr (EXP_AVG) e.exp_avg = Fast::decode(load_codes(m1_codes + i), m1_unit);
-      e.exp_avg_slow = Slow::decode(load_codes(m2_codes + i), m2_unit);
+      if constexpr (EXP_AVG) e.exp_avg = Fast::decode(to_float(load_ints(m1_codes + i)), m1_unit);
+      e.exp_avg_slow = Slow::decode(to_float(load_ints(m2_codes + i)), m2_unit);
     }
-    if constexpr (!SQ_IN_WORDS) e.exp_avg_sq = Sq::decode(load_codes(nu_codes + i), nu_unit);
+    if constexpr (!SQ_IN_WORDS) e.exp_avg_sq = Sq::decode(to_float(load_ints(nu_codes + i)), nu_unit);
     update_moments<EXP_AVG>(e, V::load(grad + i), scalars);
     const V root = sqrt(e.exp_avg_sq);
     e.exp_avg.store(m.m1 + i);

@@ -14,42 +14,29 @@ namespace ademamix {
 // As many as there are floats in a vector. Codes are stored from the lowest bits.
 using Ints = at::vec::Vectorized<int32_t>;
 
-// load_bits<ELEMENT>(random, i) gives the bits of the elements from i on, or of their groups' elements i ^ ELEMENT.
+template <class V>
+Simd<float> to_float(V codes) {
+  return at::vec::convert_to_fp_of_same_size<float>(codes);
+}
+
+// load_ints(p) are numbers of 8 or 16 bits. load_bits<ELEMENT>(random, i) are the bits of the elements from i on, or of
+// their groups' elements i ^ ELEMENT.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+
 constexpr int SWAPPED_HALVES = 0x4e;  // of 16 bytes, a group's bits: elements i ^ 4
+
+inline __m128i load_16_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-inline Simd<float> load_codes(const int8_t* p) {
-  return at::vec::Vectorized<float>(
-      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
-}
+inline Ints load_ints(const int8_t* p) { return _mm512_cvtepi8_epi32(load_16_bytes(p)); }
 
-inline Simd<float> load_codes(const uint8_t* p) {
-  return at::vec::Vectorized<float>(
-      _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
-}
+inline Ints load_ints(const uint8_t* p) { return _mm512_cvtepu8_epi32(load_16_bytes(p)); }
 
-inline Simd<float> load_codes(const int16_t* p) {
-  return at::vec::Vectorized<float>(
-      _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
-}
-
-inline Ints load_words(const int16_t* p) {
+inline Ints load_ints(const int16_t* p) {
   return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-inline Simd<float> to_float(Ints codes) { return at::vec::Vectorized<float>(_mm512_cvtepi32_ps(codes)); }
-
-template <int N>
-Ints shift_left(Ints x) {
-  return _mm512_slli_epi32(x, N);
-}
-
-template <int N>
-Ints shift_right(Ints x) {
-  return _mm512_srai_epi32(x, N);
 }
 
 template <int ELEMENT>
@@ -68,40 +55,17 @@ inline void store_codes(Ints codes, int16_t* p) {
 
 #elif defined(CPU_CAPABILITY_AVX2)
 
-inline Simd<float> load_codes(const int8_t* p) {
-  return at::vec::Vectorized<float>(
-      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
-}
+inline __m128i load_8_bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 
-inline Simd<float> load_codes(const uint8_t* p) {
-  return at::vec::Vectorized<float>(
-      _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
-}
+inline Ints load_ints(const int8_t* p) { return _mm256_cvtepi8_epi32(load_8_bytes(p)); }
 
-inline Simd<float> load_codes(const int16_t* p) {
-  return at::vec::Vectorized<float>(
-      _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
-}
+inline Ints load_ints(const uint8_t* p) { return _mm256_cvtepu8_epi32(load_8_bytes(p)); }
 
-inline Ints load_words(const int16_t* p) {
-  return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-inline Simd<float> to_float(Ints codes) { return at::vec::Vectorized<float>(_mm256_cvtepi32_ps(codes)); }
-
-template <int N>
-Ints shift_left(Ints x) {
-  return _mm256_slli_epi32(x, N);
-}
-
-template <int N>
-Ints shift_right(Ints x) {
-  return _mm256_srai_epi32(x, N);
-}
+inline Ints load_ints(const int16_t* p) { return _mm256_cvtepi16_epi32(load_16_bytes(p)); }
 
 template <int ELEMENT>
 Ints load_bits(const uint16_t* random, int i) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(random + i));
+  const __m128i bits = load_16_bytes(random + i);
   return _mm256_cvtepu16_epi32(ELEMENT == 0 ? bits : _mm_shuffle_epi32(bits, SWAPPED_HALVES));
 }
 
@@ -118,37 +82,21 @@ inline void store_codes(Ints codes, int16_t* p) {
 
 #elif defined(__aarch64__) && !defined(CPU_CAPABILITY_SVE)
 
-inline Simd<float> load_codes(const int8_t* p) {
+inline Ints load_ints(const int8_t* p) {
   int32_t codes;
   std::memcpy(&codes, p, sizeof codes);
-  const int16x8_t halves = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(codes)));
-  return at::vec::Vectorized<float>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves))));
+  return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(codes)))));
 }
 
-inline Simd<float> load_codes(const uint8_t* p) {
+inline Ints load_ints(const uint8_t* p) {
   uint32_t codes;
   std::memcpy(&codes, p, sizeof codes);
-  const uint16x8_t halves = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(codes)));
-  return at::vec::Vectorized<float>(vcvtq_f32_u32(vmovl_u16(vget_low_u16(halves))));
+  return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(codes))))));
 }
 
-inline Simd<float> load_codes(const int16_t* p) {
-  return at::vec::Vectorized<float>(vcvtq_f32_s32(vmovl_s16(vld1_s16(p))));
-}
-
-inline Ints load_words(const int16_t* p) { return vmovl_s16(vld1_s16(p)); }
+inline Ints load_ints(const int16_t* p) { return vmovl_s16(vld1_s16(p)); }
 
 inline Simd<float> to_float(Ints codes) { return at::vec::Vectorized<float>(vcvtq_f32_s32(codes)); }
-
-template <int N>
-Ints shift_left(Ints x) {
-  return vshlq_n_s32(x, N);
-}
-
-template <int N>
-Ints shift_right(Ints x) {
-  return vshrq_n_s32(x, N);
-}
 
 template <int ELEMENT>
 Ints load_bits(const uint16_t* random, int i) {
@@ -167,28 +115,10 @@ inline void store_codes(Ints codes, int16_t* p) { vst1_s16(p, vmovn_s32(codes));
 #else
 
 template <class Code>
-Simd<float> load_codes(const Code* p) {
-  float values[Simd<float>::SIZE];
-  for (int64_t i = 0; i < Simd<float>::SIZE; ++i) values[i] = static_cast<float>(p[i]);
-  return Simd<float>::load(values);
-}
-
-inline Ints load_words(const int16_t* p) {
+Ints load_ints(const Code* p) {
   int32_t values[Ints::size()];
   for (int64_t i = 0; i < Ints::size(); ++i) values[i] = p[i];
   return Ints::loadu(values);
-}
-
-inline Simd<float> to_float(Ints codes) { return at::vec::convert_to_fp_of_same_size<float>(codes); }
-
-template <int N>
-Ints shift_left(Ints x) {
-  return x << Ints(N);
-}
-
-template <int N>
-Ints shift_right(Ints x) {
-  return x >> Ints(N);
 }
 
 template <int ELEMENT>

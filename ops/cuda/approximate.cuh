@@ -31,26 +31,23 @@ __device__ __forceinline__ Approximate fma_down(Approximate a, Approximate b, Ap
 #endif
 }
 
-// Scaled, so that the instruction, which takes denormal numbers for 0, finds none; above 2^104 the root is infinite,
-// which stores such an element as the largest of its block.
-__device__ __forceinline__ Approximate sqrt(Approximate a) {
-#if defined(__CUDA_ARCH__)
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(a.value * 16777216.0f));
-  return Approximate(root * (1 / 4096.0f));
-#else
-  return Approximate(sqrt(a.value));
-#endif
-}
-
 __device__ __forceinline__ Approximate unit_sqrt(Approximate a) {
 #if defined(__CUDA_ARCH__)
   float root;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(a.value));
   return Approximate(root);
 #else
-  return sqrt(a);
+  return Approximate(sqrt(a.value));
 #endif
+}
+
+// Scaled, so that the instruction, which takes denormal numbers for 0, finds none; above 2^104 the root is infinite,
+// which stores such an element as the largest of its block.
+template <>
+constexpr float ROOT_SCALE<Approximate> = 4096;
+
+__device__ __forceinline__ Approximate scaled_sqrt(Approximate a) {
+  return unit_sqrt(Approximate(a.value * (ROOT_SCALE<Approximate> * ROOT_SCALE<Approximate>)));
 }
 
 __device__ __forceinline__ Approximate abs(Approximate a) { return Approximate(abs(a.value)); }
@@ -63,8 +60,9 @@ __device__ __forceinline__ Approximate larger(Approximate a, Approximate b) {
   return Approximate(::fmaxf(a.value, b.value));
 }
 
-// Free, as a modifier of the instruction before; 0 if NaN.
+// Free, as modifiers of the instruction before; 0 if NaN.
 __device__ __forceinline__ Approximate at_most_one(Approximate a) { return Approximate(__saturatef(a.value)); }
+__device__ __forceinline__ Approximate at_least_zero(Approximate a) { return at_most_one(a); }
 
 __device__ __forceinline__ Approximate if_positive(Approximate condition, Approximate a, Approximate b) {
   return condition.value > 0 ? a : b;

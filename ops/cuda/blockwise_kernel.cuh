@@ -64,22 +64,21 @@ __device__ __forceinline__ float to_float(double a) { return static_cast<float>(
 __device__ __forceinline__ float to_float(Approximate a) { return a.value; }
 
 // Of finite values, for fourth roots of their roots. V is the type of the arithmetic; without `random`, to nearest.
-template <class Format, bool STOCHASTIC, class V>
-__device__ __forceinline__ uint32_t encode(float value, float inverse, const RandomWords& random, int i) {
-  if constexpr (STOCHASTIC) {
-    const V position = Format::template encode<Format::POSITION_ZERO>(V(value), V(inverse));
-    return round_position<Format>(float_bits(to_float(position)), random_half(random, i ^ RANDOM_ELEMENT<Format>));
-  } else {
-    return float_bits(to_float(Format::encode(V(value), V(inverse))));
-  }
-}
-
-template <class Format, bool STOCHASTIC, class V>
+// The codes are an element's lowest bits; of Code's bits those above may be garbage.
+template <class Format, bool STOCHASTIC, class V, class Code>
 __device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const RandomWords& random,
-                                       LaneCodes<Format>& result) {
+                                       Lanes<Code, LANE_ELEMENTS>& result) {
   uint32_t codes[LANE_ELEMENTS];
 #pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) codes[i] = encode<Format, STOCHASTIC, V>(values[i], inverse, random, i);
+  for (int i = 0; i < LANE_ELEMENTS; ++i) {
+    if constexpr (STOCHASTIC) {
+      const V position = Format::template encode<Format::POSITION_ZERO>(V(values[i]), V(inverse));
+      codes[i] =
+          round_position<Format>(float_bits(to_float(position)), random_half(random, i ^ RANDOM_ELEMENT<Format>));
+    } else {
+      codes[i] = float_bits(to_float(Format::encode(V(values[i]), V(inverse))));
+    }
+  }
   result.template set_all<STOCHASTIC ? STOCHASTIC_SHIFT : 0>(codes);
 }
 
@@ -101,18 +100,10 @@ __device__ __forceinline__ void decode_words(const LaneWords& words, float slow_
 template <class Other, bool STOCHASTIC>
 __device__ __forceinline__ void encode_words(const LaneFloats& slow, float slow_inverse, const LaneFloats& others,
                                              float other_inverse, const RandomWords& random, LaneWords& result) {
-  uint32_t words[LANE_ELEMENTS];
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) {
-    const uint32_t slow_code = encode<Linear12, false, Approximate>(slow[i], slow_inverse, random, i);
-    const uint32_t other = encode<Other, STOCHASTIC, Approximate>(others[i], other_inverse, random, i);
-    // Where the other code is when it is rounded stochastically, the word is an upper half.
-    words[i] = STOCHASTIC ? slow_code << 20 | (other & 0xf0000) : slow_code << 4 | (other & 15);
-  }
-  if constexpr (STOCHASTIC)
-    result.set_upper_halves(words);
-  else
-    result.set_all(words);
+  LaneWords other_words;
+  encode<Linear12, false, Approximate>(slow, slow_inverse, random, result);
+  encode<Other, STOCHASTIC, Approximate>(others, other_inverse, random, other_words);
+  result.template append<4>(other_words);
 }
 
 // ------------------------------------------------------------------------------------------------------------ the step
@@ -278,13 +269,13 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
       Element<V> e{V(lanes.p.template get<T>(i)), V(m1[i]), V(m2[i]), V(nu[i])};
-      const V sqrt_nu = update<EXP_AVG>(e, V(lanes.g.template get<T>(i)), s);
+      const V scaled_root = update<EXP_AVG>(e, V(lanes.g.template get<T>(i)), s);
       new_param[i] = to_param(e.param);
       m1[i] = to_float(e.exp_avg);
       m2[i] = to_float(e.exp_avg_slow);
       nu[i] = to_float(e.exp_avg_sq);
       // Codes are made of the root of the float32 value.
-      root[i] = std::is_same_v<V, double> ? sqrt(nu[i]) : to_float(sqrt_nu);
+      root[i] = std::is_same_v<V, double> ? sqrt(nu[i]) : to_float(scaled_root);
     }
     const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
     lanes.p.set_all(new_param, key, group);
@@ -305,7 +296,8 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     const float new_absmax = lane == 0 ? m2_absmax : !EXP_AVG || lane == 1 ? sqrt(nu_absmax) : m1_absmax;
     lanes.absmax = new_absmax;
     const float inverse = inverse_absmax(new_absmax);
-    const float m2_inverse = __shfl_sync(0xffffffff, inverse, 0), nu_inverse = __shfl_sync(0xffffffff, inverse, 1);
+    const float m2_inverse = __shfl_sync(0xffffffff, inverse, 0);
+    const float nu_inverse = __shfl_sync(0xffffffff, inverse, 1) * (1 / ROOT_SCALE<V>);
     const float m1_inverse = EXP_AVG ? __shfl_sync(0xffffffff, inverse, 2) : 0;
     const RandomWords random = STOCHASTIC ? random_words(key, group) : RandomWords{};
     if constexpr (Block::SQ_IN_WORDS)

@@ -103,6 +103,18 @@ class Lanes {
     word = (word & ~(mask << shift)) | static_cast<Word>(bits) << shift;
   }
 
+  // What element i is a part of: the first in the lowest bits.
+  __device__ __forceinline__ Word word(int i) const { return words_[i / PER_WORD]; }
+
+  // Shifts each element to the left, and puts the lowest COUNT bits of the other lanes' below.
+  template <int COUNT>
+  __device__ __forceinline__ void append(const Lanes& low) {
+    static_assert(sizeof(S) == 2);
+    constexpr Word MASK = ((1 << COUNT) - 1) * 0x10001;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) words_[i] = (words_[i] << COUNT & ~MASK) | (low.words_[i] & MASK);
+  }
+
   // All elements; of whole numbers the lowest bits from SHIFT, in whole bytes, on.
   template <int SHIFT = 0, class T>
   __device__ __forceinline__ void set_all(const T (&values)[N]) {
@@ -115,7 +127,8 @@ class Lanes {
       }
     } else if constexpr (std::is_integral_v<S> && sizeof(S) == 2) {
 #pragma unroll
-      for (int i = 0; i < N / 2; ++i) words_[i] = __byte_perm(values[2 * i], values[2 * i + 1], 0x5410);
+      for (int i = 0; i < N / 2; ++i)
+        words_[i] = __byte_perm(values[2 * i], values[2 * i + 1], 0x5410 + SHIFT / 8 * 0x1111);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     } else if constexpr (std::is_same_v<S, bfloat16>) {
 #pragma unroll
