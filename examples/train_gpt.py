@@ -46,7 +46,7 @@ def make_optimizer(args: argparse.Namespace, model: ByteGPT) -> torch.optim.Opti
     if args.optimizer == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, fused=True)
     if args.optimizer == "ADANA":  # needs no length of the run
-        return torch_ademamix.ADANA(model.parameters(), lr=args.lr, weight_decay=0.1)
+        return torch_ademamix.ADANA(model.parameters(), lr=args.lr, weight_decay=0.1, **WEIGHTS[args.weights][1])
     optimizer_class = getattr(torch_ademamix, args.optimizer)
     return optimizer_class(
         model.parameters(),
