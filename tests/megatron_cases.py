@@ -4,6 +4,7 @@ Nothing of Megatron is replaced but by `use_ademamix`.
 """
 
 import contextlib
+import gc
 import multiprocessing
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def prepared(te=False):
 
     from torch_ademamix import megatron
 
+    gc.freeze()  # Megatron collects garbage at each save, among all modules' objects
     before = dict(vars(optimizer)), dict(vars(distrib_optimizer))
     if te:
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True

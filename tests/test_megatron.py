@@ -28,7 +28,7 @@ HALF_FORMATS = ("dp_reshardable", "legacy")
 @pytest.fixture(scope="module")
 def pools():
     """Processes that save, and others that load."""
-    with Workers(2) as first, Workers(2) as second:
+    with Workers(2) as first, Workers(4) as second:
         yield first, second
 
 
@@ -53,6 +53,17 @@ def test_resumed_runs_repeat_the_unbroken_ones_bit_for_bit(pools, saved, saved_h
         for rank, results in enumerate(resumed):
             for (bits, dtype, te, kind), weights in results.items():
                 assert_identical(weights, unbroken[rank][bits, dtype, te], f"{bits} bits, {dtype}, te={te}, {kind}: ")
+
+
+def test_another_number_of_ranks(pools, saved, tmp_path):
+    """From 2 to 4 and from 4 to 2: within 1e-6 of the run that went on."""
+    case = CASES[1]
+    on_4 = str(tmp_path), pools[1].run(4, cases.save_all, str(tmp_path), [case], seconds=SECONDS)
+    for (folder, unbroken), pool, ranks in ((saved, pools[1], 4), (on_4, pools[0], 2)):
+        for results in pool.run(ranks, cases.load_all, folder, [case], seconds=SECONDS):
+            assert len(results) == len(cases.FORMATS)
+            for weights, _ in results.values():
+                _assert_close(weights, unbroken[0][case][0], 1e-6)
 
 
 def test_between_32_and_8_bits(pools, saved):
