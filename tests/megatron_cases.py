@@ -5,6 +5,7 @@ Nothing of Megatron is replaced but by `use_ademamix`.
 
 import contextlib
 import gc
+import inspect
 import multiprocessing
 from pathlib import Path
 
@@ -122,7 +123,9 @@ class Training:
             torch.distributed.barrier()
             return
         state = self._sharded(kind, is_loading=False)
-        request = dist_checkpointing.save(state, str(folder), async_sharded_save=asynchronous)
+        parameters = inspect.signature(dist_checkpointing.save).parameters
+        strategy = {"async_strategy": "mcore"} if "async_strategy" in parameters else {}  # main's default is a package
+        request = dist_checkpointing.save(state, str(folder), async_sharded_save=asynchronous, **strategy)
         if asynchronous:
             request.execute_sync()
 

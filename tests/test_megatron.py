@@ -15,7 +15,7 @@ import megatron_cases as cases
 from workers import Workers
 
 from torch_ademamix import AdEMAMix
-from torch_ademamix.megatron import use_ademamix
+from torch_ademamix.megatron import _kwargs, use_ademamix
 
 pytestmark = [pytest.mark.distributed, pytest.mark.integrations, pytest.mark.slow]
 
@@ -107,6 +107,10 @@ def test_errors_of_the_call(monkeypatch):
         use_ademamix(AdEMAMix, lr=1e-3, betas=(0.9, 0.999, 0.9999))
     with pytest.raises(ValueError, match="alpha is -1, but must be at least 0"):
         use_ademamix(alpha=-1)
+    for option in ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer"):
+        config = types.SimpleNamespace(**{option: True})
+        with pytest.raises(NotImplementedError, match=rf"{option} is on, .*: use optimizer='adam'"):
+            _kwargs(config, [types.SimpleNamespace()], None)
     for version in ("0.15.2", "0.17.0", "0.19.2", "1.0"):
         core = types.SimpleNamespace(__version__=version)
         with monkeypatch.context() as patch:

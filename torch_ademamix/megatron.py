@@ -44,8 +44,8 @@ def use_ademamix(
 
     Call it before Megatron makes its optimizer, in each process. Megatron's configuration gives the learning rate,
     weight decay, β1, β2 and eps (`adam_beta1`, `adam_beta2`, `adam_eps`). It works with DistributedOptimizer, whose
-    state is sharded over the data-parallel ranks, and without it. In Megatron-LM's main it also registers
-    ``--optimizer ademamix`` with the emerging optimizers.
+    state is sharded over the data-parallel ranks, and without it. In Megatron-LM's main it also registers 'ademamix'
+    with the emerging optimizers, for ``OptimizerConfig(optimizer="ademamix")``.
 
     A checkpoint has the moments as float32 values, and one step per group, as Transformer Engine's FusedAdam has it.
     So the number of data-parallel ranks may change, and so may `cls` between 32 and 8 bits. With equal settings a
@@ -66,7 +66,7 @@ def use_ademamix(
         TypeError: `cls` has no such option, or gets it from Megatron.
         ValueError: `load_from` or `save_for` is unknown, or an option is out of range.
         NotImplementedError: later, when Megatron makes the optimizer, if its configuration has `optimizer_cpu_offload`,
-            `use_precision_aware_optimizer`, `optimizer_cuda_graph` or Megatron-FSDP.
+            `use_precision_aware_optimizer`, `optimizer_cuda_graph` or Megatron-FSDP, or a sharded emerging optimizer.
 
     Example, in a copy of Megatron-LM's ``pretrain_gpt.py`` before ``pretrain(...)``::
 
@@ -129,6 +129,18 @@ def _init_state(optimizer: FusedAdamInterface, config: Any = None) -> None:
 
 
 def _kwargs(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
+    """What the registry of emerging optimizers constructs AdEMAMix with.
+
+    Raises:
+        NotImplementedError: Megatron would keep state whole on every rank, or share out whole parameters.
+    """
+    ddp_config = getattr(model_chunks[0], "ddp_config", None)
+    for name in ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer"):
+        if getattr(config, name, False) or getattr(ddp_config, name, False):
+            raise NotImplementedError(
+                f"{name} is on, but the emerging optimizer 'ademamix' doesn't shard its state: use optimizer='adam', "
+                "which is AdEMAMix too, and does"
+            )
     return dict(
         lr=config.lr,
         weight_decay=config.weight_decay,
