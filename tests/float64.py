@@ -69,6 +69,11 @@ def beta3_at(t: float, beta1: float, beta3: float, t_beta3: float | None) -> tup
     return min(value, beta3), U * value * (8 * abs(1 / reciprocal) + 2)
 
 
+def log_time_beta(t: float, delta: float) -> tuple[float, float]:
+    """1 - δ/(δ + t), and its error."""
+    return 1 - delta / (delta + t), 4 * U
+
+
 def bias_correction(beta: float, t: float) -> tuple[float, float]:
     """1 - β^t, and its error."""
     return float(1 - np.power(beta, t)), 0.0 if beta == 0 else 4 * U
@@ -93,6 +98,10 @@ def step(
     schedule_start: int,
     eps: float,
     weight_decay: float,
+    delta: float | None = None,
+    log_time_beta2: bool = False,
+    kappa: float | None = None,
+    t_weight_decay: float | None = None,
     maximize: bool,
     grad_scale: float = 1.0,
     grad_scale_error: float = 0.0,
@@ -107,7 +116,12 @@ def step(
         g_error = (a.eps + grad_scale_error) * np.abs(g) + a.tiny
         warm_up = max(t - schedule_start, 0)
         alpha_t = alpha_at(warm_up, alpha, t_alpha)
-        beta3_t, beta3_error = beta3_at(warm_up, beta1, beta3, t_beta3)
+        beta3_t, beta3_error = log_time_beta(warm_up, delta) if delta else beta3_at(warm_up, beta1, beta3, t_beta3)
+        beta2_t, beta2_error = log_time_beta(t, delta) if delta and log_time_beta2 else (beta2, 0.0)
+        if kappa:
+            alpha_t += (1 + warm_up) ** (1 - kappa)
+        if t_weight_decay:
+            weight_decay = weight_decay / (1 + t / t_weight_decay)
 
         def average(beta: float, old: Interval, new: Array, new_error: Array, beta_error: float = 0.0) -> Interval:
             parts = beta * old.most + (1 - beta) * np.abs(new)
@@ -118,15 +132,15 @@ def step(
         m1 = average(beta1, exp_avg, g, g_error)
         m2 = average(beta3_t, exp_avg_slow, g, g_error, beta3_error)
         square = a.rounded(g * g, 2 * np.abs(g) * g_error, g * g)
-        nu = average(beta2, exp_avg_sq, square.value, square.error)
+        nu = average(beta2_t, exp_avg_sq, square.value, square.error, beta2_error)
 
         bias1, bias1_error = bias_correction(beta1, t)
-        bias2, bias2_error = bias_correction(beta2, t)
+        bias2, bias2_error = (1.0, 0.0) if log_time_beta2 else bias_correction(beta2, t)
         unbiased = divided(m1, Interval(np.full_like(p, bias1), np.full_like(p, bias1_error)))
         slow = abs(alpha_t) * np.abs(m2.value)
         numerator = a.rounded(
             unbiased.value + alpha_t * m2.value,
-            unbiased.error + abs(alpha_t) * m2.error + a.tiny * np.abs(m2.value),
+            unbiased.error + abs(alpha_t) * m2.error + (8 * U if kappa else 0.0) * slow + a.tiny * np.abs(m2.value),
             unbiased.most + slow,
         )
         corrected = divided(nu, Interval(np.full_like(p, bias2), np.full_like(p, bias2_error)))
@@ -137,7 +151,8 @@ def step(
         ratio = divided(numerator, denominator)
         ratio = a.rounded(ratio.value, ratio.error, ratio.most)
         parts = ratio.most + np.abs(weight_decay * p)
-        change = a.rounded(ratio.value + weight_decay * p, ratio.error + a.tiny * np.abs(p), parts)
+        decay_error = (4 * U if t_weight_decay else 0.0) * np.abs(weight_decay * p)
+        change = a.rounded(ratio.value + weight_decay * p, ratio.error + decay_error + a.tiny * np.abs(p), parts)
         new_error = (lr + a.tiny) * change.error + a.tiny * parts
         new = a.rounded(p - lr * change.value, new_error, np.abs(p) + lr * parts)
         return new, m1, m2, nu

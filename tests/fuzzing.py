@@ -62,7 +62,20 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 LEARNING_RATES = some([1e-3, 0.0, 1.0, 1e-40], st.floats(0, 100))
 GRAD_SCALES = st.sampled_from([None, 1.0, 65536.0, 3.0])
 
-step_options = st.fixed_dictionaries(OPTIONS)
+# Schedules in logarithmic time, of which log_time_beta2 needs a delta.
+LOG_TIME = st.fixed_dictionaries(
+    {"delta": some([8.0], st.floats(1e-3, 1e4))},
+    optional={
+        "log_time_beta2": st.booleans(),
+        "kappa": some([0.85, 1.0], st.floats(0.5, 1)),
+        "t_weight_decay": some([1.0], st.floats(1e-3, 1e7)),
+    },
+)
+step_options = st.builds(
+    lambda options, log_time: {**options, **log_time},
+    st.fixed_dictionaries(OPTIONS),
+    st.one_of(st.just({}), LOG_TIME),
+)
 
 SIZES = [*range(6), 255, 256, 257, 511, 513, 1023, 1024, 1025, 2049]
 shapes = st.one_of(

@@ -16,7 +16,11 @@ DRIFT_BOUNDS = drift.Drift(
     displacement=0.02,
 )
 # Of exp_avg_slow and the displacement, in 12 bits.
-BOUNDS_12 = {"8-bit, slow_ema_bits=12": (0.03, 0.025), "8-bit, slow_ema_bits=12, beta1=0": (0.03, 0.08)}
+BOUNDS_12 = {
+    "8-bit, slow_ema_bits=12": (0.03, 0.025),
+    "8-bit, slow_ema_bits=12, beta1=0": (0.03, 0.08),
+    "ADANA, 8-bit, slow_ema_bits=12": (0.03, 0.08),
+}
 
 
 @pytest.mark.slow
