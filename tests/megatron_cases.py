@@ -7,6 +7,7 @@ import contextlib
 import gc
 import inspect
 import multiprocessing
+import sys
 from pathlib import Path
 
 import torch
@@ -171,6 +172,14 @@ def prepared(te=False):
         megatron._originals.clear()
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
+
+
+def end():
+    """Ends the process that has a queue of Megatron's writer: it would outlive this one, which is killed."""
+    if writer := sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async"):
+        writer._results_queue = None
+        gc.unfreeze()
+        gc.collect()
 
 
 def options_of(bits):

@@ -30,6 +30,9 @@ def pools():
     """Processes that save, and others that load."""
     with Workers(2) as first, Workers(4) as second:
         yield first, second
+        for pool in first, second:
+            if pool.size_running:
+                pool.run(pool.size_running, cases.end)
 
 
 @pytest.fixture(scope="module")

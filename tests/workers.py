@@ -69,6 +69,10 @@ class Workers:
         assert not problems, "\n".join(problems)
         return [answers[rank][1] for rank in range(world_size)]
 
+    @property
+    def size_running(self) -> int:
+        return len(self._processes)
+
     def stop(self) -> None:
         for process in self._processes:
             process.kill()
