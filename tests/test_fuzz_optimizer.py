@@ -231,6 +231,8 @@ class Training(RuleBasedStateMachine):
         weight, *new = float64.step(
             weight_of(old, old_state), p.dtype, p.grad, *moments, t, float(group["lr"]), **grad_scale, **options
         )
+        if REMAINDER in state and state[REMAINDER].dtype == torch.int8:
+            weight = float64.stored_as(weight, p.dtype, 2.0**-8)  # to one of two values around
         stochastic = group["param_rounding"] == "stochastic" and p.dtype == torch.bfloat16
         float64.assert_within(p, float64.stored_as(weight, p.dtype, 1.0 if stochastic else 0.5), "param")
         if REMAINDER in state:

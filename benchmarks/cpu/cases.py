@@ -28,6 +28,7 @@ QUANTIZED = tuple(name + how for name in EAGER_8BIT for how in ("", ", compiled"
 SLOW = ("torchao AdamW8bit", "bitsandbytes AdEMAMix", "bitsandbytes AdEMAMix8bit")
 GROUPS = (Group(FLOAT32_STATE, rounds=15), Group(QUANTIZED, rounds=10), Group(SLOW, rounds=2))
 HOST_8BIT = (Group(("AdEMAMix", "AdEMAMix8bit, any size"), rounds=200, calls=5, references=(ADAMW,)),)
+SMALLER = (Group(("AdEMAMix, beta1=0", "ADANA", "AdEMAMix8bit", "AdEMAMix8bit, 12 bits"), rounds=15),)
 COMPILED_STEP = ("AdEMAMix, compiled", "AdEMAMix, compiled without size_asserts")
 HOST_GROUPS = (
     Group(
@@ -58,6 +59,7 @@ CASES = {
     "large": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS),
     "small": Case("1000 tensors of 4096", [(4096,)] * 1000, GROUPS, left_out=LONG_LIST),
     "GPT-2": Case("GPT-2 124M, 148 tensors", SHAPES, GROUPS),
+    "large, smaller state": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, SMALLER),
     "large, bf16": Case("16 tensors of 2048 x 1024", [(2048, 1024)] * 16, GROUPS, torch.bfloat16),
     "small, bf16": Case("1000 tensors of 4096", [(4096,)] * 1000, GROUPS, torch.bfloat16, AS_IN_FLOAT32),
     "GPT-2, bf16": Case("GPT-2 124M, 148 tensors", SHAPES, GROUPS, torch.bfloat16, AS_IN_FLOAT32),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.shared import formula
 from benchmarks.shared.formula import ALPHA, BETA1, BETA2, BETA3, EPS, LR, WEIGHT_DECAY
-from torch_ademamix import AdEMAMix, AdEMAMix8bit
+from torch_ademamix import ADANA, AdEMAMix, AdEMAMix8bit
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ def compiled(make: Callable[[list[Tensor]], AdEMAMix], **options: bool) -> Make:
 
 def ademamix_8bit_slow_8(params: list[Tensor]) -> AdEMAMix:
     return AdEMAMix8bit(params, slow_ema_bits=8)
+
+
+def ademamix_12_bits(params: list[Tensor]) -> AdEMAMix:
+    return AdEMAMix8bit(params, slow_ema_bits=12)
+
+
+def ademamix_without_exp_avg(params: list[Tensor]) -> AdEMAMix:
+    return AdEMAMix(params, betas=(0.0, BETA2, BETA3))
 
 
 def ademamix_8bit_of_any_size(params: list[Tensor]) -> AdEMAMix:
@@ -132,7 +140,10 @@ PEERS: dict[str, Make] = {
     "AdEMAMix, a group each": stepping(ademamix_group_each),
     "AdEMAMix, compiled": compiled(AdEMAMix),
     "AdEMAMix, compiled without size_asserts": compiled(AdEMAMix, size_asserts=False),
+    "AdEMAMix, beta1=0": stepping(ademamix_without_exp_avg),
+    "ADANA": stepping(ADANA),
     "AdEMAMix8bit": stepping(AdEMAMix8bit),
+    "AdEMAMix8bit, 12 bits": stepping(ademamix_12_bits),
     "AdEMAMix8bit, any size": stepping(ademamix_8bit_of_any_size),
     "AdEMAMix8bit, compiled": compiled(AdEMAMix8bit),
     "AdEMAMix8bit, slow 8": stepping(ademamix_8bit_slow_8),

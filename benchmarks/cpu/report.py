@@ -121,6 +121,18 @@ REQUIREMENTS = (
         lambda r: 1 / r.ratio("AdEMAMix8bit", ADAMW),
         at_least=1.0 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 0.8,
     ),
+    Requirement(
+        "parameters/s of AdEMAMix with beta1=0, over fused AdamW's: as many bytes",
+        "large, smaller state",
+        lambda r: 1 / r.ratio("AdEMAMix, beta1=0", ADAMW),
+        at_least=0.97,
+    ),
+    Requirement(
+        "parameters/s of 12-bit state, over AdEMAMix8bit's",
+        "large, smaller state",
+        lambda r: 1 / r.ratio("AdEMAMix8bit, 12 bits", "AdEMAMix8bit"),
+        at_least=0.9,
+    ),
     Requirement("time, over fused AdamW's", "host 400 x 1000", lambda r: r.ratio("AdEMAMix", ADAMW), at_most=1.0),
     *(
         Requirement(
