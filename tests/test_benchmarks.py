@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks import drift, memory, weights
 from benchmarks.cpu import __main__ as cpu
 from benchmarks.cpu import measure, peers, report
 from benchmarks.cpu.cases import IN_PLACE, Case, Group
@@ -180,3 +180,19 @@ def test_versions_name_what_is_installed():
     versions = origin.versions("numpy", "no-such-package")
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "no-such-package" not in versions
+
+
+@pytest.mark.parametrize("benchmark", [drift, weights])
+def test_tables_of_drift(benchmark, tmp_path, monkeypatch, capsys):
+    """Written between their marks, whatever was there."""
+    document = tmp_path / "document.md"
+    begin, end = writing.TABLE_BEGIN, writing.TABLE_END
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    monkeypatch.setattr(benchmark, "DOCUMENT", document)
+    benchmark.main(["--steps", "20", "--write"])
+    table = capsys.readouterr().out
+    assert document.read_text() == f"before\n{begin}\n{table}{end}\nafter\n"
+    assert len(table.splitlines()) == 2 + len(benchmark.SCHEMES)
+    assert all(f"| {scheme} |" in table.replace("`", "") for scheme in benchmark.SCHEMES)
+    if benchmark is weights:
+        assert '| `master_weights="remainder"` | 0 | 0 | 0 | 0 |' in table

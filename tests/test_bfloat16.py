@@ -10,8 +10,6 @@ import torch
 from config import KERNELS, MIXED, OPTIONS, assert_identical, bits, make_lists, native_built, step, step_call
 from quantized import blockwise_call, blockwise_step, make_blockwise
 
-from benchmarks import weights as weights_benchmark
-from benchmarks.shared.writing import TABLE_BEGIN, TABLE_END
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, bfloat16
 from torch_ademamix.blockwise import FIRST_PARAM_GROUP, random_bits
 from torch_ademamix.checkpoint import to_bitsandbytes
@@ -267,17 +265,6 @@ def test_remainders_of_8_bits_track_float32_weights(optimizer_class):
     variance = most_variance(start, moved, 16)
     assert error.square().mean() < variance.mean() < (0.04 * moved).square().mean()
     assert error.mean().abs() < 4 * variance.sum().sqrt() / len(moved) < moved.mean().abs() / 100
-
-
-def test_table_of_drifts(tmp_path, monkeypatch, capsys):
-    document = tmp_path / "precision.md"
-    document.write_text(f"before\n{TABLE_BEGIN}\nold\n{TABLE_END}\nafter\n")
-    monkeypatch.setattr(weights_benchmark, "DOCUMENT", document)
-    weights_benchmark.main(["--steps", "20", "--write"])
-    table = capsys.readouterr().out
-    assert document.read_text() == f"before\n{TABLE_BEGIN}\n{table}{TABLE_END}\nafter\n"
-    assert '| `master_weights="remainder"` | 0 | 0 | 0 | 0 |' in table
-    assert len(table.splitlines()) == 2 + len(weights_benchmark.SCHEMES)
 
 
 @OPTIMIZERS

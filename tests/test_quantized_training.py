@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks import drift
-from benchmarks.shared.writing import TABLE_BEGIN, TABLE_END
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
 # What the design allows after 20,000 steps of noisy gradients; see docs/drift.md.
@@ -35,18 +34,6 @@ def test_drift():
     nearest = measured[drift.TO_NEAREST]
     assert nearest.exp_avg_slow > 100 * DRIFT_BOUNDS.exp_avg_slow
     assert nearest.displacement > 10 * DRIFT_BOUNDS.displacement
-
-
-def test_drift_table(tmp_path, monkeypatch, capsys):
-    """Written between its marks, whatever was there."""
-    document = tmp_path / "drift.md"
-    document.write_text(f"before\n{TABLE_BEGIN}\nold\n{TABLE_END}\nafter\n")
-    monkeypatch.setattr(drift, "DOCUMENT", document)
-    drift.main(["--steps", "20", "--write"])
-    table = capsys.readouterr().out
-    assert document.read_text() == f"before\n{TABLE_BEGIN}\n{table}{TABLE_END}\nafter\n"
-    assert len(table.splitlines()) == 2 + len(drift.SCHEMES)
-    assert all(f"| {scheme} |" in table for scheme in drift.SCHEMES)
 
 
 @pytest.mark.slow
