@@ -5,6 +5,7 @@ device, and for every device of a build without native parts; and a fake, for tr
 of two: the kernels', and the in-place rule that calls it.
 """
 
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -63,8 +64,12 @@ def _load_native() -> ModuleType | None:
             stacklevel=2,
         )
         return None
-    torch.ops.load_library(Path(__file__).parent / f"_cpu_{cpu_capability(native)}.so")
+    torch.ops.load_library(_cpu_library(native))
     return native
+
+
+def _cpu_library(native: ModuleType) -> Path:
+    return Path(__file__).parent / f"_cpu_{cpu_capability(native)}.so"
 
 
 def cpu_capability(native: ModuleType) -> str:
@@ -134,6 +139,14 @@ def _rows(hyperparameters: Tensor | Sequence[float], lrs: Sequence[Tensor] = ())
         return [Hyperparameters(*row.unbind()) for row in hyperparameters.double().unbind()]
     rows = [Hyperparameters(*row) for row in zip(*[iter(hyperparameters)] * len(Hyperparameters._fields), strict=True)]
     return [row._replace(lr=lr) for row, lr in zip(rows, lrs, strict=True)] if lrs else rows
+
+
+def _functions(native: ModuleType) -> ctypes.PyDLL:
+    """What the library of CPU kernels has beside its ops."""
+    library = ctypes.PyDLL(str(_cpu_library(native)))
+    for function in (library.ademamix_unchanged, library.ademamix_unwatch):
+        function.argtypes = [ctypes.c_int64]
+    return library
 
 
 @cache
@@ -215,7 +228,9 @@ page_out = _define(
     fake=lambda tensor: None,
     kernel=lambda tensor: None,
 )
+_library.define("_watch(Tensor[] located, Tensor[] formed) -> int")  # see torch_ademamix/watch.py
 native = _load_native()
+library = None if native is None else _functions(native)
 without_cuda = cuda.load()  # why CUDA tensors are served by the reference kernels; None if they aren't
 
 

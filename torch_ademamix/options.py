@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from numbers import Integral
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ Options = dict[str, Any]
 CONSTANT_OPTIONS = ("maximize", "seed", "stochastic_rounding", "param_rounding")
 
 
+_LR_OF = itemgetter("lr")
 _PLAIN_TYPES = (int, float, bool, str, tuple, type(None))
 
 
@@ -60,7 +61,7 @@ class GroupOptions:
     def update(self, groups: Sequence[Options]) -> None:
         """Raises what :func:`check_options` and :func:`check_params` do."""
         values = [*chain.from_iterable(map(dict.values, groups))]
-        lrs = [group["lr"] for group in groups]
+        lrs = [*map(_LR_OF, groups)]
         if self._are_seen(lrs, values):
             return
         self._values = []
@@ -70,7 +71,7 @@ class GroupOptions:
         self.has_both_kinds_of_lr = len({isinstance(row.lr, Tensor) for row in self.rows}) > 1
         if not any(_may_change(name, value) for group in groups for name, value in group.items()):
             values = [*chain.from_iterable(map(dict.values, groups))]  # plain now
-            self._lrs = [group["lr"] for group in groups]
+            self._lrs = [*map(_LR_OF, groups)]
             self._values = [x if type(x) in _PLAIN_TYPES else _Identical(x) for x in values]
 
     def _are_seen(self, lrs: list[Any], values: list[Any]) -> bool:

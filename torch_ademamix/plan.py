@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 from weakref import ref
 
@@ -26,11 +26,15 @@ from torch_ademamix.options import (
     param_name,
 )
 from torch_ademamix.places import PLACE_NUMBERS
-from torch_ademamix.reference import Hyperparameters, hyperparameters
+from torch_ademamix.reference import HYPERPARAMETERS, Hyperparameters, hyperparameters
 from torch_ademamix.state import has_state
+from torch_ademamix.watch import watch
 
 Lists = tuple[Sequence[Any], ...]  # of an op call
 Call = tuple[Callable[..., None], Sequence[Tensor], Lists, Options]  # an op, whose parameters, its lists and options
+
+
+_PARAMS_OF = itemgetter("params")
 
 
 class Batch:
@@ -139,6 +143,7 @@ class Plan:
         self.groups = list(groups)
         self._options, self._constants = options, options.constants
         self.params: list[list[Tensor]] = [list(group["params"]) for group in groups]
+        self._lists = [*map(len, self.params)], [*chain.from_iterable(self.params)]
         self.stateless: list[Tensor] = []
         batches: dict[Any, Batch] = {}
         views: list[Tensor] = []
@@ -169,13 +174,13 @@ class Plan:
         self.lacks_exp_avg = {number for batch in self.batches if not batch.has_exp_avg for number in batch.groups}
         self.devices = list(dict.fromkeys(batch.params[0].device for batch in self.batches))
         self.places = {id(p): (batch, i) for batch in self.batches for i, p in enumerate(batch.params)}
-        self._views = [view for view in views if not isinstance(view, FakeTensor)]  # which have no addresses
-        self._pointers = list(map(Tensor.data_ptr, self._views))
         self._locals = sharding.locals_of(self._dtensors)
         self._storages = list(storages.values())
         self._sizes = _sizes(self._storages)
-        planned = [p for batch in self.batches for p in batch.params]
-        self._planned, self._dtypes, self._strides = planned, _dtypes(planned), list(map(Tensor.stride, planned))
+        self._unchanged = watch(
+            [view for view in views if not isinstance(view, FakeTensor)],  # which have no addresses
+            [p for batch in self.batches for p in batch.params],
+        )
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether groups have the same parameters of the same form, and no memory was exchanged or resized.
@@ -185,13 +190,15 @@ class Plan:
         return (
             self._options.constants == self._constants
             and _same(groups, self.groups)
-            and _same_lists([group["params"] for group in groups], self.params)
-            and _dtypes(self._planned) == self._dtypes
-            and list(map(Tensor.stride, self._planned)) == self._strides
-            and list(map(Tensor.data_ptr, self._views)) == self._pointers
+            and self._has_params([*map(_PARAMS_OF, groups)])
+            and self._unchanged()
             and _same(sharding.locals_of(self._dtensors), self._locals)
             and _sizes(self._storages) == self._sizes
         )
+
+    def _has_params(self, lists: Sequence[Sequence[Tensor]]) -> bool:
+        lengths, params = self._lists
+        return lengths == [*map(len, lists)] and all(map(is_, chain.from_iterable(lists), params))
 
     def work(self) -> list[Work]:
         """The parameters that have a gradient."""
@@ -285,8 +292,15 @@ class Plan:
         if torch.compiler.is_compiling() or groups is not batch.groups:
             return self._numbers(groups)
         if batch.hyperparameters is None or batch.hyperparameters[0] is not self._options.rows:
-            batch.hyperparameters = self._options.rows, self._numbers(groups)
+            batch.hyperparameters = self._options.rows, self._in_tensor(batch, self._numbers(groups))
         return batch.hyperparameters[1]
+
+    def _in_tensor(self, batch: Batch, numbers: Options) -> Options:
+        """The same numbers, as the op reads them quickest: thousands of them take it as long as the tensors do."""
+        if not numbers["rows"] or numbers["lrs"] or batch.device != "cpu" or ops.library is None:
+            return numbers
+        rows = torch.tensor(numbers["hyperparameters"], dtype=torch.float64).view(-1, len(HYPERPARAMETERS))
+        return {"hyperparameters": rows, "rows": numbers["rows"]}
 
     def _numbers(self, groups: Sequence[int]) -> Options:
         used = list(dict.fromkeys(groups))
@@ -362,14 +376,6 @@ def _try_one(op: Callable[..., None], i: int, lists: Lists, options: Mapping[str
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _same_lists(a: Sequence[Sequence[object]], b: Sequence[Sequence[object]]) -> bool:
-    return [*map(len, a)] == [*map(len, b)] and all(map(is_, chain.from_iterable(a), chain.from_iterable(b)))
-
-
-def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:
-    return [t.dtype for t in tensors]
 
 
 def _sizes(tensors: Iterable[Tensor]) -> list[int]:

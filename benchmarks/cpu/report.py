@@ -138,7 +138,7 @@ REQUIREMENTS = (
         Requirement(
             f"the host's time of {name}, over fused AdamW's", "host 148", partial(_over_adamw, name), at_most=most
         )
-        for name, most in (("AdEMAMix", 0.6), ("AdEMAMix8bit, any size", 0.7))
+        for name, most in (("AdEMAMix", 0.47), ("AdEMAMix8bit, any size", 0.56))
     ),
     Requirement(
         "the host's time, a group for each tensor over one group",
