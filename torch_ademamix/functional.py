@@ -216,12 +216,7 @@ def _of_each(
 
 
 def _step_batches(op: Callable[..., None], batches: list[tuple[Batch, Rounding]], options: dict[str, Any]) -> None:
-    if not torch.compiler.is_compiling():  # a traced call is checked when it is traced
-        # The first may not write where a later one refuses; a call checks its own arguments.
-        for lists, rounding in batches[1:]:
-            op(*lists, **options, **rounding, dry_run=True)
-    for lists, rounding in batches:
-        op(*lists, **options, **rounding)
+    ops.run([(op, lists, {**options, **rounding}) for lists, rounding in batches])
 
 
 def plain_batches(

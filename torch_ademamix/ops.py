@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from torch_ademamix import blockwise, cuda, fused, pairs, places, reference
 from torch_ademamix.arguments import check_blockwise_step, check_dequantize, check_quantize, check_step
 from torch_ademamix.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.reference import Hyperparameters
+
+OpCall = tuple[Callable[..., None], Sequence[Any], dict[str, Any]]  # with its lists and options
 
 FORMATS = tuple(CODE_DTYPES)
 
@@ -49,6 +52,7 @@ _SCALER = ", ".join(f"Tensor? {name}=None" for name in SCALER)
 # run checks the arguments and does nothing else.
 _REST = f"{_PARAM_ROUNDING}, int[] places, {_SCALER}, bool dry_run=False"
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _library = torch.library.Library("torch_ademamix", "DEF")
 
 
@@ -246,6 +250,27 @@ def ademamix_step_(*lists: Sequence[Any], **options: Any) -> None:
 def ademamix_blockwise_step_(*lists: Sequence[Any], **options: Any) -> None:
     """The op `ademamix_blockwise_step_`, in the same way."""
     _call(_blockwise_steps, lists, options)
+
+
+def run(calls: Sequence[OpCall]) -> None:
+    """Calls step ops, each with its lists and options; raises before the first of them has written anything.
+
+    A call checks its own arguments, so all but the first are checked here. No graph has these dry runs: Dynamo checks
+    a call when it traces it, and make_fx doesn't record them.
+    """
+    if len(calls) > 1 and not torch.compiler.is_compiling():
+        if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+            with disable_proxy_modes_tracing():
+                _dry_run(calls[1:])
+        else:
+            _dry_run(calls[1:])
+    for op, lists, options in calls:
+        op(*lists, **options)
+
+
+def _dry_run(calls: Sequence[OpCall]) -> None:
+    for op, lists, options in calls:
+        op(*lists, **options, dry_run=True)
 
 
 def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any]], options: dict[str, Any]) -> None:

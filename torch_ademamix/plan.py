@@ -330,16 +330,13 @@ class Plan:
                         op(*lists, **options, dry_run=True)
 
     def run(self, calls: Sequence[Call]) -> None:
-        """Makes op calls; refuses before the first of them has written anything."""
-        if torch.compiler.is_compiling():  # traced calls are checked when they are traced
-            for op, _, lists, options in calls:
-                op(*lists, **options)
+        """Makes op calls; raises before the first of them has written anything, and names the parameter."""
+        op_calls = [(op, lists, options) for op, _, lists, options in calls]
+        if torch.compiler.is_compiling():
+            ops.run(op_calls)
             return
         try:
-            for op, _, lists, options in calls[1:]:  # the first checks itself
-                op(*lists, **options, dry_run=True)
-            for op, _, lists, options in calls:
-                op(*lists, **options)
+            ops.run(op_calls)
         except RuntimeError:
             if refusal := self._refusal(calls):
                 raise RuntimeError(refusal) from None
