@@ -22,8 +22,10 @@ EVERY_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS
 def make(options):
     """Parameters of two dtypes, which take an op call each; their state is there."""
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(3, 256, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
-    optimizer = AdEMAMix(params, **{"lr": 1e-2, "t_alpha": 6, "t_beta3": 6, **options})
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
+    params = [torch.nn.Parameter(torch.randn(3, 256, dtype=dtype)) for dtype in dtypes]
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.5}]
+    optimizer = AdEMAMix(groups, **{"lr": 1e-2, "t_alpha": 6, "t_beta3": 6, "weight_decay": 0.1, **options})
     optimizer.init_state()
     set_grads(params, 0)
     return params, optimizer
@@ -80,15 +82,16 @@ def test_swapped_in_step(options):
 @pytest.mark.parametrize(("lr", "follows"), [(1e-2, False), (torch.tensor(1e-2), True)], ids=["number", "tensor"])
 def test_learning_rate(lr, follows):
     """A graph keeps a number, and follows a tensor."""
-    params, optimizer = make({"lr": lr, "weight_decay": 0})
+    params, optimizer = make({"lr": lr})
     graph, tensors = trace(optimizer)
-    if follows:
-        optimizer.param_groups[0]["lr"].zero_()
-    else:
-        optimizer.param_groups[0]["lr"] = 0.0
+    for group in optimizer.param_groups:
+        if follows:
+            group["lr"].zero_()
+        else:
+            group["lr"] = 0.0
     before = [p.detach().clone() for p in params]
     graph(*tensors)
-    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [follows, follows]
+    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [follows] * 3
 
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])
@@ -113,6 +116,6 @@ def test_second_op_call_is_checked_before_the_first_writes(traced):
     optimizer.state[params[1]]["exp_avg_sq"] = torch.ones(3)
     before = params[0].detach().clone()
     step = make_fx(lambda: optimizer.step(), tracing_mode="real") if traced else optimizer.step
-    with pytest.raises(RuntimeError, match=r"params'\]\[1\].*exp_avg_sq has shape \[3\]"):
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[1\].*exp_avg_sq has shape \[3\]"):
         step()
     assert_identical(params[0].detach(), before)
