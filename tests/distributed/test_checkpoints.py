@@ -17,10 +17,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torch_ademamix import AdEMAMix
 from torch_ademamix.blockwise import dequantize
-from torch_ademamix.distributed import LoadPlanner, get_full_optimizer_state_dict
+from torch_ademamix.distributed import LoadPlanner, get_full_optimizer_state_dict, set_full_optimizer_state_dict
 from torch_ademamix.variants import ADANA_OPTIONS
 
 pytestmark = pytest.mark.distributed
@@ -168,12 +170,17 @@ def save_full(folder, stored, ours):
     write(folder / "continued.pt", everything(model, optimizer))
 
 
-def load_full(folder, layout, stored, broadcast):
+def load_full(folder, layout, stored, ours, broadcast):
     """Every process reads the file, or the first does and sends it to the others."""
     model, optimizer = make(layout, stored, weight_decay=0.5)
     if broadcast:
         state = torch.load(folder / "checkpoint.pt") if dist.get_rank() == 0 else {"model": {}, "optimizer": {}}
-        set_state_dicts(model, optimizer, state, full_state_dict=True, broadcast_from_rank0=True)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, state["model"], options=options)
+        if ours:
+            set_full_optimizer_state_dict(model, optimizer, state["optimizer"])
+        else:
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     else:
         state = torch.load(folder / "checkpoint.pt", mmap=True)
         set_model_state_dict(model, state["model"], options=StateDictOptions(full_state_dict=True))
@@ -188,15 +195,59 @@ def load_full(folder, layout, stored, broadcast):
         ("32", True, False),
         ("8", True, False),  # of which neither NCCL nor gloo can send 16-bit codes
         ("8, slow too", False, True),
-        ("8 and remainders", True, False),
-        ("8 and remainders of 8 bits", True, False),
+        ("12", True, True),
+        ("8 and remainders", True, True),
+        ("8 and remainders of 8 bits", True, True),
     ],
 )
 def test_full_state_dicts(workers, tmp_path, stored, ours, broadcast):
     workers.run(4, save_full, tmp_path, stored, ours)
     other = "fsdp_tp" if stored == "32" else "hsdp"  # parts of a row draw random bits of their own
     for world_size, layout in ((2, "fsdp"), (4, other), (1, None)):
-        workers.run(world_size, load_full, tmp_path, layout, stored, broadcast and layout is not None)
+        workers.run(world_size, load_full, tmp_path, layout, stored, ours, broadcast and layout is not None)
+
+
+class Largest(TorchDispatchMode):
+    """The largest plain tensor, in bytes, that an op returns."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.nbytes = max([self.nbytes, *(t.nbytes for t in tree_leaves(out) if type(t) is torch.Tensor)])
+        return out
+
+
+def whole_tensors_are_on_the_first_rank_only(layout):
+    model, optimizer = make(layout, "8")
+    train(model, optimizer, range(1))
+    largest = max(
+        value.to_local().nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, DTensor)
+    )
+    with Largest() as mode:
+        get_full_optimizer_state_dict(model, optimizer)
+    assert (mode.nbytes <= largest) == (dist.get_rank() != 0)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp_tp"])
+def test_whole_tensors_are_on_the_first_rank_only(workers, layout):
+    workers.run(4, whole_tensors_are_on_the_first_rank_only, layout)
+
+
+def full_state_of_another_format_is_sent():
+    """Where one process has it, it can't be converted."""
+    model, optimizer = make("fsdp", "8")
+    train(model, optimizer, range(1))
+    saved = get_full_optimizer_state_dict(model, optimizer)
+    model, optimizer = make("fsdp", "32")
+    train(model, optimizer, range(1))
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match=r"up.weight is .*torch.int8.* but must be .*torch.float32.*: load it with"):
+        set_full_optimizer_state_dict(model, optimizer, saved)
+    assert_identical(everything(model, optimizer), before)
 
 
 def full_state_of_another_format(folder):
@@ -244,7 +295,9 @@ def state_is_made_without_a_trace():
 
 
 @pytest.mark.parametrize(
-    "case", [shards_have_their_own_memory, state_is_made_without_a_trace], ids=lambda f: f.__name__
+    "case",
+    [shards_have_their_own_memory, state_is_made_without_a_trace, full_state_of_another_format_is_sent],
+    ids=lambda f: f.__name__,
 )
 def test_on_two(workers, case):
     workers.run(2, case)

@@ -22,6 +22,12 @@ from torch_ademamix.variants import ADANA_OPTIONS
 
 pytestmark = pytest.mark.distributed
 
+MORE_OPTIONS = {
+    "ADANA": {**ADANA_OPTIONS, "t_weight_decay": 5.0},
+    "12": {**BITS[8], "slow_ema_bits": 12},
+    "8 without exp_avg": {**BITS[8], "betas": (0.0, 0.99, 0.999)},
+    "12 without exp_avg": {**BITS[8], "slow_ema_bits": 12, "betas": (0.0, 0.99, 0.999)},
+}
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 EVERY_BITS = pytest.mark.parametrize("bits", BITS)
 
@@ -29,8 +35,7 @@ EVERY_BITS = pytest.mark.parametrize("bits", BITS)
 def steps_equal_plain_steps(layout, bits, hidden=512, backend=None):
     """Each step gives, bit for bit, what a plain parameter's step gives with the same gradient."""
     model, plain = make_model(layout, hidden), make_model(None, hidden)
-    stored = {**ADANA_OPTIONS, "t_weight_decay": 5.0} if bits == "ADANA" else BITS[bits]
-    options = {**OPTIONS, **stored, "lr": torch.tensor([1e-2], dtype=torch.float64)}
+    options = {**OPTIONS, **{**BITS, **MORE_OPTIONS}[bits], "lr": torch.tensor([1e-2], dtype=torch.float64)}
     # One group, as parameters usually come, where all are rounded alike.
     groups = [{"params": [p], **rounding_of_part(p)} for p in model.parameters()]
     alike = all(group["stochastic_rounding"] for group in groups)
@@ -94,8 +99,9 @@ def test_step(workers, world_size, layout, bits):
     assert workers.run(world_size, steps_equal_plain_steps, layout, bits) == [expected] * world_size
 
 
-def test_step_in_logarithmic_time(workers):
-    workers.run(2, steps_equal_plain_steps, "fsdp", "ADANA")
+@pytest.mark.parametrize("more", MORE_OPTIONS)
+def test_step_with_more_options(workers, more):
+    workers.run(2, steps_equal_plain_steps, "fsdp", more)
 
 
 @pytest.mark.parametrize(("layout", "hidden"), [("fsdp", 5), ("fsdp_tp", 6)])
