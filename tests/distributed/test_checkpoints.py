@@ -221,18 +221,19 @@ class Largest(TorchDispatchMode):
 def whole_tensors_are_on_the_first_rank_only(layout):
     model, optimizer = make(layout, "8")
     train(model, optimizer, range(1))
-    largest = max(
-        value.to_local().nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, DTensor)
-    )
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    largest = max(value.to_local().nbytes for value in state if isinstance(value, DTensor))
     with Largest() as mode:
-        get_full_optimizer_state_dict(model, optimizer)
+        whole = get_full_optimizer_state_dict(model, optimizer)
     assert (mode.nbytes <= largest) == (dist.get_rank() != 0)
+    expected = full_state(optimizer, model.parameters())
+    if dist.get_rank() == 0:
+        assert_identical([whole["state"][name] for name, _ in model.named_parameters()], expected)
+    else:
+        assert whole == {}
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "fsdp_tp"])
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp_tp", "hsdp"])
 def test_whole_tensors_are_on_the_first_rank_only(workers, layout):
     workers.run(4, whole_tensors_are_on_the_first_rank_only, layout)
 
