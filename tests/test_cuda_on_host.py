@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import torch_ademamix
+
 ROOT = Path(__file__).parent.parent
 NATIVE = ROOT / "tests/native"
 TORCH = Path(torch.__file__).parent
@@ -77,3 +79,18 @@ def test_on_host(tmp_path: Path) -> None:
     )
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+def test_random_bits_never_lift_a_block_s_largest_code_to_0(tmp_path: Path) -> None:
+    program = tmp_path / "largest_codes"
+    subprocess.run(["g++", "-std=c++17", f"-I{TORCH}/include", NATIVE / "largest_codes.cpp", "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+def test_kernels_are_compiled_from_sources_in_the_library() -> None:
+    """Whatever lies on disk by then: the library fills the kernels' arguments by the layouts it was built with."""
+    source = runpy.run_path(str(ROOT / "ops/embed_sources.py"))["device_source"]()
+    assert source.encode() in (Path(torch_ademamix.__file__).parent / "_cuda.so").read_bytes()

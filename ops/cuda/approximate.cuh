@@ -24,11 +24,7 @@ __device__ __forceinline__ Approximate fma(Approximate a, Approximate b, Approxi
 // Toward zero: a root that should be 1 may be 1 + 2^-23 (PTX ISA, sqrt.approx), and MAX times that, with a random
 // number added, one more than MAX, which would be code 0.
 __device__ __forceinline__ Approximate fma_down(Approximate a, Approximate b, Approximate c) {
-#if defined(__CUDA_ARCH__)
   return Approximate(__fmaf_rz(a.value, b.value, c.value));
-#else
-  return fma(a, b, c);
-#endif
 }
 
 __device__ __forceinline__ Approximate unit_sqrt(Approximate a) {
@@ -37,7 +33,7 @@ __device__ __forceinline__ Approximate unit_sqrt(Approximate a) {
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(a.value));
   return Approximate(root);
 #else
-  return Approximate(sqrt(a.value));
+  return Approximate(sqrt_approx(a.value));
 #endif
 }
 

@@ -57,6 +57,19 @@ inline void __stwb(T* p, T value) {
 
 inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }  // 0 if NaN
 
+// With the CPU's bits; or toward zero as on a GPU, and with a root of 1 that is an ulp too large, as PTX allows it.
+#if defined(AS_INEXACT_AS_A_GPU)
+inline float __fmaf_rz(float a, float b, float c) {
+  const double exact = std::fma(static_cast<double>(a), b, c);  // where c isn't much smaller than a * b
+  const float nearest = static_cast<float>(exact);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+inline float sqrt_approx(float a) { return a == 1 ? std::nextafterf(1, 2) : std::sqrt(a); }
+#else
+inline float __fmaf_rz(float a, float b, float c) { return std::fma(a, b, c); }
+inline float sqrt_approx(float a) { return std::sqrt(a); }
+#endif
+
 // Of the eight bytes of x and y those that the four lowest digits of the selector name.
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
   const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
