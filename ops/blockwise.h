@@ -38,8 +38,7 @@ constexpr int BLOCK_FORMATS = 6;
 // added to it. Those are what encoders to the nearest code return; the bits above the code are garbage.
 constexpr int ROUNDING_MAGIC = 12582912;
 
-// A code's value is a function of the code, as a float, and of the block's unit, absmax * UNIT. largest() is that of
-// the largest code, exactly.
+// A code's value is a function of the code, as a float, and of the block's unit, absmax * UNIT.
 //
 // encode() gives code 0 as the float ZERO: ROUNDING_MAGIC for the nearest code, POSITION_ZERO for stochastic rounding,
 // next to which floats have 2^-POSITION_BITS for ulps. A format without it is rounded to nearest only.
@@ -54,8 +53,6 @@ struct SignedSqrtFormat {
   ADEMAMIX_INLINE static V decode(V code, V unit) {
     return code * abs(code) * unit;
   }
-
-  ADEMAMIX_INLINE static float largest(float absmax) { return absmax; }
 
   template <class V>
   ADEMAMIX_INLINE static V encode(V value, V inverse) {
@@ -91,8 +88,6 @@ struct LinearFormat {
     return code * unit;
   }
 
-  ADEMAMIX_INLINE static float largest(float absmax) { return absmax; }
-
   template <class V>
   ADEMAMIX_INLINE static V encode(V value, V inverse) {
     return fma(value * inverse, V(MAX), V(ROUNDING_MAGIC));
@@ -119,8 +114,6 @@ struct FourthRootFormat {
     return root * root;
   }
 
-  ADEMAMIX_INLINE static float largest(float absmax) { return absmax * absmax; }
-
   template <int ZERO = ROUNDING_MAGIC, class V>
   ADEMAMIX_INLINE static V encode(V sqrt_value, V inverse) {
     const V root = unit_sqrt(at_most_one(sqrt_value * inverse));
@@ -137,12 +130,15 @@ struct FourthRoot4 : FourthRootFormat<15, 1> {
   static constexpr int POSITION_ZERO = 128, POSITION_BITS = 16, BITS = 4;
 };
 
+template <class Format>
+constexpr bool IS_FOURTH_ROOT = std::is_same_v<Format, FourthRoot> || std::is_same_v<Format, FourthRoot4>;
+
 // The value of a code outside of a step. A block's largest code stands for the scale itself, which decode() may miss by
 // an ulp: quantizing again then gives the same scale.
 template <class Format>
 ADEMAMIX_INLINE float dequantize(float code, float absmax) {
-  const float value = Format::decode(code, absmax * Format::UNIT);
-  return abs(code) == Format::MAX ? copysign(Format::largest(absmax), code) : value;
+  const float largest = IS_FOURTH_ROOT<Format> ? absmax * absmax : absmax;
+  return abs(code) == Format::MAX ? copysign(largest, code) : Format::decode(code, absmax * Format::UNIT);
 }
 
 // A word of 16 bits has a code of Linear12 in its upper 12 bits, and below it one of a format of 4 bits.
@@ -158,9 +154,6 @@ ADEMAMIX_INLINE int32_t word_with_code(int32_t word, int32_t code) {
   if constexpr (std::is_same_v<Format, Linear12>) return (word & 15) | code * 16;
   return (word & ~15) | (code & 15);
 }
-
-template <class Format>
-constexpr bool IS_FOURTH_ROOT = std::is_same_v<Format, FourthRoot> || std::is_same_v<Format, FourthRoot4>;
 
 // Two codes of an element are rounded independently, with the bits of one Philox call: exp_avg's takes those that
 // exp_avg_sq's of another element takes. Element i of a group has those of element i ^ RANDOM_ELEMENT.

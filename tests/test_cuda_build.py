@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import expecttest
@@ -15,7 +16,8 @@ from torch_ademamix import ops
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 CASES = [*((13, capability) for capability in ARCHITECTURES), (12, 75), (12, 90)]  # NVRTC's version, and a GPU's
-WHOLE = (13, 90)  # every variant; of the others, unless ALL_VARIANTS=1, those that stand for all
+WHOLE = (13, 90)  # every variant; of the others, unless ALL, those that stand for all
+ALL = os.environ.get("ALL_VARIANTS") == "1"
 RECORDED = 13  # whose registers are written down
 
 # Issue slots that an H200 has per parameter, while its memory moves the 14.1 bytes of one: 33e12 lane instructions
@@ -37,7 +39,7 @@ Kernels = dict[str, Path]  # the code of each kernel, by its name
 
 
 def compile_all(folder: Path, nvrtc: int, capability: int) -> Kernels:
-    whole = (nvrtc, capability) == WHOLE or os.environ.get("ALL_VARIANTS") == "1"
+    whole = ALL or (nvrtc, capability) == WHOLE
     wanted = [name for name in kernels() if whole or is_typical(name)]
     files = compile_kernels(wanted, NVRTC[nvrtc], capability, folder / f"{nvrtc}-{capability}")
     for file in files:
@@ -53,6 +55,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], 
         return dict(zip(CASES, pool.map(lambda case: compile_all(folder, *case), CASES), strict=True))
 
 
+@cache
 def resources(code: Path) -> dict[str, int]:
     """What a kernel takes: REG, STACK, SHARED, LOCAL."""
     command = [str(sass.find_cuobjdump()), "--dump-resource-usage", str(code)]
@@ -114,7 +117,7 @@ step half                               50      52      52      48      48      
 
 
 @needs_cuobjdump
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES if ALL else (75, 90, 120))
 def test_wide_accesses(compiled: dict[tuple[int, int], Kernels], architecture: int) -> None:
     """16 bytes at a time: unquantized, five tensors are read and four written; of codes some are 8 bytes."""
     for name, code in compiled[RECORDED, architecture].items():

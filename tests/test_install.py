@@ -73,9 +73,11 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(ops.native is None, reason="built without native kernels")
-def test_wheel(checkout, tmp_path):
+def test_wheel(tmp_path):
     pytest.importorskip("auditwheel", reason="needs auditwheel, which is for Linux")
-    unaudited = tool.build(checkout, tmp_path / "unaudited", clean_environment())
+    for folder in (tool.ROOT / "build").glob("lib*"):  # modules that are no longer there would be packed
+        shutil.rmtree(folder)
+    unaudited = tool.build(tool.ROOT, tmp_path / "unaudited", clean_environment())  # where `make build` left objects
     wheel = tool.audit(unaudited, tmp_path / "audited")
     version = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.fullmatch(rf"torch_ademamix-[\d.]+-{version}-{version}-manylinux_2_\d+_[\w.]+\.whl", wheel.name)

@@ -24,10 +24,9 @@ void decode(const Quantized& source, int64_t first, int count, T* values) {
     using Format = decltype(format);
     const auto* codes = static_cast<const typename Format::Code*>(source.codes) + first;
     const auto* words = static_cast<const int16_t*>(source.codes) + first;
-    const float unit = absmax * Format::UNIT;
     for (int i = 0; i < count; ++i) {
       const int32_t code = source.in_words ? code_in_word<Format>(words[i]) : codes[i];
-      values[i] = Format::decode(static_cast<float>(code), unit);
+      values[i] = Format::decode(static_cast<float>(code), absmax * Format::UNIT);
     }
   });
 }
@@ -45,18 +44,17 @@ void replace_by_roots(Block<float>& values, int count) {
 
 Ints bits_of(V values) { return at::vec::cast<int32_t>(values.v); }
 
-// Stores the codes of a vector's finite values, or roots for FourthRoot.
+// The codes of a vector of a block's finite values (for fourth roots, of their roots) in their lowest bits; above may
+// be garbage. `random` has the block's random bits, or is null to round to nearest; `i` is the first value's number.
 template <class Format>
-void encode(V values, V inverse, typename Format::Code* codes) {
-  store_codes(bits_of(Format::encode(values, inverse)), codes);
-}
-
-// The codes of a vector of a block's values in their lowest bits; above may be garbage. `i` is the first one's number.
-template <class Format>
-Ints rounded_stochastically(V values, V inverse, const Block<uint16_t>& random, int i) {
-  const Ints positions = bits_of(Format::template encode<Format::POSITION_ZERO>(values, inverse));
-  const Ints bits = load_bits<RANDOM_ELEMENT<Format>>(random, i);
-  return round_position<Format>(positions, bits) >> Ints(STOCHASTIC_SHIFT);
+Ints codes_of(V values, V inverse, const uint16_t* random, int i) {
+  if constexpr (Format::POSITION_ZERO != 0)
+    if (random) {
+      const Ints positions = bits_of(Format::template encode<Format::POSITION_ZERO>(values, inverse));
+      const Ints bits = load_bits<RANDOM_ELEMENT<Format>>(random, i);
+      return round_position<Format>(positions, bits) >> Ints(STOCHASTIC_SHIFT);
+    }
+  return bits_of(Format::encode(values, inverse));
 }
 
 // Words of Linear12's codes and others, in their lowest 16 bits; the codes in their own lowest bits.
@@ -71,27 +69,18 @@ void encode_block(const Block<float>& values, float absmax, int64_t first, int c
   if (random) random_block(*random, static_cast<uint64_t>(first) / RANDOM_GROUP, bits);
   with_format(target.format, [&](auto format) {
     using Format = decltype(format);
-    Block<typename Format::Code> codes;
-    for (int i = 0; i < count; i += V::SIZE) {
-      const V vector = V::load(values + i);
-      if constexpr (Format::POSITION_ZERO != 0) {
-        if (random) {
-          const Ints cut_off(32 - Format::BITS);
-          const Ints rounded = rounded_stochastically<Format>(vector, inverse, bits, i);
-          if constexpr (IS_FOURTH_ROOT<Format>)  // which has no sign to extend
-            store_codes(rounded & Ints((1 << Format::BITS) - 1), codes + i);
-          else
-            store_codes(rounded << cut_off >> cut_off, codes + i);
-          continue;
-        }
-      }
-      encode<Format>(vector, inverse, codes + i);
-    }
-    if (target.in_words) {
-      auto* words = static_cast<int16_t*>(target.codes) + first;
-      for (int i = 0; i < count; ++i) words[i] = static_cast<int16_t>(word_with_code<Format>(words[i], codes[i]));
-    } else {
-      std::memcpy(static_cast<typename Format::Code*>(target.codes) + first, codes, sizeof(*codes) * count);
+    using Code = typename Format::Code;
+    Block<Code> codes;
+    for (int i = 0; i < count; i += V::SIZE)
+      store_codes(codes_of<Format>(V::load(values + i), inverse, random ? bits : nullptr, i), codes + i);
+    auto* own = static_cast<Code*>(target.codes) + first;
+    auto* words = static_cast<int16_t*>(target.codes) + first;
+    for (int i = 0; i < count; ++i) {
+      constexpr bool HAS_GARBAGE = std::is_same_v<Format, SignedSqrt4>;  // above its 4 bits
+      if (target.in_words)
+        words[i] = static_cast<int16_t>(word_with_code<Format>(words[i], codes[i]));
+      else
+        own[i] = static_cast<Code>(HAS_GARBAGE ? code_in_word<Format>(codes[i]) : codes[i]);
     }
   });
 }
@@ -182,45 +171,37 @@ bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
   nu_absmax = m.nu_absmax;
   const V m1_inverse(inverse_absmax(m.m1_absmax)), m2_inverse(inverse_absmax(m2_absmax)),
       nu_inverse(inverse_absmax(nu_absmax));
-  Block<uint16_t> random;
-  const bool stochastic = t.stochastic_rounding;
-  if (stochastic) random_block(t.random, static_cast<uint64_t>(first) / RANDOM_GROUP, random);
+  Block<uint16_t> bits;
+  const uint16_t* const random = t.stochastic_rounding ? bits : nullptr;
+  if (random) random_block(t.random, static_cast<uint64_t>(first) / RANDOM_GROUP, bits);
   for (int i = 0; i < BLOCK_SIZE; i += V::SIZE) {
     Element<V> e{V::load(param + i), V::load(m.m1 + i), V::load(m.m2 + i), V{}};
     const V root = V::load(m.nu + i);
     update_param<EXP_AVG>(e, root, scalars);
     e.param.store(param + i);
+    const Ints slow = codes_of<Slow>(e.exp_avg_slow, m2_inverse, nullptr, i);
     if constexpr (IN_WORDS) {
       const V &other = SQ_IN_WORDS ? root : e.exp_avg, &inverse = SQ_IN_WORDS ? nu_inverse : m1_inverse;
-      const Ints slow = bits_of(Slow::encode(e.exp_avg_slow, m2_inverse));
-      const Ints others = stochastic ? rounded_stochastically<Other>(other, inverse, random, i)
-                                     : bits_of(Other::encode(other, inverse));
-      store_codes(words_of(slow, others), m2_codes + i);
+      store_codes(words_of(slow, codes_of<Other>(other, inverse, random, i)), m2_codes + i);
     } else {
-      if constexpr (EXP_AVG) encode<Fast>(e.exp_avg, m1_inverse, m1_codes + i);
-      encode<Slow>(e.exp_avg_slow, m2_inverse, m2_codes + i);
+      store_codes(slow, m2_codes + i);
+      if constexpr (EXP_AVG) store_codes(codes_of<Fast>(e.exp_avg, m1_inverse, nullptr, i), m1_codes + i);
     }
-    if constexpr (!SQ_IN_WORDS) {
-      if (stochastic)
-        store_codes(rounded_stochastically<Sq>(root, nu_inverse, random, i), nu_codes + i);
-      else
-        encode<Sq>(root, nu_inverse, nu_codes + i);
-    }
+    if constexpr (!SQ_IN_WORDS) store_codes(codes_of<Sq>(root, nu_inverse, random, i), nu_codes + i);
   }
   return true;
 }
 
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
+  const auto step = [&](auto fast, auto slow, auto sq) {
+    return step_whole_block<decltype(fast), decltype(slow), decltype(sq)>(param, grad, t, first, m);
+  };
   const bool has_exp_avg = t.exp_avg.codes, linear = t.exp_avg_slow.format == BlockFormat::LINEAR_INT16;
-  auto* step = has_exp_avg ? step_whole_block<SignedSqrt, SignedSqrt, FourthRoot>
-                           : step_whole_block<NoCodes, SignedSqrt, FourthRoot>;
-  if (linear)
-    step =
-        has_exp_avg ? step_whole_block<SignedSqrt, Linear, FourthRoot> : step_whole_block<NoCodes, Linear, FourthRoot>;
   if (t.exp_avg_slow.in_words)
-    step = has_exp_avg ? step_whole_block<SignedSqrt4, Linear12, FourthRoot>
-                       : step_whole_block<NoCodes, Linear12, FourthRoot4>;
-  return step(param, grad, t, first, m);
+    return has_exp_avg ? step(SignedSqrt4{}, Linear12{}, FourthRoot{}) : step(NoCodes{}, Linear12{}, FourthRoot4{});
+  if (has_exp_avg)
+    return linear ? step(SignedSqrt{}, Linear{}, FourthRoot{}) : step(SignedSqrt{}, SignedSqrt{}, FourthRoot{});
+  return linear ? step(NoCodes{}, Linear{}, FourthRoot{}) : step(NoCodes{}, SignedSqrt{}, FourthRoot{});
 }
 
 bool step_whole_block(double*, const double*, const BlockwiseTensor<double>&, int64_t, Moments&) { return false; }

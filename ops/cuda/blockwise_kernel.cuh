@@ -52,11 +52,17 @@ __device__ __forceinline__ float warp_largest(float magnitude) {
 
 __device__ __forceinline__ bool is_finite(float magnitude) { return magnitude <= FLT_MAX; }
 
-template <class Format>
-__device__ __forceinline__ void decode(const LaneCodes<Format>& codes, float absmax, LaneFloats& values) {
+// `codes` may be words.
+template <class Format, class Codes>
+__device__ __forceinline__ void decode(const Codes& codes, float absmax, LaneFloats& values) {
+  constexpr bool IN_WORDS = std::is_same_v<Format, Linear12> || !std::is_same_v<Codes, LaneCodes<Format>>;
   const float unit = absmax * Format::UNIT;
 #pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) values[i] = Format::decode(codes.get_float(i), unit);
+  for (int i = 0; i < LANE_ELEMENTS; ++i) {
+    const int32_t word = codes.template get<int32_t>(i);
+    const float code = IN_WORDS ? static_cast<float>(code_in_word<Format>(word)) : codes.get_float(i);
+    values[i] = Format::decode(code, unit);
+  }
 }
 
 __device__ __forceinline__ float to_float(float a) { return a; }
@@ -84,18 +90,6 @@ __device__ __forceinline__ void encode(const LaneFloats& values, float inverse, 
 
 // Words of Linear12's codes and others.
 using LaneWords = Lanes<int16_t, LANE_ELEMENTS>;
-
-template <class Other>
-__device__ __forceinline__ void decode_words(const LaneWords& words, float slow_absmax, LaneFloats& slow,
-                                             float other_absmax, LaneFloats& others) {
-  const float slow_unit = slow_absmax * Linear12::UNIT, other_unit = other_absmax * Other::UNIT;
-#pragma unroll
-  for (int i = 0; i < LANE_ELEMENTS; ++i) {
-    const int32_t word = words.template get<int16_t>(i);
-    slow[i] = Linear12::decode(static_cast<float>(code_in_word<Linear12>(word)), slow_unit);
-    others[i] = Other::decode(static_cast<float>(code_in_word<Other>(word)), other_unit);
-  }
-}
 
 template <class Other, bool STOCHASTIC>
 __device__ __forceinline__ void encode_words(const LaneFloats& slow, float slow_inverse, const LaneFloats& others,
@@ -145,6 +139,16 @@ class BlockLanes {
   LaneCodes<Slow> m2;
   std::conditional_t<OWN_NU, LaneCodes<Sq>, Nothing> nu;
   float absmax;  // the first lanes have one state's each, in the record's order
+
+  __device__ __forceinline__ const auto& m1_codes() const {
+    if constexpr (OWN_M1) return m1;
+    if constexpr (!OWN_M1) return m2;
+  }
+
+  __device__ __forceinline__ const auto& nu_codes() const {
+    if constexpr (OWN_NU) return nu;
+    if constexpr (!OWN_NU) return m2;
+  }
 
   // `block` may be past the tensor's end.
   __device__ __forceinline__ void load(const BlockwiseRecord& r, uint32_t block, int lane) {
@@ -257,14 +261,9 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     const float old_m2_absmax = __shfl_sync(0xffffffff, lanes.absmax, 0);
     const float old_nu_absmax = __shfl_sync(0xffffffff, lanes.absmax, 1);
     const float old_m1_absmax = EXP_AVG ? __shfl_sync(0xffffffff, lanes.absmax, 2) : 0;
-    if constexpr (Block::SQ_IN_WORDS)
-      decode_words<Sq>(lanes.m2, old_m2_absmax, m2, old_nu_absmax, nu);
-    else if constexpr (Block::IN_WORDS)
-      decode_words<Fast>(lanes.m2, old_m2_absmax, m2, old_m1_absmax, m1);
-    else
-      decode<Slow>(lanes.m2, old_m2_absmax, m2);
-    if constexpr (Block::OWN_NU) decode<Sq>(lanes.nu, old_nu_absmax, nu);
-    if constexpr (Block::OWN_M1) decode<Fast>(lanes.m1, old_m1_absmax, m1);
+    decode<Slow>(lanes.m2, old_m2_absmax, m2);
+    decode<Sq>(lanes.nu_codes(), old_nu_absmax, nu);
+    if constexpr (EXP_AVG) decode<Fast>(lanes.m1_codes(), old_m1_absmax, m1);
     T new_param[LANE_ELEMENTS];
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) {
