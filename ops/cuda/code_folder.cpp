@@ -3,7 +3,6 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/random.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -13,6 +12,8 @@
 #include <ctime>
 #include <memory>
 #include <thread>
+
+#include "file_status.h"
 
 // By C's functions. Of C++'s files, streams and locales libtorch, or this library, may have copies of another
 // compiler's, and the loader mixes them.
@@ -107,7 +108,7 @@ Descriptor CodeFolder::open_lock_file() const {
 
 bool CodeFolder::trusted(const Descriptor& folder, const Descriptor& file) const {
   struct stat status, of_folder;
-  if (fstat(file.get(), &status) != 0 || fstat(folder.get(), &of_folder) != 0) return false;
+  if (file_status(file.get(), &status) != 0 || file_status(folder.get(), &of_folder) != 0) return false;
   const bool owner =
       status.st_uid == geteuid() || status.st_uid == 0 || (trusts_owner_ && status.st_uid == of_folder.st_uid);
   return S_ISREG(status.st_mode) && owner && (status.st_mode & (S_IWGRP | S_IWOTH)) == 0;
@@ -157,7 +158,7 @@ void CodeFolder::remove_leftovers(const Descriptor& folder) const {
   while (const dirent* entry = open ? readdir(open.get()) : nullptr) {
     struct stat status;
     if (ends_with(entry->d_name, UNFINISHED) &&
-        fstatat(folder.get(), entry->d_name, &status, AT_SYMLINK_NOFOLLOW) == 0 &&
+        file_status(folder.get(), entry->d_name, &status, AT_SYMLINK_NOFOLLOW) == 0 &&
         status.st_mtime < std::time(nullptr) - LEFTOVER_SECONDS)
       unlinkat(folder.get(), entry->d_name, 0);
   }

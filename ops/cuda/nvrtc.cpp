@@ -2,13 +2,14 @@
 
 #include <dirent.h>
 #include <dlfcn.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <stdexcept>
 #include <vector>
+
+#include "file_status.h"
 
 namespace ademamix {
 
@@ -94,7 +95,8 @@ uint64_t nvrtc_hash() {
   std::string text = std::to_string(major) + '.' + std::to_string(minor);
   Dl_info where;
   struct stat status;
-  if (dladdr(reinterpret_cast<void*>(nvrtc().nvrtcVersion), &where) && stat(where.dli_fname, &status) == 0) {
+  if (dladdr(reinterpret_cast<void*>(nvrtc().nvrtcVersion), &where) &&
+      file_status(AT_FDCWD, where.dli_fname, &status, 0) == 0) {
     text += ' ' + std::to_string(status.st_size) + ' ';
     std::string beginning(size_t{1} << 20, '\0');
     const std::unique_ptr<FILE, int (*)(FILE*)> open(std::fopen(where.dli_fname, "rb"), std::fclose);
