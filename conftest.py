@@ -15,6 +15,7 @@ torch.set_num_threads(1)  # tensors this small: more threads would only wait for
 TOGETHER = (
     "tests/distributed/",  # whose workers are there for all of them
     "tests/test_cuda_build.py",  # about one library
+    "tests/test_install.py",  # which build in the same folder
     *(f"tests/test_{trainer}.py" for trainer in ("accelerate", "hf_trainer", "lightning")),  # slow to import
 )
 
