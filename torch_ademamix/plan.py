@@ -289,7 +289,8 @@ class Plan:
         """The hyperparameters of an op call on parameters of these groups; `table` has the rows of all groups."""
         if table is not None:
             return {"hyperparameters": table, "rows": groups if any(groups) else []}
-        if torch.compiler.is_compiling() or groups is not batch.groups:
+        is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if is_traced or groups is not batch.groups:
             return self._numbers(groups)
         if batch.hyperparameters is None or batch.hyperparameters[0] is not self._options.rows:
             batch.hyperparameters = self._options.rows, self._in_tensor(batch, self._numbers(groups))
