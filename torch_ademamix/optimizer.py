@@ -46,15 +46,16 @@ MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 class AdEMAMix(Optimizer):
     r"""AdamW with a second, slow average of the gradient (arXiv 2409.03137), as one op call per step.
 
-    The update is :func:`torch_ademamix.functional.ademamix`'s. Every option can be set per parameter group.
-    Parameters may be float32, bfloat16, float16 or float64, their gradients any of these; or complex64 or complex128,
-    with complex gradients: they are updated as pairs of reals, as torch.optim does, and have 32-bit state only.
+    The update is :func:`torch_ademamix.functional.ademamix`'s. Every option but `max_grad_norm` can be set per
+    parameter group. Parameters may be float32, bfloat16, float16 or float64, their gradients any of these; or complex64
+    or complex128, with complex gradients: they are updated as pairs of reals, as torch.optim does, and have 32-bit
+    state only.
 
     State, per parameter, under torch's own names: `step` (float32, no dimensions, on the parameter's device),
     `exp_avg` (m1), `exp_avg_slow` (m2) and `exp_avg_sq` (ν), of the parameter's shape; float32, float64 for float64
     parameters, or of a complex parameter's dtype. With `optim_bits=8` they hold codes, and `exp_avg_absmax` and so on
-    the float32 scales, one per block of 256 elements (:mod:`torch_ademamix.blockwise`). State is made when a
-    parameter's first gradient arrives, or by :meth:`init_state`.
+    the float32 scales, one per block of 256 elements (:mod:`torch_ademamix.blockwise`). The first step makes
+    the state of all parameters that require a gradient, or :meth:`init_state` does.
 
     Args:
         params: tensors, named tensors, or groups (dicts), as in torch.optim.
