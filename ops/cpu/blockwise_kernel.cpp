@@ -193,15 +193,16 @@ bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<flo
 }
 
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
-  const auto step = [&](auto fast, auto slow, auto sq) {
-    return step_whole_block<decltype(fast), decltype(slow), decltype(sq)>(param, grad, t, first, m);
-  };
   const bool has_exp_avg = t.exp_avg.codes, linear = t.exp_avg_slow.format == BlockFormat::LINEAR_INT16;
+  auto* step = has_exp_avg ? step_whole_block<SignedSqrt, SignedSqrt, FourthRoot>
+                           : step_whole_block<NoCodes, SignedSqrt, FourthRoot>;
+  if (linear)
+    step =
+        has_exp_avg ? step_whole_block<SignedSqrt, Linear, FourthRoot> : step_whole_block<NoCodes, Linear, FourthRoot>;
   if (t.exp_avg_slow.in_words)
-    return has_exp_avg ? step(SignedSqrt4{}, Linear12{}, FourthRoot{}) : step(NoCodes{}, Linear12{}, FourthRoot4{});
-  if (has_exp_avg)
-    return linear ? step(SignedSqrt{}, Linear{}, FourthRoot{}) : step(SignedSqrt{}, SignedSqrt{}, FourthRoot{});
-  return linear ? step(NoCodes{}, Linear{}, FourthRoot{}) : step(NoCodes{}, SignedSqrt{}, FourthRoot{});
+    step = has_exp_avg ? step_whole_block<SignedSqrt4, Linear12, FourthRoot>
+                       : step_whole_block<NoCodes, Linear12, FourthRoot4>;
+  return step(param, grad, t, first, m);
 }
 
 bool step_whole_block(double*, const double*, const BlockwiseTensor<double>&, int64_t, Moments&) { return false; }
