@@ -339,3 +339,16 @@ def test_sets_of_gradients_that_change(monkeypatch):
             one.step()
         calls.clear()
     assert_identical(params, expected)
+
+
+@pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
+def test_a_module_swaps_its_parameters(monkeypatch, cls):
+    """Nothing but Python refers to a parameter: `swap_tensors` raises for others."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model = torch.nn.Linear(64, 64)
+    optimizer = cls(model.parameters())
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)(torch.ones(2, 64, dtype=dtype)).sum().backward()
+        optimizer.step()
+        model.zero_grad()
+    assert optimizer.state[model.weight]["step"] == 2

@@ -148,7 +148,7 @@ def _rows(hyperparameters: Tensor | Sequence[float], lrs: Sequence[Tensor] = ())
 def _functions(native: ModuleType) -> ctypes.PyDLL:
     """What the library of CPU kernels has beside its ops."""
     library = ctypes.PyDLL(str(_cpu_library(native)))
-    for function in (library.ademamix_unchanged, library.ademamix_unwatch):
+    for function in (library.ademamix_unmoved, library.ademamix_unwatch):
         function.argtypes = [ctypes.c_int64]
     return library
 
@@ -232,7 +232,7 @@ page_out = _define(
     fake=lambda tensor: None,
     kernel=lambda tensor: None,
 )
-_library.define("_watch(Tensor[] located, Tensor[] formed) -> int")  # see torch_ademamix/watch.py
+_library.define("_watch(Tensor[] tensors) -> int")  # see torch_ademamix/watch.py
 native = _load_native()
 library = None if native is None else _functions(native)
 without_cuda = cuda.load()  # why CUDA tensors are served by the reference kernels; None if they aren't

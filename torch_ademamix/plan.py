@@ -177,10 +177,9 @@ class Plan:
         self._locals = sharding.locals_of(self._dtensors)
         self._storages = list(storages.values())
         self._sizes = _sizes(self._storages)
-        self._unchanged = watch(
-            [view for view in views if not isinstance(view, FakeTensor)],  # which have no addresses
-            [p for batch in self.batches for p in batch.params],
-        )
+        self._unmoved = watch([view for view in views if not isinstance(view, FakeTensor)])  # which have no addresses
+        planned = [p for batch in self.batches for p in batch.params]
+        self._planned, self._dtypes, self._strides = planned, _dtypes(planned), list(map(Tensor.stride, planned))
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether groups have the same parameters of the same form, and no memory was exchanged or resized.
@@ -191,7 +190,9 @@ class Plan:
             self._options.constants == self._constants
             and _same(groups, self.groups)
             and self._has_params([*map(_PARAMS_OF, groups)])
-            and self._unchanged()
+            and _dtypes(self._planned) == self._dtypes
+            and list(map(Tensor.stride, self._planned)) == self._strides
+            and self._unmoved()
             and _same(sharding.locals_of(self._dtensors), self._locals)
             and _sizes(self._storages) == self._sizes
         )
@@ -374,6 +375,10 @@ def _try_one(op: Callable[..., None], i: int, lists: Lists, options: Mapping[str
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:
+    return [t.dtype for t in tensors]
 
 
 def _sizes(tensors: Iterable[Tensor]) -> list[int]:

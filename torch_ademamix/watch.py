@@ -1,4 +1,4 @@
-"""Whether tensors still are what they were when a step was planned.
+"""Whether state still lies where it did when a step was planned.
 
 Frameworks may exchange the memory behind a tensor (`tensor.data = other`), of which nothing hears. So every step asks,
 and with hundreds of small parameters the answer has to be quick.
@@ -13,41 +13,28 @@ from torch.nn import Parameter
 from torch_ademamix import ops
 
 
-def watch(located: Sequence[Tensor], formed: Sequence[Tensor]) -> Callable[[], bool]:
-    """A function that tells whether nothing has changed since now.
+def watch(tensors: Sequence[Tensor]) -> Callable[[], bool]:
+    """A function that tells whether all tensors lie where they do now.
 
-    Args:
-        located: tensors that have to lie where they do.
-        formed: tensors whose dtype and strides have to stay.
+    Only for state: `torch.utils.swap_tensors`, by which a module may convert its parameters, raises for tensors that
+    are watched.
     """
-    if ops.library is not None and all(type(t) in (Tensor, Parameter) for t in (*located, *formed)):
-        return _NativeWatch(located, formed)
-    return _Watch(located, formed)
-
-
-class _Watch:
-    def __init__(self, located: Sequence[Tensor], formed: Sequence[Tensor]) -> None:
-        self._located, self._formed = located, formed
-        self._before = self._now()
-
-    def __call__(self) -> bool:
-        return self._before == self._now()
-
-    def _now(self) -> tuple[list[int], list[torch.dtype], list[tuple[int, ...]]]:
-        formed = self._formed
-        return [t.data_ptr() for t in self._located], [t.dtype for t in formed], [t.stride() for t in formed]
+    if ops.library is not None and all(type(t) in (Tensor, Parameter) for t in tensors):
+        return _NativeWatch(tensors)
+    addresses = [t.data_ptr() for t in tensors]
+    return lambda: [t.data_ptr() for t in tensors] == addresses
 
 
 class _NativeWatch:
-    def __init__(self, located: Sequence[Tensor], formed: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         assert ops.library is not None
-        self._unchanged, self._unwatch = ops.library.ademamix_unchanged, ops.library.ademamix_unwatch
-        self._tensors = [*located, *formed]  # with what Python knows of them
+        self._unmoved, self._unwatch = ops.library.ademamix_unmoved, ops.library.ademamix_unwatch
+        self._tensors = tensors  # with what Python knows of them
         with torch._C._DisableTorchDispatch():  # it is no part of a graph that a step is traced to
-            self._handle = torch.ops.torch_ademamix._watch(list(located), list(formed))
+            self._handle = torch.ops.torch_ademamix._watch(list(tensors))
 
     def __call__(self) -> bool:
-        return bool(self._unchanged(self._handle))
+        return bool(self._unmoved(self._handle))
 
     def __del__(self) -> None:
         self._unwatch(self._handle)
