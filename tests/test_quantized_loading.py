@@ -154,7 +154,6 @@ def test_other_formats_are_refused(other):
 
 
 def test_codes_of_another_format_are_refused():
-    """uint8 codes of exp_avg are version 0.1.0's only in what doesn't say otherwise."""
     params, optimizer = make_optimizer()
     train(params, optimizer, 2)
     saved = copy.deepcopy(optimizer.state_dict())

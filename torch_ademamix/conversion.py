@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_ademamix.arenas import NAMES
 from torch_ademamix.check import PARAMETER_DTYPES
-from torch_ademamix.loading import check_is_state_dict, checked, loaded_state, tells_format
+from torch_ademamix.loading import check_format, check_is_state_dict, checked, loaded_state
 from torch_ademamix.moments import MOMENTS, SCALES, entries, formats_of
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.options import refusals_of
@@ -69,7 +69,7 @@ def renamed(
 def exported_options(group: Mapping[str, Any], where: str, names: Mapping[str, str], target: str) -> StateDict:
     """A group of AdEMAMix with the options that another implementation has, under its names: the keys of `names`."""
     with refusals_of(where):
-        tells_format(group)
+        check_format(group)
     if group.get("maximize"):
         raise ValueError(f"{where}['maximize'] is True, but must be False: {target} only minimizes")
     for name in ("delta", "kappa", "t_weight_decay"):
@@ -93,7 +93,7 @@ def unquantized(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) 
     shaped = [name for name in entries(formats_of(saved)) if not name.endswith(SCALES)]  # as the parameter
     name = next((name for name in shaped if name in saved), "exp_avg_slow")
     like = checked(saved.get(name), f"{where}[{name!r}]", None)
-    return loaded_state(like, saved, dict.fromkeys(MOMENTS), {"master_weights": None}, where, tells_format(group))
+    return loaded_state(like, saved, dict.fromkeys(MOMENTS), {"master_weights": None}, where)
 
 
 def moment(saved: Mapping[str, Any], name: str, where: str, like: Tensor | None = None) -> Tensor:

@@ -45,9 +45,6 @@ class LoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         entries = self.metadata.state_dict_metadata
-        # Version 0.1.0 doesn't tell the format. What it has in the same dtypes means the same.
-        for name in [name for name in self.state_dict if name.endswith(".state_format") and name not in entries]:
-            del self.state_dict[name]
         for name, value in self.state_dict.items():
             saved = entries.get(name)
             if not (isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata)):

@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit formats, in plain PyTorch: for its checkpoints, and for state that version 0.1.0 has saved.
+"""bitsandbytes' 8-bit formats, in plain PyTorch, for its checkpoints.
 
 Blocks of 256 elements in logical order have one float32 scale each, their absmax. A code stands for one of 256 values
 in [-1, 1], which are denser near 0, times absmax (``bitsandbytes.functional.create_dynamic_map``).

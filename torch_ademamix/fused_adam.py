@@ -45,7 +45,7 @@ class FusedAdamInterface(AdEMAMix):
     def _stored(self, p: Tensor, state: Mapping[str, Tensor], formats: Formats) -> dict[str, Tensor]:
         """The moments of a state in other formats, with the scales of quantized ones."""
         own = {name: value for name, value in state.items() if name in NAMES and name != MASTER_REMAINDER}
-        converted = loaded_state(p, own, formats, {"master_weights": None}, "the state", True)
+        converted = loaded_state(p, own, formats, {"master_weights": None}, "the state")
         return {name: value for name, value in converted.items() if name != "step"}
 
     def common_step(self) -> int:

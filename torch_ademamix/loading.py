@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from torch_ademamix import bfloat16, dynamic_map, sharding
+from torch_ademamix import bfloat16, sharding
 from torch_ademamix.arenas import (
     MASTER_REMAINDER,
     NAMES,
@@ -67,13 +67,6 @@ NARROWED_REMAINDER = (
 )
 NEW_EXP_AVG = "the state dict has no exp_avg, since betas[0] was 0; now it isn't, and exp_avg starts at zero"
 
-# Version 0.1.0 had unsigned codes of dynamic maps in their place, of which exp_avg's dtype tells.
-DTYPES_0_1: dict[str, tuple[torch.dtype, ...]] = {
-    "exp_avg": (torch.uint8,),
-    "exp_avg_slow": (torch.int16, torch.uint8),
-    "exp_avg_sq": (torch.uint8,),
-}
-
 
 @contextmanager
 def real_or_fake(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -109,7 +102,7 @@ def checked_state_dict(
     for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
         with refusals_of(f"state_dict['param_groups'][{number}]"):
             check_options({**group, **saved})
-            tells_format(saved)
+            check_format(saved)
     warnings_due = set()
     for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
         beta1 = {**group, **saved}["betas"][0]
@@ -121,7 +114,7 @@ def checked_state_dict(
             with refusals_of(param_name(group, number, place)):
                 if is_lazy(p):
                     raise ValueError("is not initialized yet: call its lazy module once, then load the state")
-                loaded = loaded_state(p, state[i], formats(p, group, keeps_exp_avg), group, where, tells_format(saved))
+                loaded = loaded_state(p, state[i], formats(p, group, keeps_exp_avg), group, where)
                 check_precision(state[i], saved, where)
                 was_kept = "exp_avg" in formats_of(state[i])
             if was_kept and not keeps_exp_avg:
@@ -139,18 +132,17 @@ def checked_state_dict(
     return {"state": state, "param_groups": [{**saved, **own} for saved, own in zip(groups, stored, strict=True)]}
 
 
-def tells_format(saved: Mapping[str, Any]) -> bool:
-    """Whether a saved group tells that its state is in this version's formats; 0.1.0's tells nothing.
+def check_format(saved: Mapping[str, Any]) -> None:
+    """Checks that the state of a saved group is in this version's formats.
 
     Raises:
-        ValueError: it tells of others.
+        ValueError: its `state_format` is another one.
     """
     if saved.get("state_format", STATE_FORMAT) != STATE_FORMAT:
         raise ValueError(
             f"state_format is {saved['state_format']!r}, but must be {STATE_FORMAT}: another version of torch_ademamix "
             "has saved this, whose formats of state this one doesn't know"
         )
-    return "state_format" in saved
 
 
 def check_is_state_dict(state_dict: Any) -> None:
@@ -247,11 +239,9 @@ def _fits(own: Mapping[str, Any], p: Tensor, kind: Storage) -> bool:
 
 
 def loaded_state(
-    p: Tensor, saved: Mapping[str, Any], target: Formats, group: Mapping[str, Any], where: str, is_current: bool
+    p: Tensor, saved: Mapping[str, Any], target: Formats, group: Mapping[str, Any], where: str
 ) -> dict[str, Tensor]:
     """A parameter's saved state in the formats of `target`, on the devices where it was saved.
-
-    `is_current` is what its saved group says (:func:`tells_format`), else codes may be those of version 0.1.0.
 
     What was stored in another format is converted, rounding to nearest; an exp_avg that wasn't saved is zero; a
     parameter without a saved remainder is its own master weight. A DTensor parameter takes DTensors that are placed as
@@ -266,11 +256,11 @@ def loaded_state(
         raise ValueError(f"{where} has no {', '.join(lost)}: the flat state dict that torch made it of hasn't either")
     if any(sharding.is_dtensor(value) for value in saved.values()):
         part = sharding.parts(saved, p, where)
-        return sharding.sharded(_converted(sharding.local(p), part, target, group, where, is_current), p)
+        return sharding.sharded(_converted(sharding.local(p), part, target, group, where), p)
     if sharding.is_dtensor(p):
-        whole = _converted(sharding.whole(p), saved, target, group, where, is_current)
+        whole = _converted(sharding.whole(p), saved, target, group, where)
         return sharding.shard({name: value.to(p.device) for name, value in whole.items()}, p)
-    return _converted(p, saved, target, group, where, is_current)
+    return _converted(p, saved, target, group, where)
 
 
 def check_precision(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
@@ -311,7 +301,6 @@ def _converted(
     target: Formats,
     group: Mapping[str, Any],
     where: str,
-    is_current: bool,
 ) -> dict[str, Tensor]:
     """:func:`loaded_state` of plain tensors, in the formats of `target`."""
     hints = [hint for entry, hint in FOREIGN_STATE.items() if entry in saved]
@@ -319,7 +308,6 @@ def _converted(
     saved_remainder = saved.pop(MASTER_REMAINDER, None)
     source = formats_of(saved)
     quantized = any(source.values())
-    is_0_1 = quantized and not is_current and getattr(saved.get("exp_avg"), "dtype", None) == torch.uint8
     if quantized and p.is_complex():
         raise ValueError(f"{where} is quantized, but the state of a complex parameter can't be; save it in 32 bits")
     expected = {"step", *entries(source)}
@@ -328,7 +316,7 @@ def _converted(
     step = checked_step(saved["step"], f"{where}['step']")
     if not _finite_and_not_negative(step):
         raise ValueError(f"{where}['step'] is {step.item():g}, but must be finite and at least 0")
-    _check_moments(p, saved, source, where, is_0_1)
+    _check_moments(p, saved, source, where)
     state = {"step": step}
     codes = codes_in({name: saved[name].contiguous() for name in entries(source)}, source) if quantized else {}
     converted: dict[str, tuple[Tensor, Tensor]] = {}
@@ -340,9 +328,7 @@ def _converted(
             values = saved[name].contiguous() if in_place_problem(saved[name]) else saved[name]  # a converter's zeros
         else:
             own, absmax = codes[name][0], codes[name][1].flatten()
-            if is_0_1 and own.dtype == torch.uint8:
-                values = dynamic_map.dequantize(own, absmax, signed=name != "exp_avg_sq")
-            elif (own_format := source[name]) != format and own_format is not None:
+            if (own_format := source[name]) != format and own_format is not None:
                 values = dequantize_blockwise(own, absmax, own_format)
             else:
                 converted[name] = own, _shaped(absmax, p)
@@ -380,16 +366,14 @@ def _has_no_values(x: Tensor) -> bool:
     return x.is_meta or isinstance(x, FakeTensor)
 
 
-def _check_moments(p: Tensor, saved: Mapping[str, Any], source: Formats, where: str, is_0_1: bool) -> None:
+def _check_moments(p: Tensor, saved: Mapping[str, Any], source: Formats, where: str) -> None:
     """Refuses moments that aren't of the shapes and dtypes that state of these formats has."""
     for name, dtype in entries(source, state_dtype(p.dtype)).items():
         entry = f"{where}[{name!r}]"
         if not name.endswith(SCALES):
-            slow = (torch.int16, torch.int8)  # of which the format goes by
-            dtypes = (
-                DTYPES_0_1[name] if is_0_1 else slow if name == "exp_avg_slow" and any(source.values()) else (dtype,)
-            )
-            checked(saved[name], entry, p.shape, *dtypes)
+            # The dtype of exp_avg_slow's codes tells their format.
+            is_slow_codes = name == "exp_avg_slow" and any(source.values())
+            checked(saved[name], entry, p.shape, *((torch.int16, torch.int8) if is_slow_codes else (dtype,)))
             continue
         absmax = checked(saved[name], entry, None, dtype)
         if absmax.shape != (block_count(p.numel()),):  # the scales in a row, as other implementations have them

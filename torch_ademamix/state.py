@@ -15,8 +15,8 @@ from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.options import Options, check_params, is_trained, param_name
 from torch_ademamix.reference import state_dtype
 
-# The number of these formats: a group's "state_format", by which a state dict tells what its codes mean, also where
-# their dtypes don't. Version 0.1.0 had other ones, and no such entry.
+# A group's "state_format": a state dict tells by it which formats its codes have. A later version with other formats
+# will have another number.
 STATE_FORMAT = 2
 
 

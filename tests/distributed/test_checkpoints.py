@@ -135,24 +135,6 @@ def test_resuming(workers, tmp_path, flat):
     workers.run(2, load, tmp_path, "fsdp", "8", options, flat)
 
 
-def save_without_format(folder):
-    model, optimizer = make("fsdp", "8")
-    train(model, optimizer, range(3))
-    state = state_dicts(model, optimizer)
-    for group in state["optimizer"]["param_groups"]:
-        del group["state_format"]
-    dcp.save(state, checkpoint_id=folder / "checkpoint")
-    write(folder / "saved.pt", everything(model, optimizer))
-    train(model, optimizer, range(3, 6))
-    write(folder / "continued.pt", everything(model, optimizer))
-
-
-def test_checkpoint_without_format(workers, tmp_path):
-    """An earlier version's, which LoadPlanner reads where the dtypes are the same."""
-    workers.run(2, save_without_format, tmp_path)
-    workers.run(2, load, tmp_path, "fsdp", "8")
-
-
 def save_full(folder, stored, ours):
     model, optimizer = make("fsdp", stored)
     train(model, optimizer, range(3))
