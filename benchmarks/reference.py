@@ -50,15 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
     sys.modules["torch_ademamix._native"] = None  # type: ignore[assignment]  # as if it hadn't been built
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it hasn't
-        from torch_ademamix import fused
+        from torch_ademamix.ops import compiled_reference
 
     rows = []
     for name, dtype, state in tqdm(CASES):
-        fused._unable.clear()
+        compiled_reference._unable.clear()
         first, *times = steps(name, dtype, state, args.steps + 1)
-        if fused._unable:
+        if compiled_reference._unable:
             sys.exit("torch.compile doesn't serve this machine: a C++ compiler must be there")
-        fused._unable.add("cpu")
+        compiled_reference._unable.add("cpu")
         plain, compiled = min(steps(name, dtype, state, args.steps)), min(times)
         text = ", ".join([name, *(f"{option}={value}" for option, value in state.items())])
         dtype_name = str(dtype).removeprefix("torch.")

@@ -12,7 +12,9 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_ademamix
-from torch_ademamix import cuda, ops, paging
+from torch_ademamix import ops
+from torch_ademamix.ops import cuda
+from torch_ademamix.state import paging
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 

@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, compile_train_step
-from torch_ademamix.blockwise import CODE_DTYPES
+from torch_ademamix.numerics.blockwise import CODE_DTYPES
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 
 SHAPES = [(70, 60), (4,), (4096,), (3, 5)]

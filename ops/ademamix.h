@@ -9,7 +9,7 @@
 namespace ademamix {
 
 // The numbers of one parameter group. An op call has one or more rows of them, as numbers or in a tensor, in this order
-// (torch_ademamix/reference.py has the same).
+// (torch_ademamix/numerics/reference_step.py has the same).
 struct Hyperparameters {
   double lr, beta1, beta2, beta3, alpha;
   double t_alpha, t_beta3;  // steps of warm-up of alpha and beta3; 0 for none

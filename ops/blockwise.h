@@ -7,7 +7,7 @@
 //   signed_sqrt_int4     sign(code) * (code / 7)^2 * absmax
 //   fourth_root_uint4    ((code / 15)^2 * absmax)^2
 //
-// torch_ademamix/blockwise.py defines the same formats in PyTorch and is their oracle: codes and scales agree bit for
+// torch_ademamix/numerics/blockwise.py defines the same formats in PyTorch and is their oracle: codes and scales agree bit for
 // bit on every processor. So every operation below is one IEEE float32 operation, and all is built without
 // contraction; on CUDA, roots within the step are approximate (cuda/approximate.cuh). V is float or a vector of it.
 #pragma once
@@ -23,7 +23,7 @@ constexpr int BLOCK_SIZE = 256;
 
 constexpr int64_t block_count(int64_t numel) { return (numel + BLOCK_SIZE - 1) / BLOCK_SIZE; }
 
-// In the order of torch_ademamix/blockwise.py's.
+// In the order of torch_ademamix/numerics/blockwise.py's.
 enum class BlockFormat : int8_t {
   SIGNED_SQRT_INT8,
   FOURTH_ROOT_UINT8,

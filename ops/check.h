@@ -1,4 +1,4 @@
-// What arguments the ops accept. torch_ademamix/check.py and arguments.py ask the same of fake tensors and of the
+// What arguments the ops accept. torch_ademamix/ops/check.py and arguments.py ask the same of fake tensors and of the
 // reference kernels, in the same words and order (tests/test_errors.py compares them).
 #pragma once
 

@@ -1,4 +1,4 @@
-// The parts of flat tensors of state, the arenas, that belong to the parameters (torch_ademamix/places.py has the
+// The parts of flat tensors of state, the arenas, that belong to the parameters (torch_ademamix/ops/offsets.py has the
 // same for the reference kernels).
 #pragma once
 

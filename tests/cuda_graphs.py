@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from torch_ademamix import captured
-from torch_ademamix.captured import CapturedTrainStep
+from torch_ademamix.training import captured
+from torch_ademamix.training.captured import CapturedTrainStep
 
 
 class Stream:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.numerics.reference_step import compute_dtype
 
 torch.set_printoptions(threshold=8, edgeitems=2)  # of the arguments in a report
 

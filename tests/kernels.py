@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 
-from torch_ademamix import cuda
+from torch_ademamix.ops import cuda
 
 ROOT = Path(__file__).parent.parent
 

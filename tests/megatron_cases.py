@@ -158,7 +158,7 @@ def prepared(te=False):
     from megatron.core import optimizer, parallel_state
     from megatron.core.optimizer import distrib_optimizer
 
-    from torch_ademamix import megatron
+    from torch_ademamix.megatron import integration
 
     gc.freeze()  # Megatron collects garbage at each save, among all modules' objects
     before = dict(vars(optimizer)), dict(vars(distrib_optimizer))
@@ -169,7 +169,7 @@ def prepared(te=False):
     finally:
         vars(optimizer).update(before[0])
         vars(distrib_optimizer).update(before[1])
-        megatron._originals.clear()
+        integration._originals.clear()
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
 

@@ -9,7 +9,7 @@ from config import StepLists, assert_identical
 from quantized import BlockwiseLists, streams_of
 from torch import Tensor
 
-from torch_ademamix.blockwise import BLOCK_SIZE, block_count
+from torch_ademamix.numerics.blockwise import BLOCK_SIZE, block_count
 
 FILLING = 77  # of the elements that no parameter has
 

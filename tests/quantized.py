@@ -11,9 +11,10 @@ from config import KERNELS, MIXED, StepLists, make_lists, step, step_call
 from torch import Tensor, nn
 from torch._C import DispatchKeySet
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, blockwise
-from torch_ademamix.blockwise import BLOCK_SIZE, POSITION_BITS, decode, quantize
-from torch_ademamix.moments import (
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
+from torch_ademamix.numerics import blockwise
+from torch_ademamix.numerics.blockwise import BLOCK_SIZE, POSITION_BITS, decode, quantize
+from torch_ademamix.numerics.moments import (
     QUANTIZED,
     WORDS,
     codes_in,
@@ -23,7 +24,7 @@ from torch_ademamix.moments import (
     packed_moment,
     quantized_formats,
 )
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.numerics.reference_step import compute_dtype
 
 PACKET = torch.ops.torch_ademamix.ademamix_blockwise_step_
 

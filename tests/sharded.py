@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from torch_ademamix import AdEMAMix
-from torch_ademamix.sharding import scales_shape
+from torch_ademamix.state.sharding import scales_shape
 
 OPTIONS: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99, 0.999), t_alpha=6, t_beta3=6, weight_decay=0.1)
 BITS: dict[int, dict[str, Any]] = {

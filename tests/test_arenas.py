@@ -12,7 +12,7 @@ from config import assert_identical
 from torch import nn
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
-from torch_ademamix.blockwise import BLOCK_SIZE
+from torch_ademamix.numerics.blockwise import BLOCK_SIZE
 
 CLASSES = (AdEMAMix, AdEMAMix8bit)
 SHAPES = ((3, 5), (300,), (), (0, 2), (64, 80), (4, 8, 3, 3))

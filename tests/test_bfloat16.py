@@ -10,9 +10,10 @@ import torch
 from config import KERNELS, MIXED, OPTIONS, assert_identical, bits, make_lists, native_built, step, step_call
 from quantized import blockwise_call, blockwise_step, make_blockwise
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, bfloat16
-from torch_ademamix.blockwise import FIRST_PARAM_GROUP, random_bits
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
 from torch_ademamix.checkpoint import to_bitsandbytes
+from torch_ademamix.numerics import bfloat16
+from torch_ademamix.numerics.blockwise import FIRST_PARAM_GROUP, random_bits
 
 SEED = -(2**62) - 12345
 STEPS, LR = 5000, 1e-5

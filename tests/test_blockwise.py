@@ -8,8 +8,9 @@ import torch
 from config import assert_identical, native_built
 from quantized import boundaries, neighbours, with_absmax_one
 
-from torch_ademamix import blockwise, ops
-from torch_ademamix.blockwise import (
+from torch_ademamix import ops
+from torch_ademamix.numerics import blockwise
+from torch_ademamix.numerics.blockwise import (
     BLOCK_SIZE,
     CODE_DTYPES,
     LARGEST_CODES,

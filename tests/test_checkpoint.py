@@ -6,10 +6,17 @@ import pytest
 import torch
 from config import assert_identical
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, ReferenceAdEMAMix, dynamic_map
-from torch_ademamix.blockwise import dequantize, quantize
-from torch_ademamix.checkpoint import from_adamw, from_apple, from_bitsandbytes, to_apertus, to_bitsandbytes
-from torch_ademamix.schedules import alpha_schedule, beta3_schedule
+from torch_ademamix import AdEMAMix, AdEMAMix8bit, ReferenceAdEMAMix
+from torch_ademamix.checkpoint import (
+    dynamic_map,
+    from_adamw,
+    from_apple,
+    from_bitsandbytes,
+    to_apertus,
+    to_bitsandbytes,
+)
+from torch_ademamix.numerics.blockwise import dequantize, quantize
+from torch_ademamix.numerics.schedules import alpha_schedule, beta3_schedule
 
 SHAPES = [(17, 300), (300,), (), (0, 3)]
 TOLERANCE = 1e-6  # relative to the largest element, after 20 steps of float32 arithmetic in another order

@@ -28,8 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_ademamix
 from benchmarks.shared.gpt2 import SHAPES
-from torch_ademamix import AdEMAMix, bfloat16, capture_train_step, compile_train_step, ops, paging, reference
-from torch_ademamix.blockwise import CODE_DTYPES, quantize
+from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step, ops
+from torch_ademamix.numerics import bfloat16, reference_step
+from torch_ademamix.numerics.blockwise import CODE_DTYPES, quantize
+from torch_ademamix.state import paging
 
 pytestmark = [
     pytest.mark.cuda,
@@ -263,7 +265,7 @@ def test_hyperparameters_in_a_tensor(dtype: torch.dtype) -> None:
     lists = on_gpu(make("32", MIXED))
     numbers = lists.clone()
     hyperparameters = hyperparameter_tensor(dtype=dtype, t_alpha=8.0, t_beta3=8.0)
-    values = dict(zip(reference.HYPERPARAMETERS, hyperparameters.tolist(), strict=True))
+    values = dict(zip(reference_step.HYPERPARAMETERS, hyperparameters.tolist(), strict=True))
     take_step(numbers, **{**values, "schedule_start": 0})
     op, args, kwargs = step_call(torch.ops.torch_ademamix.ademamix_step_, lists, hyperparameters=hyperparameters.cuda())
     op(*args, **kwargs)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from quantized import MOMENTS
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, dynamic_map
-from torch_ademamix.blockwise import BLOCK_SIZE
-from torch_ademamix.checkpoint import from_bitsandbytes, to_bitsandbytes
-from torch_ademamix.dynamic_map import dequantize, quantize
+from torch_ademamix import AdEMAMix, AdEMAMix8bit
+from torch_ademamix.checkpoint import dynamic_map, from_bitsandbytes, to_bitsandbytes
+from torch_ademamix.checkpoint.dynamic_map import dequantize, quantize
+from torch_ademamix.numerics.blockwise import BLOCK_SIZE
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "ademamix_float64.npz")
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

@@ -6,7 +6,7 @@ from config import assert_identical
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 from torch_ademamix.checkpoint import to_apertus
-from torch_ademamix.fused_adam import make_class
+from torch_ademamix.megatron.fused_adam import make_class
 
 SHAPES = [(20, 30), (513,), (7,)]
 OPTIONS = {"alpha": 8.0, "t_alpha": 9}

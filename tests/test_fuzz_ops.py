@@ -27,7 +27,7 @@ from quantized import blockwise_step, expected_blockwise_step
 from quantized import quantized as with_quantized_state
 
 from torch_ademamix import ademamix
-from torch_ademamix.blockwise import dequantize, quantize
+from torch_ademamix.numerics.blockwise import dequantize, quantize
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 
 pytestmark = fuzz

@@ -26,9 +26,9 @@ from torch import nn
 
 from torch_ademamix import AdEMAMix
 from torch_ademamix.checkpoint import from_bitsandbytes, to_bitsandbytes
-from torch_ademamix.dynamic_map import dynamic_map
-from torch_ademamix.options import LARGEST_EPS
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.checkpoint.dynamic_map import dynamic_map
+from torch_ademamix.numerics.reference_step import compute_dtype
+from torch_ademamix.state.options import LARGEST_EPS
 
 pytestmark = fuzz
 

@@ -8,7 +8,8 @@ import torch
 
 import torch_ademamix
 from torch_ademamix import __main__ as command
-from torch_ademamix import cuda, ops, precompile
+from torch_ademamix import ops, precompile
+from torch_ademamix.ops import cuda
 
 
 def printed(capsys) -> dict[str, str]:

@@ -15,7 +15,8 @@ import megatron_cases as cases
 from workers import Workers
 
 from torch_ademamix import AdEMAMix
-from torch_ademamix.megatron import _kwargs, use_ademamix
+from torch_ademamix.megatron import use_ademamix
+from torch_ademamix.megatron.integration import _kwargs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.integrations, pytest.mark.slow]
 

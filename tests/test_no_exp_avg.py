@@ -11,11 +11,12 @@ from places import in_arenas
 from quantized import SMALL, blockwise_call, blockwise_step, make_blockwise, train, without_exp_avg
 from torch import nn
 
-from torch_ademamix import AdEMAMix, ademamix, state
+from torch_ademamix import AdEMAMix, ademamix
 from torch_ademamix.checkpoint import from_adamw, from_bitsandbytes, to_bitsandbytes
 from torch_ademamix.functional import ademamix_blockwise
 from torch_ademamix.optimizer import MIN_8BIT_SIZE
-from torch_ademamix.release import release_gradients
+from torch_ademamix.state import allocation
+from torch_ademamix.training.release import release_gradients
 
 BETAS = (0.0, 0.99, 0.999)
 STORAGES: dict[str, dict[str, Any]] = {
@@ -215,7 +216,7 @@ def test_parameters_that_come_after_a_change() -> None:
     params[2].grad = torch.ones_like(params[2])
     with pytest.raises(ValueError, match=r"\['params'\]\[0\] has no exp_avg"):
         optimizer.step()
-    assert params[2] not in optimizer.state or not state.has_exp_avg(optimizer.state[params[2]])
+    assert params[2] not in optimizer.state or not allocation.has_exp_avg(optimizer.state[params[2]])
 
 
 def test_gradient_release() -> None:
@@ -271,10 +272,10 @@ def test_compiled() -> None:
 def test_has_state_ignores_others_entries() -> None:
     (p, *_), optimizer = make("32")
     optimizer.state[p]["slow_buffer"] = torch.zeros(3)
-    assert not state.has_state(optimizer.state[p])
+    assert not allocation.has_state(optimizer.state[p])
     optimizer.init_state()
-    assert state.has_state(optimizer.state[p])
-    assert not state.has_exp_avg(optimizer.state[p])
+    assert allocation.has_state(optimizer.state[p])
+    assert not allocation.has_exp_avg(optimizer.state[p])
 
 
 def test_the_lists_without_exp_avg_are_the_optimizers() -> None:

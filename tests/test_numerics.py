@@ -25,7 +25,7 @@ from config import (
 )
 
 from torch_ademamix import ops
-from torch_ademamix.schedules import alpha_schedule, beta3_schedule
+from torch_ademamix.numerics.schedules import alpha_schedule, beta3_schedule
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "ademamix_float64.npz")

@@ -16,8 +16,8 @@ from config import (
 from places import in_arenas
 from quantized import SEED, blockwise_step, make_blockwise, streams_of
 
-from torch_ademamix import bfloat16
-from torch_ademamix.reference import HYPERPARAMETERS
+from torch_ademamix.numerics import bfloat16
+from torch_ademamix.numerics.reference_step import HYPERPARAMETERS
 
 KINDS = pytest.mark.parametrize("kind", ["32", "blockwise"])
 ARENAS = pytest.mark.parametrize("count", [1, 3])

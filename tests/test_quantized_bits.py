@@ -10,8 +10,8 @@ from config import CONTIGUOUS, DTYPES, HYPERPARAMETERS, OPTIONS, assert_identica
 from quantized import SEED, SMALL, blockwise_step, boundaries, make_blockwise, neighbours, with_absmax_one
 
 from torch_ademamix import ops
-from torch_ademamix.blockwise import BLOCK_SIZE, CODE_DTYPES, POSITION_BITS
 from torch_ademamix.functional import ademamix_blockwise
+from torch_ademamix.numerics.blockwise import BLOCK_SIZE, CODE_DTYPES, POSITION_BITS
 
 NATIVE = pytest.mark.skipif(not native_built(), reason="built without native kernels")
 

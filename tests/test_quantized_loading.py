@@ -10,9 +10,9 @@ from config import DTYPES, assert_identical
 from quantized import ABSMAXS, MOMENTS, everything, make_optimizer, stored, train
 
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix8bit
-from torch_ademamix.blockwise import dequantize, quantize
 from torch_ademamix.checkpoint import to_bitsandbytes
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.numerics.blockwise import dequantize, quantize
+from torch_ademamix.numerics.reference_step import compute_dtype
 
 
 def through_state_dict(optimizer):

@@ -9,8 +9,8 @@ from quantized import (
     make_blockwise,
 )
 
-from torch_ademamix.blockwise import CODE_DTYPES
 from torch_ademamix.functional import ademamix_blockwise
+from torch_ademamix.numerics.blockwise import CODE_DTYPES
 
 FORMATS = tuple(CODE_DTYPES)
 QUANTIZE = torch.ops.torch_ademamix.quantize_blockwise.default

@@ -10,8 +10,8 @@ from quantized import ABSMAXS, MOMENTS, everything, make_optimizer, stored, trai
 from torch import nn
 
 from torch_ademamix import AdEMAMix8bit, PagedAdEMAMix8bit
-from torch_ademamix.blockwise import CODE_DTYPES
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.numerics.blockwise import CODE_DTYPES
+from torch_ademamix.numerics.reference_step import compute_dtype
 
 SLOW_BITS = pytest.mark.parametrize("slow_ema_bits", [8, 16])
 

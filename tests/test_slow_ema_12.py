@@ -11,10 +11,11 @@ from places import in_arenas
 from quantized import SMALL, blockwise_call, blockwise_step, make_blockwise, train
 from torch import nn
 
-from torch_ademamix import AdEMAMix, blockwise
+from torch_ademamix import AdEMAMix
 from torch_ademamix.checkpoint import from_bitsandbytes, to_bitsandbytes
-from torch_ademamix.moments import QUANTIZED, WITHOUT_EXP_AVG, op_entries, op_formats
-from torch_ademamix.release import release_gradients
+from torch_ademamix.numerics import blockwise
+from torch_ademamix.numerics.moments import QUANTIZED, WITHOUT_EXP_AVG, op_entries, op_formats
+from torch_ademamix.training.release import release_gradients
 
 BETAS = (0.9, 0.99, 0.999)
 AT_0 = (0.0, 0.99, 0.999)

@@ -11,7 +11,7 @@ from config import DTYPES, assert_identical
 from torch import nn
 
 from torch_ademamix import AdEMAMix, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix32bit
-from torch_ademamix.reference import compute_dtype
+from torch_ademamix.numerics.reference_step import compute_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.99, 0.999), t_alpha=30, t_beta3=30)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 import torch_ademamix
-from torch_ademamix import cuda, ops, precompile
+from torch_ademamix import ops, precompile
+from torch_ademamix.ops import cuda
 
 
 def report() -> Iterator[tuple[str, str]]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_ademamix.pairs import as_real
-from torch_ademamix.sharding import is_dtensor
+from torch_ademamix.numerics.pairs import as_real
+from torch_ademamix.state.sharding import is_dtensor
 
 # torch.nn.utils.clip_grad_norm_ adds this to the norm.
 _EPS = 1e-6

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from torch_ademamix.arenas import NAMES
 from torch_ademamix.optimizer import AdEMAMix
-from torch_ademamix.sharding import is_dtensor
+from torch_ademamix.state.arenas import NAMES
+from torch_ademamix.state.sharding import is_dtensor
 
 StateDict = dict[str, Any]
 _HINT = "load it with the optim_bits, slow_ema_bits, min_8bit_size and master_weights that it was saved with"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from torch_ademamix import ops
-from torch_ademamix.bfloat16 import draws
-from torch_ademamix.reference import Hyperparameters
+from torch_ademamix.numerics.bfloat16 import draws
+from torch_ademamix.numerics.reference_step import Hyperparameters
 
 Batch = tuple[Sequence[Any], ...]  # the lists of an op call
 Rounding = dict[str, Any]  # the arguments of an op call that say how its parameters are rounded
@@ -66,11 +66,12 @@ def ademamix(
             may change from step to step without a recompilation.
         beta1, beta2, beta3: in [0, 1).
         alpha: the weight α of the slow EMA.
-        t_alpha, t_beta3: steps over which α and β3 are warmed up; see :mod:`torch_ademamix.schedules`.
+        t_alpha, t_beta3: steps over which α and β3 are warmed up; see :mod:`torch_ademamix.numerics.schedules`.
         schedule_start: steps done before these warm-ups begin; at least 0.
         eps: ε, at least 0.
         weight_decay: λ, decoupled, applied to the parameter's old value.
-        delta: δ of β3(t) = 1 − δ/(δ + t), instead of `beta3` and its warm-up; see :mod:`torch_ademamix.schedules`.
+        delta: δ of β3(t) = 1 − δ/(δ + t), instead of `beta3` and its warm-up; see
+            :mod:`torch_ademamix.schedules`.
         log_time_beta2: β2 is 1 − δ/(δ + t) too, and ν has no bias correction.
         kappa: κ of α(t) = α + (1 + t)^(1 − κ).
         t_weight_decay: T of λ(t) = λ/(1 + t/T).
@@ -146,7 +147,7 @@ def ademamix_blockwise(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """:func:`ademamix` with quantized moments, in the formats of :mod:`torch_ademamix.blockwise`.
+    """:func:`ademamix` with quantized moments, in the formats of :mod:`torch_ademamix.numerics.blockwise`.
 
     The parameters are updated from the moments before these are rounded. An element of which a moment isn't
     finite loses its three moments, and its neighbours nothing.
@@ -163,7 +164,7 @@ def ademamix_blockwise(
     The other arguments, and what is raised, are :func:`ademamix`'s.
 
     >>> import torch
-    >>> from torch_ademamix.blockwise import quantize
+    >>> from torch_ademamix.numerics.blockwise import quantize
     >>> p, g = torch.ones(300), torch.full((300,), 0.5)
     >>> m1, m1_absmax = quantize(torch.zeros(300), "signed_sqrt_int8")
     >>> m2, m2_absmax = quantize(torch.zeros(300), "linear_int16")

@@ -11,12 +11,24 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_ademamix import bfloat16, sharding, tracing
-from torch_ademamix.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState, check_memory
+from torch_ademamix import tracing
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
-from torch_ademamix.loading import STATE_DICT, brought_out, checked_state_dict, real_or_fake, take_state
-from torch_ademamix.moments import formats_of
-from torch_ademamix.options import (
+from torch_ademamix.numerics import bfloat16
+from torch_ademamix.numerics.moments import formats_of
+from torch_ademamix.state import sharding
+from torch_ademamix.state.allocation import (
+    STATE_FORMAT,
+    check_exp_avg,
+    has_state,
+    make_state,
+    read_ema,
+    separate,
+    without_state,
+    write_ema,
+)
+from torch_ademamix.state.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState, check_memory
+from torch_ademamix.state.loading import STATE_DICT, brought_out, checked_state_dict, real_or_fake, take_state
+from torch_ademamix.state.options import (
     GroupOptions,
     HyperparameterTables,
     check_grads,
@@ -27,18 +39,8 @@ from torch_ademamix.options import (
     refusals_of,
     settle_lrs,
 )
-from torch_ademamix.plain import plain, plain_options
-from torch_ademamix.plan import Plan, Work
-from torch_ademamix.state import (
-    STATE_FORMAT,
-    check_exp_avg,
-    has_state,
-    make_state,
-    read_ema,
-    separate,
-    without_state,
-    write_ema,
-)
+from torch_ademamix.state.plain_options import plain, plain_options
+from torch_ademamix.state.plan import Plan, Work
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_ademamix import cuda
+from torch_ademamix.ops import cuda
 from torch_ademamix.optimizer import AdEMAMix
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}

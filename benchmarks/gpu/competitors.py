@@ -14,7 +14,8 @@ from benchmarks.gpu.report import GPT2_124M, LARGE, SMALL
 from benchmarks.gpu.timing import Prepared, Step
 from benchmarks.shared import formula, writing
 from benchmarks.shared.gpt2 import SHAPES, Shapes
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix, PagedAdEMAMix8bit, paging
+from torch_ademamix import AdEMAMix, AdEMAMix8bit, PagedAdEMAMix, PagedAdEMAMix8bit
+from torch_ademamix.state import paging
 
 LLAMA_8B_LAYER: Shapes = [
     *((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)),

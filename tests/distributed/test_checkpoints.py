@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_ademamix import AdEMAMix
-from torch_ademamix.blockwise import dequantize
 from torch_ademamix.distributed import LoadPlanner, get_full_optimizer_state_dict, set_full_optimizer_state_dict
+from torch_ademamix.numerics.blockwise import dequantize
 from torch_ademamix.variants import ADANA_OPTIONS
 
 pytestmark = pytest.mark.distributed

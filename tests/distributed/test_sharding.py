@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_ademamix import AdEMAMix, compile_train_step, release_gradients
-from torch_ademamix.sharding import first_group
+from torch_ademamix.state.sharding import first_group
 from torch_ademamix.variants import ADANA_OPTIONS
 
 pytestmark = pytest.mark.distributed

@@ -9,7 +9,7 @@ import sys
 
 import torch  # noqa: F401  the library is linked to it
 
-from torch_ademamix import cuda
+from torch_ademamix.ops import cuda
 
 _, file, nvrtc, folder, capability = sys.argv
 library = ctypes.CDLL(file)

@@ -15,8 +15,9 @@ import torch
 from config import StepLists, make_lists, step_call
 from host import DRIVER, FOLDER, driver, host, set_up, take_log
 
-from torch_ademamix import AdEMAMix, cuda, ops, precompile
-from torch_ademamix.cuda import PRECOMPILED_VARIABLE
+from torch_ademamix import AdEMAMix, ops, precompile
+from torch_ademamix.ops import cuda
+from torch_ademamix.ops.cuda import PRECOMPILED_VARIABLE
 
 # A process for each case, since kernels are loaded once in each; forked from one that has torch.
 PROCESSES = multiprocessing.get_context("forkserver")

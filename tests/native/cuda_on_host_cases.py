@@ -33,7 +33,7 @@ from quantized import (
 from torch import Tensor
 
 from torch_ademamix import ops
-from torch_ademamix.blockwise import CODE_DTYPES
+from torch_ademamix.numerics.blockwise import CODE_DTYPES
 
 # What all variants are built for (cuda_driver.cpp).
 COMMON_DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import torch_ademamix  # noqa: F401
-from torch_ademamix import cuda
+from torch_ademamix.ops import cuda
 
 FOLDER = Path(os.environ["CUDA_ON_HOST"])
 DRIVER = FOLDER / "libcuda.so.1"

@@ -1,0 +1,1 @@
+"""What a step computes, in PyTorch: schedules, formats of state, roundings, and the kernels' oracle."""

@@ -1,0 +1,322 @@
+"""The custom ops: their schemas, the libraries that serve them, fakes and the in-place rule.
+
+By dispatch key, an op has: native kernels (CPU, and CUDA where there is a GPU); the reference for any other
+device, and for every device of a build without native parts; and a fake, for tracing. One that writes in place is made
+of two: the kernels', and the in-place rule that calls it.
+"""
+
+import ctypes
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from torch_ademamix.numerics import blockwise, pairs, reference_step
+from torch_ademamix.numerics.blockwise import CODE_DTYPES, Format, block_count
+from torch_ademamix.numerics.reference_step import Hyperparameters
+from torch_ademamix.ops import compiled_reference, cuda, offsets
+from torch_ademamix.ops.arguments import check_blockwise_step, check_dequantize, check_quantize, check_step
+
+OpCall = tuple[Callable[..., None], Sequence[Any], dict[str, Any]]  # with its lists and options
+
+FORMATS = tuple(CODE_DTYPES)
+
+_LISTS = (
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_slows, "
+    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(z!)[] remainders"
+)
+_BLOCKWISE_LISTS = (
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_absmaxs, "
+    "Tensor(d!)[] exp_avg_slows, Tensor(e!)[] exp_avg_slow_absmaxs, Tensor(f!)[] exp_avg_sqs, "
+    "Tensor(g!)[] exp_avg_sq_absmaxs, Tensor(h!)[] steps, Tensor(z!)[] remainders"
+)
+# The overloads of an op, by where its rows of hyperparameters (numerics/reference_step.py, Hyperparameters) come from:
+# numbers, row after row, with learning rates of each row that may be tensors; or one tensor of shape [rows, numbers].
+# `rows` has each parameter's row; it is empty where all have the first.
+_OVERLOADS = {
+    "": "float[] hyperparameters, Tensor[] lrs, *, int[] rows, ",
+    ".tensor_hyperparameters": "Tensor hyperparameters, *, int[] rows, ",
+}
+# How bfloat16 parameters are rounded, where they have no remainders.
+_PARAM_ROUNDING = "bool stochastic_param_rounding, int seed, int[] streams"
+SCALER = ("grad_scale", "found_inf")
+_SCALER = ", ".join(f"Tensor? {name}=None" for name in SCALER)
+# `places` says where state lies in tensors that parameters share (offsets.py); it is empty where each has its own.
+# A dry run checks the arguments and does nothing else.
+_REST = f"{_PARAM_ROUNDING}, int[] places, {_SCALER}, bool dry_run=False"
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_library = torch.library.Library("torch_ademamix", "DEF")
+
+
+def _load_native() -> ModuleType | None:
+    """Loads the kernels for this processor's instruction set, as torch itself chooses it."""
+    try:
+        native = import_module("torch_ademamix._native")
+    except ImportError:
+        warnings.warn(
+            "torch_ademamix was built without its native kernels and runs on the reference ones, which are "
+            "several times slower; reinstall it where a C++ compiler is at hand "
+            "(`python -m torch_ademamix` shows the build)",
+            stacklevel=2,
+        )
+        return None
+    torch.ops.load_library(_cpu_library(native))
+    return native
+
+
+def _cpu_library(native: ModuleType) -> Path:
+    return Path(__file__).parents[1] / f"_cpu_{cpu_capability(native)}.so"
+
+
+def cpu_capability(native: ModuleType) -> str:
+    """The instruction set of the CPU kernels in use: "avx512", "avx2" or "default"."""
+    wanted = torch.backends.cpu.get_cpu_capability().lower().split("_")[0]
+    return wanted if wanted in native.cpu_capabilities.split() else "default"
+
+
+def _define_in_place(schema: str, *, fake: Callable[..., None], kernel: Callable[..., None]) -> Callable[..., None]:
+    """Registers an in-place op, and returns it without the dispatcher's way to it.
+
+    The kernels are those of a second op, by the same name with an underscore before, which leaves the version counters
+    of what it changes as they were: a backward after it would silently use the new values where torch's own optimizers
+    make it raise. A traced graph has that one: what AOTAutograd compiles counts versions itself, and would go through
+    Python, with all its tensors, for a rule at the dispatch key ADInplaceOrView.
+    """
+    kernels = _define(f"_{schema}", fake, kernel)
+    arguments = torch._C.parse_schema(f"torch_ademamix::{schema}").arguments
+    mutated = [i for i, argument in enumerate(arguments) if argument.alias_info is not None]
+
+    def op(*args: Any, **kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            kernels(*args, **kwargs)
+        else:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                kernels(*args, **kwargs)
+        if kwargs.get("dry_run"):
+            return
+        torch.autograd.graph.increment_version(list(chain.from_iterable(args[i] for i in mutated)))
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(schema.split("(")[0], op, "CompositeImplicitAutograd")
+    return op
+
+
+def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.split("(")[0]
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.torch_ademamix, packet), overload or "default")
+    torch.library.register_fake(op, fake, lib=_library)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    return op  # type: ignore[no-any-return]
+
+
+def _reference_step(
+    check: Callable[..., None], step: Callable[..., None], parts: Sequence[offsets.Part]
+) -> Callable[..., None]:
+    """The kernel of an op's overloads; `parts` are those that its lists of state have of arenas."""
+    count = len(parts) + len(("params", "grads", "steps", "remainders"))
+
+    def kernel(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+        if kwargs.pop("dry_run", False):
+            return
+        if args[0] and args[0][0].device.type == "cuda":
+            _warn_of_reference_on_cuda()
+        lists, hyperparameters = args[:count], args[count:]
+        views = offsets.one_for_each(parts, lists, kwargs.pop("places"))
+        compiled_reference.run(step, views, _rows(*hyperparameters), **{**dict.fromkeys(SCALER), **kwargs})
+
+    return kernel
+
+
+def _rows(hyperparameters: Tensor | Sequence[float], lrs: Sequence[Tensor] = ()) -> list[Hyperparameters]:
+    if isinstance(hyperparameters, Tensor):
+        return [Hyperparameters(*row.unbind()) for row in hyperparameters.double().unbind()]
+    rows = [Hyperparameters(*row) for row in zip(*[iter(hyperparameters)] * len(Hyperparameters._fields), strict=True)]
+    return [row._replace(lr=lr) for row, lr in zip(rows, lrs, strict=True)] if lrs else rows
+
+
+def _functions(native: ModuleType) -> ctypes.PyDLL:
+    """What the library of CPU kernels has beside its ops."""
+    library = ctypes.PyDLL(str(_cpu_library(native)))
+    for function in (library.ademamix_unmoved, library.ademamix_unwatch):
+        function.argtypes = [ctypes.c_int64]
+    return library
+
+
+@cache
+def _warn_of_reference_on_cuda() -> None:
+    warnings.warn(
+        f"{without_cuda}: CUDA tensors are served by torch_ademamix's reference kernels, which are several times "
+        "slower (`python -m torch_ademamix` shows what serves which device)",
+        stacklevel=2,
+    )
+
+
+@cache
+def _warn_of_ordinary_memory(device: torch.device) -> None:
+    warnings.warn(f"{device} has no managed memory: paged state is ordinary memory there", stacklevel=3)
+
+
+def _fake_quantize(
+    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    checked = check_quantize(x, format, seed is not None)
+    codes = torch.empty(x.shape, dtype=CODE_DTYPES[checked], device=x.device)
+    return codes, x.new_empty(block_count(x.numel()))
+
+
+def _fake_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
+    check_dequantize(codes, absmax, format)
+    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+
+
+def _ordinary_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    return beside.new_empty(numel, dtype=dtype)
+
+
+def _reference_quantize(
+    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    checked = check_quantize(x, format, seed is not None)
+    return blockwise.quantize(x, checked, seed=seed, step=step, stream=stream)
+
+
+def _reference_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
+    return blockwise.dequantize(codes, absmax, check_dequantize(codes, absmax, format))
+
+
+_steps = [
+    _define_in_place(
+        f"ademamix_step_{overload}({_LISTS}, {numbers}bool maximize, {_REST}) -> ()",
+        fake=check_step,
+        kernel=_reference_step(check_step, reference_step.ademamix_step_, offsets.STEP_PARTS),
+    )
+    for overload, numbers in _OVERLOADS.items()
+]
+_blockwise_steps = [
+    _define_in_place(
+        f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {numbers}bool maximize, "
+        f"bool stochastic_rounding, {_REST}) -> ()",
+        fake=check_blockwise_step,
+        kernel=_reference_step(check_blockwise_step, reference_step.ademamix_blockwise_step_, offsets.BLOCKWISE_PARTS),
+    )
+    for overload, numbers in _OVERLOADS.items()
+]
+_quantize = _define(
+    "quantize_blockwise(Tensor x, int format, *, int? seed=None, int step=0, int stream=0) -> (Tensor, Tensor)",
+    fake=_fake_quantize,
+    kernel=_reference_quantize,
+)
+_dequantize = _define(
+    "dequantize_blockwise(Tensor codes, Tensor absmax, int format) -> Tensor",
+    fake=_fake_dequantize,
+    kernel=_reference_dequantize,
+)
+_paged_empty = _define(
+    "paged_empty(Tensor beside, int numel, ScalarType dtype) -> Tensor",
+    fake=_ordinary_empty,
+    kernel=_ordinary_empty,
+)
+page_out = _define(
+    "page_out(Tensor tensor) -> ()",
+    fake=lambda tensor: None,
+    kernel=lambda tensor: None,
+)
+_library.define("_watch(Tensor[] tensors) -> int")  # see torch_ademamix/state/watch.py
+native = _load_native()
+library = None if native is None else _functions(native)
+without_cuda = cuda.load()  # why CUDA tensors are served by the reference kernels; None if they aren't
+
+
+def ademamix_step_(*lists: Sequence[Any], **options: Any) -> None:
+    """The op `ademamix_step_`, which takes lists of one dtype and device; complex tensors as pairs of reals.
+
+    Args:
+        options: the op's, with `hyperparameters` (numbers, or a tensor) and `lrs`; tensors may be on another device.
+    """
+    _call(_steps, lists, options)
+
+
+def ademamix_blockwise_step_(*lists: Sequence[Any], **options: Any) -> None:
+    """The op `ademamix_blockwise_step_`, in the same way."""
+    _call(_blockwise_steps, lists, options)
+
+
+def run(calls: Sequence[OpCall]) -> None:
+    """Calls step ops, each with its lists and options; raises before the first of them has written anything.
+
+    A call checks its own arguments, so all but the first are checked here. No graph has these dry runs: Dynamo checks
+    a call when it traces it, and make_fx doesn't record them.
+    """
+    if len(calls) > 1 and not torch.compiler.is_compiling():
+        if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+            with disable_proxy_modes_tracing():
+                _dry_run(calls[1:])
+        else:
+            _dry_run(calls[1:])
+    for op, lists, options in calls:
+        op(*lists, **options)
+
+
+def _dry_run(calls: Sequence[OpCall]) -> None:
+    for op, lists, options in calls:
+        op(*lists, **options, dry_run=True)
+
+
+def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any]], options: dict[str, Any]) -> None:
+    numbers, tensor_hyperparameters = overloads
+    # With several devices, the scalars that are tensors are on one only.
+    device = lists[0][0].device if lists[0] else None
+    for name in SCALER:
+        if options.get(name) is not None:
+            options[name] = _beside(options[name], device)
+    hyperparameters = options.pop("hyperparameters")
+    if isinstance(hyperparameters, Tensor):
+        return pairs.call(tensor_hyperparameters, lists, _beside(hyperparameters, device), **options)
+    pairs.call(numbers, lists, hyperparameters, [_beside(lr, device) for lr in options.pop("lrs")], **options)
+
+
+def _beside(scalar: Tensor, device: torch.device | None) -> Tensor:
+    if device is None or scalar.device == device:
+        return scalar
+    # A copy to the GPU needn't be waited for: of ordinary memory, the driver takes it before the call returns.
+    is_taken = device.type == "cuda" and scalar.device.type == "cpu" and not torch.compiler.is_compiling()
+    return scalar.to(device, non_blocking=is_taken and not scalar.is_pinned())
+
+
+def quantize_blockwise(
+    x: Tensor, format: Format, *, seed: int | None = None, step: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    """:func:`torch_ademamix.numerics.blockwise.quantize` as an op, with native kernels."""
+    return _quantize(x, FORMATS.index(format), seed=seed, step=step, stream=stream)  # type: ignore[no-any-return]
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
+    """:func:`torch_ademamix.numerics.blockwise.dequantize` as an op, with native kernels."""
+    return _dequantize(codes, absmax, FORMATS.index(format))  # type: ignore[no-any-return]
+
+
+def paged_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor of `numel` elements on the device of `beside`: in managed memory, where there is some.
+
+    Raises torch.OutOfMemoryError where neither the GPU nor the host has room for it.
+    """
+    if cuda.lacks_managed_memory(beside.device):
+        _warn_of_ordinary_memory(beside.device)
+    try:
+        return _paged_empty(beside, numel, dtype)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "CUDA_ERROR_OUT_OF_MEMORY" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
