@@ -12,7 +12,6 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_ademamix
-from torch_ademamix import ops
 from torch_ademamix.ops import cuda
 from torch_ademamix.state import paging
 
@@ -52,7 +51,7 @@ def test_kernels_compile(tmp_path: Path) -> None:
 
 
 def test_cuda_kernels_are_registered() -> None:
-    assert Path(ops.__file__).with_name("_cuda.so").is_file()
+    assert Path(torch_ademamix.__file__).with_name("_cuda.so").is_file()
     for op in OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_ademamix::{op}", "CUDA"), op
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 
-from torch_ademamix.ops import cuda
+import torch_ademamix
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def is_typical(name: str) -> bool:
 def compile_kernels(wanted: Iterable[str], nvrtc: str | Path, capability: int, folder: Path) -> list[Path]:
     """Files of their code, behind a first line (ops/cuda/compiler.cpp)."""
     script = ROOT / "tests/native/compile_kernels.py"
-    library = Path(cuda.__file__).with_name("_cuda.so")
+    library = Path(torch_ademamix.__file__).with_name("_cuda.so")
     done = subprocess.run(
         [sys.executable, script, library, nvrtc, folder, str(capability)],
         input="\n".join(wanted),
