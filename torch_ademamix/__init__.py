@@ -3,6 +3,7 @@
 from torch_ademamix import checkpoint
 from torch_ademamix.functional import ademamix
 from torch_ademamix.optimizer import AdEMAMix
+from torch_ademamix.recommended import recommended
 from torch_ademamix.reference import ReferenceAdEMAMix
 from torch_ademamix.training import capture_train_step, compile_train_step, release_gradients
 from torch_ademamix.variants import (
@@ -27,6 +28,7 @@ __all__ = [
     "capture_train_step",
     "checkpoint",
     "compile_train_step",
+    "recommended",
     "release_gradients",
 ]
 
