@@ -6,7 +6,7 @@ import pytest
 import torch
 from config import assert_identical
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, ReferenceAdEMAMix
+from torch_ademamix import AdEMAMix, AdEMAMix8bit, ReferenceAdEMAMix, recommended
 from torch_ademamix.checkpoint import (
     dynamic_map,
     from_adamw,
@@ -263,6 +263,61 @@ def test_schedules_wait_for_parameters_with_fewer_steps():
     train(optimizer, [25])
     with pytest.raises(AssertionError):
         assert_near(ours[1:], params[1:])
+
+
+class TestOptionsOfTheSwitch:
+    """What AdamW doesn't have stays the optimizer's own, of each group, unless it is given."""
+
+    OWN = ("alpha", "t_alpha", "t_beta3", "delta", "seed", "maximize", "stochastic_rounding")
+
+    @pytest.fixture
+    def switched(self):
+        def switch(**given):
+            adamw = torch.optim.AdamW(groups_of(make_params()), lr=5e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+            state_dict = train(adamw, range(5)).state_dict()
+            groups = groups_of(make_params())
+            groups[1].update(betas=(0.9, 0.999, 0.99), alpha=2.0, t_alpha=7, kappa=None, seed=9)
+            optimizer = AdEMAMix(groups, lr=1.0, **recommended(1000), stochastic_rounding=False)
+            own = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(from_adamw(state_dict, **given))
+            return own, optimizer.param_groups
+
+        return switch
+
+    def test_default(self, switched):
+        own, groups = switched()
+        assert [group["betas"] for group in groups] == [(0.8, 0.95, 0.999), (0.8, 0.95, 0.99)]
+        assert [[group[name] for name in self.OWN] for group in groups] == [[g[name] for name in self.OWN] for g in own]
+        assert [(g["lr"], g["eps"], g["weight_decay"]) for g in groups] == [(3e-3, 1e-6, 0.1), (5e-3, 1e-6, 0.3)]
+        assert [group["schedule_start"] for group in groups] == [5, 5]
+
+    def test_given(self, switched):
+        _, groups = switched(beta3=0.9999, alpha=0.5, t_alpha=0, t_beta3=30)
+        for group in groups:
+            assert group["betas"] == (0.8, 0.95, 0.9999)
+            assert (group["alpha"], group["t_alpha"], group["t_beta3"]) == (0.5, 0, 30)
+
+    @pytest.mark.parametrize("given", [{"beta3": 1.0}, {"alpha": -1.0}])
+    def test_out_of_range(self, switched, given):
+        name = {"beta3": "betas"}.get(*given, *given)
+        with pytest.raises(ValueError, match=rf"state_dict\['param_groups'\]\[0\]: {name} is .*, but must be"):
+            switched(**given)
+
+    def test_none_as_beta3_is_for_loading_only(self):
+        with pytest.raises(TypeError, match=r"betas is \(0.9, 0.999, None\), but must be three numbers"):
+            AdEMAMix(make_params(), betas=(0.9, 0.999, None))
+
+
+@pytest.mark.parametrize("lost", ["alpha", "seed", "lr", "betas"])
+def test_options_that_a_group_lacks_stay_the_optimizers_own(lost):
+    own = {"alpha": 3.0, "seed": 4, "lr": 0.5, "betas": (0.5, 0.6, 0.7)}
+    state_dict = ademamix_state_dict(optim_bits=32)
+    for group in state_dict["param_groups"]:
+        del group[lost]
+    optimizer = AdEMAMix(groups_of(make_params()))
+    optimizer.param_groups[1].update(own)
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[1][lost] == own[lost]
 
 
 def test_adamw_state_loads_into_8_bits():

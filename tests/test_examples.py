@@ -9,9 +9,9 @@ import pytest
 import torch_ademamix
 
 MODULES = [
-    f"torch_ademamix.{module.name}"
-    for module in pkgutil.iter_modules(torch_ademamix.__path__)
-    if not module.name.startswith("_")
+    module.name
+    for module in pkgutil.walk_packages(torch_ademamix.__path__, "torch_ademamix.")
+    if "._" not in module.name
 ]
 
 

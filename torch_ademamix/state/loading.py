@@ -45,7 +45,7 @@ from torch_ademamix.state.arenas import (
     ParamState,
     Storage,
 )
-from torch_ademamix.state.options import check_options, param_name, refusals_of
+from torch_ademamix.state.options import OPTIONS, check_options, param_name, refusals_of
 from torch_ademamix.state.plain_options import plain_options
 
 STATE_DICT = "what an optimizer's state_dict() returns, with 'state' and 'param_groups'"
@@ -102,6 +102,7 @@ def checked_state_dict(
         return {"state": state, "param_groups": groups}  # for torch to refuse
     for number, (saved, group) in enumerate(zip(groups, own_groups, strict=True)):
         with refusals_of(f"state_dict['param_groups'][{number}]"):
+            groups[number] = saved = completed(saved, group)
             check_options({**group, **saved})
             check_format(saved)
     warnings_due = set()
@@ -131,6 +132,26 @@ def checked_state_dict(
         warnings.warn(text, stacklevel=2)
     stored = [{name: group[name] for name in STORAGE_OPTIONS} | {"state_format": STATE_FORMAT} for group in own_groups]
     return {"state": state, "param_groups": [{**saved, **own} for saved, own in zip(groups, stored, strict=True)]}
+
+
+def completed(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group that has the optimizer's own options, and β3, where it has none or None as β3.
+
+    The options of storage aren't completed: those that are saved say in which formats state was saved.
+
+    Raises:
+        ValueError: the group is AdamW's.
+    """
+    own = {name: group[name] for name in OPTIONS if name in group and name not in STORAGE_OPTIONS}
+    betas = saved.get("betas")
+    if isinstance(betas, (tuple, list)) and len(betas) == 2:
+        raise ValueError(
+            f"betas is {betas!r}, but must be three numbers in [0, 1): convert a state dict of AdamW with "
+            "torch_ademamix.checkpoint.from_adamw"
+        )
+    if isinstance(betas, (tuple, list)) and len(betas) == 3 and betas[2] is None:
+        saved = {**saved, "betas": (*betas[:2], group["betas"][2])}
+    return {**own, **saved}
 
 
 def check_format(saved: Mapping[str, Any]) -> None:

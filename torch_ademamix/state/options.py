@@ -140,6 +140,24 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+OPTIONS = tuple(_ALLOWED)
+
+# Arguments of torch.optim.AdamW that AdEMAMix accepts and has no use for; and what to do if one of them is True.
+ADAMW_OPTIONS = ("foreach", "fused", "amsgrad", "differentiable")
+_WITHOUT = {
+    "amsgrad": "AdEMAMix has no AMSGrad variant; leave amsgrad out",
+    "differentiable": "autograd can't differentiate through a step of AdEMAMix; leave differentiable out, or use "
+    "torch.optim.AdamW",
+}
+
+
+def check_adamw_options(options: Mapping[str, Any]) -> None:
+    """Raises a ValueError for options of AdamW that AdEMAMix doesn't have."""
+    for name, advice in _WITHOUT.items():
+        if options.get(name):
+            raise ValueError(f"{name} is {options[name]!r}, but must be False: {advice}")
+
+
 def check_options(options: Mapping[str, Any], names: Iterable[str] | None = None, first: bool = False) -> None:
     """Refuses options out of their range.
 
@@ -152,18 +170,34 @@ def check_options(options: Mapping[str, Any], names: Iterable[str] | None = None
         ValueError: a value is out of its range.
         TypeError: a value is of a type that can't be compared with it.
     """
+    if "max_grad_norm" in options:
+        raise ValueError(
+            f"max_grad_norm is {options['max_grad_norm']!r}, but can't be an option of a group: pass it to the "
+            "constructor, which clips the gradients of all groups together"
+        )
     for name in _ALLOWED if names is None else names:
         if name in _ALLOWED:
             allowed, ok = _ALLOWED[name]
             if name == "lr" and not isinstance(options["lr"], Tensor):
                 allowed = "at least 0" if first else "a number"
                 ok = _at_least_0 if first else ok
+            if name == "betas":
+                _check_number_of_betas(options["betas"])
             _require(name, options[name], allowed, ok)
     _check_log_time(options)
     if options["master_weights"]:
         _require("param_rounding", options["param_rounding"], "'nearest'", lambda rounding: rounding == "nearest")
     if first:
         _check_order(options)
+
+
+def _check_number_of_betas(betas: Any) -> None:
+    """Raises for AdamW's two betas."""
+    if isinstance(betas, (tuple, list)) and len(betas) == 2:
+        raise ValueError(
+            f"betas is {betas!r}, but must be three numbers in [0, 1): append β3, as in betas=({betas[0]!r}, "
+            f"{betas[1]!r}, 0.999), or pass **torch_ademamix.recommended(steps)"
+        )
 
 
 def _check_log_time(options: Mapping[str, Any]) -> None:
