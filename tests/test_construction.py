@@ -1,6 +1,7 @@
 """Making, copying and loading optimizers: numbers of other libraries, lazy modules, meta, fake tensors, Dynamo."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 
 import numpy
@@ -10,7 +11,16 @@ from config import assert_identical
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from torch_ademamix import AdEMAMix, AdEMAMix8bit, compile_train_step
+from torch_ademamix import (
+    ADANA,
+    AdEMAMix,
+    AdEMAMix8bit,
+    AdEMAMix32bit,
+    PagedAdEMAMix,
+    PagedAdEMAMix8bit,
+    PagedAdEMAMix32bit,
+    compile_train_step,
+)
 
 EVERY_CLASS = pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
 
@@ -146,6 +156,136 @@ class TestPositionalOrder:
         optimizer.param_groups[0].update(alpha=1e-8, kappa=None)
         p.grad = torch.ones_like(p)
         optimizer.step()
+
+
+RELATIVES = {
+    # class: the arguments that it fixes
+    AdEMAMix32bit: {"optim_bits": 32},
+    AdEMAMix8bit: {"optim_bits": 8},
+    PagedAdEMAMix: {"is_paged": True},
+    PagedAdEMAMix32bit: {"optim_bits": 32, "is_paged": True},
+    PagedAdEMAMix8bit: {"optim_bits": 8, "is_paged": True},
+    ADANA: {"betas": (0.0, 0.999, 0.9999), "t_alpha": None, "t_beta3": None, "log_time_beta2": True},
+}
+EVERY_RELATIVE = pytest.mark.parametrize(("cls", "fixed"), RELATIVES.items(), ids=lambda x: getattr(x, "__name__", ""))
+OTHER_DEFAULTS = {ADANA: {"alpha": 1.0, "delta": 8.0, "kappa": 0.85}}
+
+
+@EVERY_RELATIVE
+def test_signatures(cls, fixed):
+    """Those of relatives are AdEMAMix's without what they fix: positions, types and defaults."""
+    defaults = OTHER_DEFAULTS.get(cls, {})
+    expected = [
+        argument.replace(default=defaults.get(argument.name, argument.default))
+        for argument in inspect.signature(AdEMAMix).parameters.values()
+        if argument.name not in fixed
+    ]
+    assert [*inspect.signature(cls).parameters.values()] == expected
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        cls([nn.Parameter(torch.ones(3))], **fixed)
+
+
+@EVERY_RELATIVE
+def test_each_argument_arrives(cls, fixed):
+    values = {
+        **dict(lr=0.5, betas=(0.5, 0.6, 0.7), alpha=2.0, t_alpha=3, t_beta3=4, eps=0.25, weight_decay=0.125),
+        **dict(min_8bit_size=5, schedule_start=6, t_weight_decay=7.0, slow_ema_bits=12, stochastic_rounding=False),
+        **dict(seed=8, master_weights="remainder8", maximize=True),
+    }
+    others = {"delta": 9.0, "kappa": 0.75, "t_alpha": None, "t_beta3": None, "param_rounding": "stochastic"}
+    others |= {"log_time_beta2": True, "master_weights": None, "optim_bits": 8, "is_paged": True, "capturable": True}
+    for options in (values, others):
+        given = {name: value for name, value in options.items() if name not in fixed}
+        group = cls([nn.Parameter(torch.ones(3))], **given, max_grad_norm=0.5).param_groups[0]
+        assert {name: group[name] for name in (*given, *fixed)} == {**given, **fixed}
+    assert cls([nn.Parameter(torch.ones(3))], max_grad_norm=0.5).max_grad_norm == 0.5
+
+
+WRONG_CALLS = {
+    "AdEMAMix8bit(params, optim_bits=32)": 'Unexpected keyword argument "optim_bits"',
+    "PagedAdEMAMix32bit(params, is_paged=True)": 'Unexpected keyword argument "is_paged"',
+    "ADANA(params, betas=(0.9, 0.999, 0.999))": 'Unexpected keyword argument "betas"',
+    "AdEMAMix32bit(params, 'high')": 'Argument 2 to "AdEMAMix32bit" has incompatible type "str"',
+    "AdEMAMix(params, betas=(0.9, 0.999))": 'Argument "betas" to "AdEMAMix" has incompatible type',
+}
+RIGHT_CALLS = [
+    "AdEMAMix(params, fused=True, **recommended(100))",
+    "PagedAdEMAMix8bit(params, 1e-3, (0.9, 0.99, 0.999), 5.0, 100, 200, 1e-7, 0.1, 4096, seed=1)",
+]
+
+
+def test_type_checkers_know_the_arguments(tmp_path):
+    api = pytest.importorskip("mypy.api", reason="comes with the extra `dev`")
+    calls = [*WRONG_CALLS, *RIGHT_CALLS]
+    text = ["import torch", "from torch_ademamix import *", "params = [torch.ones(2)]", *calls]
+    (tmp_path / "calls.py").write_text("\n".join(text))
+    out, _, _ = api.run(["--strict", "--no-error-summary", "--hide-error-context", str(tmp_path / "calls.py")])
+    errors = [line for line in out.splitlines() if "error:" in line]
+    assert len(errors) == len(WRONG_CALLS), out
+    for error, expected in zip(errors, WRONG_CALLS.values(), strict=True):
+        assert expected in error
+
+
+class TestAdamWArguments:
+    """`foreach`, `fused` and what configurations set to False are accepted; what AdEMAMix doesn't have raises."""
+
+    @pytest.mark.parametrize("cls", [AdEMAMix, *RELATIVES])
+    @pytest.mark.parametrize("value", [True, False, None])
+    def test_foreach_and_fused(self, cls, value):
+        p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+        optimizer, expected = cls([p], foreach=value, fused=value, amsgrad=False, differentiable=False), cls([p])
+        more = {"fused": value, "foreach": value, "amsgrad": False, "differentiable": False}
+        optimizer.add_param_group({"params": [q], **more})
+        expected.add_param_group({"params": [q]})
+        assert optimizer.state_dict() == expected.state_dict()
+        assert optimizer.defaults == expected.defaults
+
+    @pytest.mark.parametrize("cls", [AdEMAMix, *RELATIVES])
+    @pytest.mark.parametrize("name", ["amsgrad", "differentiable"])
+    def test_what_ademamix_has_not(self, cls, name):
+        message = rf"{name} is True, but must be False: .*leave {name} out"
+        with pytest.raises(ValueError, match=message):
+            cls([nn.Parameter(torch.ones(3))], **{name: True})
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]: {message}"):
+            cls([{"params": [nn.Parameter(torch.ones(3))], name: True}])
+
+    @pytest.mark.parametrize("betas", [(0.9, 0.95), [0.9, 0.95]])
+    def test_two_betas(self, betas):
+        message = r"betas is .* append β3, as in betas=\(0.9, 0.95, 0.999\), or pass \*\*torch_ademamix.recommended"
+        for make in (
+            lambda p: AdEMAMix([p], betas=betas),
+            lambda p: AdEMAMix([{"params": [p], "betas": betas}]),
+            lambda p: AdEMAMix([p], 1e-3, betas, 1e-8, 0.1),
+        ):
+            with pytest.raises(ValueError, match=message):
+                make(nn.Parameter(torch.ones(3)))
+
+    def test_adamws_state_dict(self):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = AdEMAMix([p])
+        before = optimizer.state_dict()
+        with pytest.raises(ValueError, match=r"\['param_groups'\]\[0\]: betas is .*checkpoint.from_adamw"):
+            optimizer.load_state_dict(torch.optim.AdamW([p]).state_dict())
+        assert optimizer.state_dict() == before
+
+
+class TestMaxGradNormInAGroup:
+    """It was ignored: it is the optimizer's, whose groups are clipped together."""
+
+    message = "max_grad_norm is 0.1, but can't be an option of a group: pass it to the constructor"
+
+    def test_at_construction(self):
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]: {self.message}"):
+            AdEMAMix([{"params": [nn.Parameter(torch.ones(3))], "max_grad_norm": 0.1}])
+
+    def test_before_a_step(self):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = AdEMAMix([p])
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.param_groups[0]["max_grad_norm"] = 0.1
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]: {self.message}"):
+            optimizer.step()
 
 
 @EVERY_CLASS

@@ -29,8 +29,10 @@ from torch_ademamix.state.allocation import (
 from torch_ademamix.state.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState, check_memory
 from torch_ademamix.state.loading import STATE_DICT, brought_out, checked_state_dict, real_or_fake, take_state
 from torch_ademamix.state.options import (
+    ADAMW_OPTIONS,
     GroupOptions,
     HyperparameterTables,
+    check_adamw_options,
     check_grads,
     check_options,
     check_params,
@@ -43,61 +45,87 @@ from torch_ademamix.state.plain_options import plain, plain_options
 from torch_ademamix.state.plan import Plan, Work
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default: smaller tensors save too little
+_NO_GROUP_OPTIONS = ("params", "max_grad_norm", *ADAMW_OPTIONS)
 
 
 class AdEMAMix(Optimizer):
-    r"""AdamW with a second, slow average of the gradient (arXiv 2409.03137), as one op call per step.
+    r"""AdamW with a second, slow EMA of the gradient (arXiv 2409.03137), as one op call per step.
 
-    The update is :func:`torch_ademamix.functional.ademamix`'s. Every option but `max_grad_norm` can be set per
-    parameter group. Parameters may be float32, bfloat16, float16 or float64, their gradients any of these; or complex64
-    or complex128, with complex gradients: they are updated as pairs of reals, as torch.optim does, and have 32-bit
-    state only.
+    The update is :func:`torch_ademamix.functional.ademamix`'s. :func:`torch_ademamix.recommended` returns `betas`,
+    `alpha`, `t_alpha` and `t_beta3` for a run of a given length; the defaults here are bitsandbytes'.
+
+    Parameters may be float32, bfloat16, float16 or float64, their gradients any of these; or complex64 or complex128,
+    with complex gradients: they are updated as pairs of reals, as torch.optim does, and have 32-bit state only.
 
     State, per parameter, under torch's own names: `step` (float32, no dimensions, on the parameter's device),
     `exp_avg` (m1), `exp_avg_slow` (m2) and `exp_avg_sq` (ν), of the parameter's shape; float32, float64 for float64
     parameters, or of a complex parameter's dtype. With `optim_bits=8` they hold codes, and `exp_avg_absmax` and so on
-    the float32 scales, one per block of 256 elements (:mod:`torch_ademamix.blockwise`). The first step makes
+    the float32 scales, one per block of 256 elements (:mod:`torch_ademamix.blockwise`). The first step creates
     the state of all parameters that require a gradient, or :meth:`init_state` does.
 
     Args:
-        params: tensors, named tensors, or groups (dicts), as in torch.optim.
-        lr: the learning rate. A float that changes recompiles a compiled step each time; a tensor of one element
-            doesn't, and LR schedulers write to it in place, so a second group gets a copy of its own.
-        betas: β1, β2 and β3, each in [0, 1).
-        alpha: the weight α of the slow EMA. A value in (0, 0.001] without `kappa` raises, since AdamW has eps at this
-            position; it may be written to `param_groups`.
-        t_alpha: steps over which α rises linearly from 0; None for none. Usually the whole run.
-        t_beta3: steps over which β3 rises from β1, linearly in the half-life; None for none.
-        schedule_start: steps of a parameter before both warm-ups begin, where another optimizer did these steps
-            (:func:`torch_ademamix.checkpoint.from_adamw`); α is 0 and β3 is β1 till then.
-        delta: δ of β3(t) = 1 − δ/(δ + t), the slow EMA in logarithmic time (arXiv 2602.05298), instead of betas[2] and
-            `t_beta3`. It remembers about t/δ steps, so the length of the run need not be known. None for none.
-        log_time_beta2: β2(t) = 1 − δ/(δ + t) too, instead of betas[1], and no bias correction of exp_avg_sq.
-        kappa: κ of α(t) = alpha + (1 + t)^(1 − κ), instead of `t_alpha`; in (0, 1]. None for none.
-        t_weight_decay: T in steps of weight decay in logarithmic time, weight_decay/(1 + t/T). None for a constant one.
-        eps: added to the denominator.
-        weight_decay: decoupled weight decay λ.
-        optim_bits: 32, or 8 for quantized state.
-        min_8bit_size: tensors of fewer elements keep float32 state.
-        is_paged: state may be paged out of GPU memory; without a GPU it is ordinary memory.
-        slow_ema_bits: of exp_avg_slow where state is quantized: 16; 12, with exp_avg in the other 4 bits of the same
-            int16 words, or exp_avg_sq if β1 is 0; or 8, at which an EMA as slow as β3 = 0.9999 loses most of its
+        params (iterable): tensors, named tensors, or groups (dicts), as in torch.optim.
+        lr (float or Tensor, 1e-3): the learning rate. LR schedulers write to a tensor of one element in place, so a
+            second group gets a copy of its own.
+        betas (three floats, (0.9, 0.999, 0.9999)): β1, β2 and β3, each in [0, 1).
+        alpha (float, 5.0): the weight α of the slow EMA. A value in (0, 0.001] without `kappa` raises, since AdamW has
+            eps at this position; it may be written to `param_groups`.
+        t_alpha (int or None, None): steps over which α rises linearly from 0; None for none. Usually the whole run.
+        t_beta3 (int or None, None): steps over which β3 rises from β1, linearly in the half-life; None for none.
+        eps (float, 1e-8): added to the denominator.
+        weight_decay (float, 1e-2): decoupled weight decay λ.
+        optim_bits (32 or 8, 32): 8 for quantized state.
+        min_8bit_size (int, 4096): tensors of fewer elements keep float32 state.
+        is_paged (bool, False): state may be paged out of GPU memory; without a GPU it is ordinary memory.
+        schedule_start (int, 0): steps of a parameter before both warm-ups begin, if another optimizer did these steps
+            (:func:`torch_ademamix.checkpoint.from_adamw`); until then α is 0 and β3 is β1.
+        delta (float or None, None): δ of β3(t) = 1 − δ/(δ + t), the slow EMA in logarithmic time (arXiv 2602.05298),
+            instead of betas[2] and `t_beta3`. It remembers about t/δ steps, so the length of the run need not be known.
+        log_time_beta2 (bool, False): β2(t) = 1 − δ/(δ + t) too, instead of betas[1], and no bias correction of
+            exp_avg_sq.
+        kappa (float or None, None): κ of α(t) = alpha + (1 + t)^(1 − κ), instead of `t_alpha`; in (0, 1].
+        t_weight_decay (float or None, None): T in steps of weight decay in logarithmic time, weight_decay/(1 + t/T).
+            None for a constant one.
+        slow_ema_bits (16, 12 or 8, 16): of exp_avg_slow if state is quantized. 12 puts exp_avg into the other 4 bits
+            of the same int16 words, or exp_avg_sq if β1 is 0. At 8, an EMA as slow as β3 = 0.9999 loses most of its
             updates. See :meth:`ema` for the values.
-        stochastic_rounding: of exp_avg_sq where state is quantized, and of exp_avg in 4 bits; rounding to nearest would
-            make the former nearly twice as large.
-        seed: of the stochastic rounding.
-        master_weights: "remainder" keeps what rounding takes away from bfloat16 parameters, whose updates are often
-            below half an ulp: the int16 state `master_remainder` (:mod:`torch_ademamix.bfloat16`), which is the
-            float32 weight together with the parameter; see :meth:`master_weight`. "remainder8" keeps 24 bits of the
-            weight with an int8, stochastically rounded: 1 B per parameter, not 2.
-        param_rounding: of bfloat16 parameters without master weights: to the "nearest" value, or "stochastic", which
-            is right on average and needs no state.
-        max_grad_norm: clips the gradients of all groups together to this norm, as
-            :func:`torch.nn.utils.clip_grad_norm_` does, but leaves them as they are; see :attr:`grad_norm`. None
-            for no clipping. It is the optimizer's own, not a group's, and no part of a state dict.
-        maximize: ascend instead of descend.
-        capturable: keep lr as a tensor on the parameters' device, so that a captured CUDA graph reads it anew
+        stochastic_rounding (bool, True): of exp_avg_sq if state is quantized, and of exp_avg in 4 bits; rounding to
+            nearest would make the former nearly twice as large.
+        seed (int, 0): of the stochastic rounding.
+        master_weights ("remainder", "remainder8" or None, None): "remainder" keeps what rounding takes away from
+            bfloat16 parameters, whose updates are often below half an ulp: the int16 state `master_remainder`
+            (:mod:`torch_ademamix.bfloat16`), which is the float32 weight together with the parameter; see
+            :meth:`master_weight`. "remainder8" keeps 24 bits of the weight with an int8, stochastically rounded: 1 B
+            per parameter instead of 2.
+        param_rounding ("nearest" or "stochastic", "nearest"): of bfloat16 parameters without master weights.
+            "stochastic" is right on average and needs no state.
+        max_grad_norm (float or None, None): clips the gradients of all groups together to this norm, as
+            :func:`torch.nn.utils.clip_grad_norm_` does, but leaves them as they are; see :attr:`grad_norm`. A state
+            dict doesn't include it.
+        maximize (bool, False): ascend instead of descend.
+        capturable (bool, False): keep lr as a tensor on the parameters' device, so that a captured CUDA graph reads it
             at each replay.
+        foreach, fused: ignored, and not kept in groups. There is one implementation, which is both.
+        amsgrad, differentiable: AdamW's, for configurations that set them to False. AdEMAMix has neither.
+
+    Options may be changed in `param_groups` at any time (`max_grad_norm` as the optimizer's attribute). A change
+    recompiles a compiled ``optimizer.step``, or the training step of
+    :func:`~torch_ademamix.compile_train_step` (that of :func:`~torch_ademamix.capture_train_step` is re-captured):
+
+    =========  ==================  =========================  =========================================================
+    per group  recompiles step     recompiles training step   arguments
+    =========  ==================  =========================  =========================================================
+    yes        no                  no                         `lr` as a tensor
+    yes        yes                 no                         `lr` as a float, `betas`, `alpha`, `t_alpha`, `t_beta3`,
+                                                              `eps`, `weight_decay`, `schedule_start`, `delta`,
+                                                              `log_time_beta2`, `kappa`, `t_weight_decay`
+    yes        yes                 yes                        `maximize`, `seed`, `stochastic_rounding`,
+                                                              `param_rounding`
+    yes        no                  no                         `optim_bits`, `min_8bit_size`, `is_paged`,
+                                                              `slow_ema_bits`, `master_weights`, `capturable`: a change
+                                                              takes effect when state is next created or loaded
+    no         yes                 yes                        `max_grad_norm`
+    =========  ==================  =========================  =========================================================
 
     Raises:
         ValueError: an option is out of its range, or a parameter has another dtype, or one that an option isn't for.
@@ -147,7 +175,12 @@ class AdEMAMix(Optimizer):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
     ) -> None:
+        check_adamw_options({"amsgrad": amsgrad, "differentiable": differentiable})
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -183,11 +216,17 @@ class AdEMAMix(Optimizer):
         self._init_grad_norm()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's; refuses options out of range before the optimizer changes."""
+        """As torch.optim's; raises for options that are out of range before the optimizer changes.
+
+        AdamW's options that AdEMAMix doesn't have, such as `fused`, are taken out of the group.
+        """
         if isinstance(param_group, dict):
             param_group.update(plain_options(param_group))
             with refusals_of(f"param_groups[{len(self.param_groups)}]"):
+                check_adamw_options(param_group)
                 check_options({**self.defaults, **param_group}, first=True)
+            for name in ADAMW_OPTIONS:
+                param_group.pop(name, None)
         before = len(self.param_groups)
         try:
             super().add_param_group(param_group)
@@ -482,7 +521,7 @@ class AdEMAMix(Optimizer):
         shared = state.pop("parts", None)
         super().__setstate__(state)
         arguments = inspect.signature(AdEMAMix).parameters.items()
-        options = {name: argument.default for name, argument in arguments if name not in ("params", "max_grad_norm")}
+        options = {name: argument.default for name, argument in arguments if name not in _NO_GROUP_OPTIONS}
         for name, default in options.items():  # a pickle may be older than an option
             for group in (self.defaults, *self.param_groups):
                 group.setdefault(name, self.defaults.get(name, default))

@@ -1,71 +1,221 @@
-"""Variants of AdEMAMix: those with bitsandbytes' names, which fix how state is stored, and ADANA."""
+"""Variants of AdEMAMix: those with bitsandbytes' names, which fix how state is stored, and ADANA.
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+Each `__init__` lists its arguments, with :class:`AdEMAMix`'s types and defaults, for type checkers and editors.
+"""
 
-from torch_ademamix.optimizer import AdEMAMix
+from typing import Any, Literal
 
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import ParamsT
 
-def _fixing(defaults: Mapping[str, Any] = {}, **fixed: Any) -> Callable[[type[AdEMAMix]], type[AdEMAMix]]:
-    """A class decorator: the arguments are AdEMAMix's, some with other defaults, without those that are fixed."""
-    arguments = inspect.signature(AdEMAMix.__init__).parameters.values()
-    own = [a.replace(default=defaults.get(a.name, a.default)) for a in arguments if a.name not in fixed]
-    signature = inspect.Signature(own)
-
-    def decorate(cls: type[AdEMAMix]) -> type[AdEMAMix]:
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            AdEMAMix.__init__(**{**defaults, **signature.bind(*args, **kwargs).arguments, **fixed})
-
-        __init__.__signature__ = signature  # type: ignore[attr-defined]
-        cls.__init__ = __init__  # type: ignore[method-assign]
-        return cls
-
-    return decorate
+from torch_ademamix.optimizer import MIN_8BIT_SIZE, AdEMAMix
 
 
-@_fixing(optim_bits=32)
+def _arguments(local_names: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an `__init__`, given its ``locals()``."""
+    return {name: value for name, value in local_names.items() if name not in ("self", "__class__")}
+
+
 class AdEMAMix32bit(AdEMAMix):
     """:class:`AdEMAMix` with float32 state."""
 
+    @_disable_dynamo
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
+        *,
+        schedule_start: int = 0,
+        delta: float | None = None,
+        log_time_beta2: bool = False,
+        kappa: float | None = None,
+        t_weight_decay: float | None = None,
+        slow_ema_bits: Literal[8, 12, 16] = 16,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        master_weights: Literal["remainder", "remainder8"] | None = None,
+        param_rounding: Literal["nearest", "stochastic"] = "nearest",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(**_arguments(locals()), optim_bits=32)
 
-@_fixing(optim_bits=8)
+
 class AdEMAMix8bit(AdEMAMix):
     """:class:`AdEMAMix` with quantized state."""
 
+    @_disable_dynamo
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
+        *,
+        schedule_start: int = 0,
+        delta: float | None = None,
+        log_time_beta2: bool = False,
+        kappa: float | None = None,
+        t_weight_decay: float | None = None,
+        slow_ema_bits: Literal[8, 12, 16] = 16,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        master_weights: Literal["remainder", "remainder8"] | None = None,
+        param_rounding: Literal["nearest", "stochastic"] = "nearest",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(**_arguments(locals()), optim_bits=8)
 
-@_fixing(is_paged=True)
+
 class PagedAdEMAMix(AdEMAMix):
     """:class:`AdEMAMix` with paged state."""
 
+    @_disable_dynamo
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: Literal[8, 32] = 32,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        *,
+        schedule_start: int = 0,
+        delta: float | None = None,
+        log_time_beta2: bool = False,
+        kappa: float | None = None,
+        t_weight_decay: float | None = None,
+        slow_ema_bits: Literal[8, 12, 16] = 16,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        master_weights: Literal["remainder", "remainder8"] | None = None,
+        param_rounding: Literal["nearest", "stochastic"] = "nearest",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(**_arguments(locals()), is_paged=True)
 
-@_fixing(optim_bits=32, is_paged=True)
+
 class PagedAdEMAMix32bit(AdEMAMix32bit):
     """:class:`AdEMAMix` with paged float32 state."""
 
+    @_disable_dynamo
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        *,
+        schedule_start: int = 0,
+        delta: float | None = None,
+        log_time_beta2: bool = False,
+        kappa: float | None = None,
+        t_weight_decay: float | None = None,
+        slow_ema_bits: Literal[8, 12, 16] = 16,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        master_weights: Literal["remainder", "remainder8"] | None = None,
+        param_rounding: Literal["nearest", "stochastic"] = "nearest",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(**_arguments(locals()), is_paged=True)
 
-@_fixing(optim_bits=8, is_paged=True)
+
 class PagedAdEMAMix8bit(AdEMAMix8bit):
     """:class:`AdEMAMix` with paged quantized state."""
 
+    @_disable_dynamo
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        *,
+        schedule_start: int = 0,
+        delta: float | None = None,
+        log_time_beta2: bool = False,
+        kappa: float | None = None,
+        t_weight_decay: float | None = None,
+        slow_ema_bits: Literal[8, 12, 16] = 16,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        master_weights: Literal["remainder", "remainder8"] | None = None,
+        param_rounding: Literal["nearest", "stochastic"] = "nearest",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(**_arguments(locals()), is_paged=True)
 
-# What makes AdEMAMix ADANA, with the paper's α, δ and κ.
-ADANA_OPTIONS: dict[str, Any] = {
+
+# What makes AdEMAMix ADANA; and the paper's α, δ and κ.
+_ADANA_FIXED: dict[str, Any] = {
     "betas": (0.0, 0.999, 0.9999),  # β2 and β3 are in logarithmic time
     "t_alpha": None,
     "t_beta3": None,
     "log_time_beta2": True,
-    "alpha": 1.0,
-    "delta": 8.0,
-    "kappa": 0.85,
 }
-_CHOSEN = ("alpha", "delta", "kappa")
+_ALPHA, _DELTA, _KAPPA = 1.0, 8.0, 0.85
+ADANA_OPTIONS: dict[str, Any] = {**_ADANA_FIXED, "alpha": _ALPHA, "delta": _DELTA, "kappa": _KAPPA}
 
 
-@_fixing(
-    {name: ADANA_OPTIONS[name] for name in _CHOSEN},
-    **{name: value for name, value in ADANA_OPTIONS.items() if name not in _CHOSEN},
-)
 class ADANA(AdEMAMix):
     r"""ADANA (arXiv 2602.05298): one EMA of the gradient in logarithmic time, whose memory grows with the run.
 
@@ -96,3 +246,34 @@ class ADANA(AdEMAMix):
     >>> sorted(optimizer.state[model.bias])
     ['exp_avg_slow', 'exp_avg_sq', 'step']
     """
+
+    @_disable_dynamo
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        alpha: float = _ALPHA,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: Literal[8, 32] = 32,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
+        *,
+        schedule_start: int = 0,
+        delta: float | None = _DELTA,
+        kappa: float | None = _KAPPA,
+        t_weight_decay: float | None = None,
+        slow_ema_bits: Literal[8, 12, 16] = 16,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        master_weights: Literal["remainder", "remainder8"] | None = None,
+        param_rounding: Literal["nearest", "stochastic"] = "nearest",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(**_arguments(locals()), **_ADANA_FIXED)
