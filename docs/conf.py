@@ -17,6 +17,7 @@ default_role = "code"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|collections)\..*")]
 
+napoleon_use_param = False  # types of arguments are text such as "float or None, None", not references
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100

@@ -109,8 +109,8 @@ class AdEMAMix(Optimizer):
         amsgrad, differentiable: AdamW's, for configurations that set them to False. AdEMAMix has neither.
 
     Options may be changed in `param_groups` at any time (`max_grad_norm` as the optimizer's attribute). A change
-    recompiles a compiled ``optimizer.step``, or the training step of
-    :func:`~torch_ademamix.compile_train_step` (that of :func:`~torch_ademamix.capture_train_step` is re-captured):
+    recompiles a compiled ``optimizer.step``, or the training step of `compile_train_step` (that of `capture_train_step`
+    is re-captured):
 
     =========  ==================  =========================  =========================================================
     per group  recompiles step     recompiles training step   arguments
