@@ -189,22 +189,32 @@ def plot(path: Path, title: str, results: list[Result]) -> None:
     """Writes the loss curves as a PNG."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    shown: list[float] = []  # the losses that the figure is to show
     for result, color in zip(results, COLORS, strict=False):
         losses = result.losses
         window = max(len(losses) // 50, 1)
         smooth = losses.unfold(0, window, 1).mean(-1)
-        steps = torch.arange(len(smooth)) + (window + 1) / 2
+        shown += [result.final, *smooth[len(smooth) // 15 :].tolist()]
         if len(results) == 1:
             axes.plot(range(1, len(losses) + 1), losses, color=color, alpha=0.3, linewidth=0.4, label="training")
-        label = f"{result.optimizer}, lr {result.lr:g}: training, mean of {window} steps"
-        axes.plot(steps, smooth, color=color, linewidth=1.5, label=label)
-        validation = zip(*result.validation.items(), strict=True)
-        label = f"{result.optimizer}: validation, {result.final:.3f} at the end"
-        axes.plot(*validation, "o--", color=color, linewidth=0.8, markersize=5, label=label)
-    # The fall from ln 256 = 5.5 takes a few dozen steps and would flatten all that follows.
-    lowest = min(min(r.losses.min().item() if len(results) == 1 else r.final, r.final) for r in results)
+        axes.plot(
+            torch.arange(len(smooth)) + (window + 1) / 2,
+            smooth,
+            color=color,
+            linewidth=1.5,
+            label=f"{result.optimizer}, lr {result.lr:g}: training, mean of {window} steps",
+        )
+        axes.plot(
+            *zip(*result.validation.items(), strict=True),
+            "o--",
+            color=color,
+            linewidth=0.8,
+            markersize=5,
+            label=f"{result.optimizer}: validation, {result.final:.3f} at the end",
+        )
     axes.set_xlim(0, len(results[0].losses) * 1.01)
-    axes.set_ylim(lowest - 0.1, 3.5 if len(results) == 1 else 2.5)
+    # Without the first steps, which fall from ln 256 = 5.5 and would flatten all that follows.
+    axes.set_ylim(min(shown) - 0.05, max(shown) + 0.05)
     axes.set(title=title, xlabel="step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)
     axes.legend()
