@@ -85,7 +85,7 @@ def gpt2_state(recipe: Recipe) -> float:
     optimizer = recipe.make(params)
     assert isinstance(optimizer, AdEMAMix)
     optimizer.init_state()
-    arenas = {id(state.part.arena): state.part.arena for state in optimizer.state.values()}.values()
+    arenas = {id(state.slice.arena): state.slice.arena for state in optimizer.state.values()}.values()
     return sum(flat.nbytes for arena in arenas for flat in arena.flats.values()) / sum(p.numel() for p in params)
 
 

@@ -41,9 +41,12 @@ class Training(L.LightningModule):
         updates = int(self.trainer.estimated_stepping_batches)
         optimizer = self.optimizer_class(
             self.parameters(),
-            lr=2e-3,
+            lr=4e-3,
+            betas=(0.9, 0.999, 0.999),
+            alpha=2.0,
+            t_alpha=updates,
+            t_beta3=updates,
             weight_decay=0.1,
-            **torch_ademamix.recommended(updates),
         )
         scheduler = CosineAnnealingLR(optimizer, updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

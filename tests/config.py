@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from torch_ademamix import ops
-from torch_ademamix.numerics import reference_step
+from torch_ademamix.numerics.hyperparameters import Hyperparameters
 from torch_ademamix.numerics.reference_step import ademamix_update, compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -90,7 +90,7 @@ def step_call(
         options: `hyperparameters` take the place of numbers, of which an lr that is a tensor is one of `lrs`.
     """
     options = {**HYPERPARAMETERS, "places": [], "rows": [], **options}
-    numbers = {name: options.pop(name) for name in reference_step.HYPERPARAMETERS[1:]}
+    numbers = {name: options.pop(name) for name in Hyperparameters._fields[1:]}
     lists = (*lists, options.pop("remainders"))
     hyperparameters = options.pop("hyperparameters", None)
     lrs = options.pop("lrs", [lr] if isinstance(lr, Tensor) else [])
@@ -104,7 +104,7 @@ def step_call(
 def row_of(lr: float = 1e-2, **options: Any) -> list[float]:
     """What a call with these options has, as one row of numbers."""
     numbers = {**FORMULA, "lr": lr, **options}
-    return [float(numbers[name] or 0) for name in reference_step.HYPERPARAMETERS]
+    return [float(numbers[name] or 0) for name in Hyperparameters._fields]
 
 
 def hyperparameter_tensor(lr: Tensor | float = 1e-2, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
@@ -195,7 +195,7 @@ class Expected:
 def expected_step(lists: StepLists, lr: Tensor | float = 1e-2, **options: Any) -> list[Expected]:
     """What a step of `lists` should give, per parameter: new parameter and moments."""
     options = {**FORMULA, **options}
-    options |= {name: options[name] or 0 for name in reference_step.HYPERPARAMETERS[1:]}
+    options |= {name: options[name] or 0 for name in Hyperparameters._fields[1:]}
     factor = -1.0 if options.pop("maximize") else 1.0
     options.pop("found_inf", None)
     if (grad_scale := options.pop("grad_scale", None)) is not None:

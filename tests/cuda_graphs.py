@@ -96,8 +96,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 @contextmanager
 def _without_effect(step: CapturedTrainStep) -> Iterator[None]:
     """As a capture computes nothing."""
-    optimizer = step._loop.optimizer
-    tensors = [*step._loop.model.parameters(), *step._loop.model.buffers()]
+    optimizer = step._body.optimizer
+    tensors = [*step._body.model.parameters(), *step._body.model.buffers()]
     tensors += [t for state in optimizer.state.values() for t in state.values()]
     tensors += [] if optimizer.grad_norm is None else [optimizer.grad_norm]
     before = [t.detach().clone() for t in tensors]

@@ -284,10 +284,10 @@ def test_parameters_may_change_their_form(cls):
 def test_entries_of_others():
     """They live in the same dicts, are saved and loaded, and cost no plan."""
     params, optimizer = trained(AdEMAMix)
-    plan = optimizer._layout.plan
+    plan = optimizer._plan_cache.plan
     for p in params:
         optimizer.state[p]["slow_buffer"] = p.detach().clone()
-    assert optimizer._layout.plan is plan
+    assert optimizer._plan_cache.plan is plan
     train(params, optimizer, 1, first=2)
     saved = copy.deepcopy(optimizer.state_dict())
     new_params = make_params()

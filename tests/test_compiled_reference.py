@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torch_ademamix.numerics import reference_step
-from torch_ademamix.numerics.reference_step import Hyperparameters
+from torch_ademamix.numerics.hyperparameters import Hyperparameters
 from torch_ademamix.ops import compiled_reference
 
 pytestmark = [pytest.mark.inductor]
@@ -104,7 +104,7 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
 @KINDS
 def test_scaler_and_tensors_of_numbers(kind: str) -> None:
     lists, options = make(kind, MIXED[1:4])
-    numbers = dict(zip(reference_step.HYPERPARAMETERS, hyperparameter_tensor()[0].unbind(), strict=True))
+    numbers = dict(zip(Hyperparameters._fields, hyperparameter_tensor()[0].unbind(), strict=True))
     options |= {**numbers, "grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)}
     check(kind, lists, options.pop("lr"), **{**REST, **options})
 

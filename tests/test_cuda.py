@@ -29,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 import torch_ademamix
 from benchmarks.shared.gpt2 import SHAPES
 from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step, ops
-from torch_ademamix.numerics import bfloat16, reference_step
+from torch_ademamix.numerics import bfloat16
 from torch_ademamix.numerics.blockwise import CODE_DTYPES, quantize
+from torch_ademamix.numerics.hyperparameters import Hyperparameters
 from torch_ademamix.state import paging
 
 pytestmark = [
@@ -77,11 +78,12 @@ def make(kind: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def take_step(lists: Any, lr: float | Tensor = 1e-2, **options: Any) -> None:
-    defaults: dict[str, Any] = {"lr": lr, **HYPERPARAMETERS, "places": []}
-    if isinstance(lists, StepLists):
-        return ops.ademamix_step_(*lists, **{**defaults, **options})
-    defaults |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
-    return ops.ademamix_blockwise_step_(*lists, **{**defaults, **options})
+    is_plain = isinstance(lists, StepLists)
+    if not is_plain:
+        options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
+    packet = torch.ops.torch_ademamix.ademamix_step_ if is_plain else torch.ops.torch_ademamix.ademamix_blockwise_step_
+    op, args, kwargs = step_call(packet, lists, lr, **options)
+    op(*args, **kwargs)
 
 
 def assert_near(actual: Tensor, expected: Tensor, before: Tensor, spacing: float = 0.0) -> None:
@@ -265,7 +267,7 @@ def test_hyperparameters_in_a_tensor(dtype: torch.dtype) -> None:
     lists = on_gpu(make("32", MIXED))
     numbers = lists.clone()
     hyperparameters = hyperparameter_tensor(dtype=dtype, t_alpha=8.0, t_beta3=8.0)
-    values = dict(zip(reference_step.HYPERPARAMETERS, hyperparameters.tolist(), strict=True))
+    values = dict(zip(Hyperparameters._fields, hyperparameters.tolist(), strict=True))
     take_step(numbers, **{**values, "schedule_start": 0})
     op, args, kwargs = step_call(torch.ops.torch_ademamix.ademamix_step_, lists, hyperparameters=hyperparameters.cuda())
     op(*args, **kwargs)

@@ -39,7 +39,7 @@ def set_grads(params, seed):
 
 
 def in_arenas(params, optimizer):
-    parts = [(p, optimizer.state[p].part) for p in params]
+    parts = [(p, optimizer.state[p].slice) for p in params]
     return all(part is not None and part.is_of(p, optimizer.state[p]) for p, part in parts)
 
 

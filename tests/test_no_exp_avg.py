@@ -13,7 +13,6 @@ from torch import nn
 
 from torch_ademamix import AdEMAMix, ademamix
 from torch_ademamix.checkpoint import from_adamw, from_bitsandbytes, to_bitsandbytes
-from torch_ademamix.functional import ademamix_blockwise
 from torch_ademamix.optimizer import MIN_8BIT_SIZE
 from torch_ademamix.state import allocation
 from torch_ademamix.training.release import release_gradients
@@ -95,19 +94,19 @@ def test_opcheck(kind: str, numbers: str, where: str) -> None:
         torch.library.opcheck(*blockwise_call(given, **options))
 
 
-def test_the_functions_take_empty_lists() -> None:
+def test_the_function_takes_empty_lists() -> None:
     numbers = dict(lr=0.1, beta2=0.99, beta3=0.999, alpha=2.0, eps=1e-8, weight_decay=0.1)
     mixed = [*MIXED[2:5], *MIXED[2:5]]
-    for function, lists in ((ademamix, make_lists(mixed)), (ademamix_blockwise, make_blockwise(mixed))):
-        lists.grads[1] = lists.grads[1].bfloat16()  # so that there are two op calls
-        with_zeros, without = lists.clone(), without_exp_avg(lists)
-        for m1 in with_zeros.exp_avgs:
-            m1.zero_()
-        function(*with_zeros, beta1=0.0, **numbers)
-        function(*without, beta1=0.0, **numbers)
-        assert_identical(list(without), list(without_exp_avg(with_zeros)))
-        with pytest.raises(RuntimeError, match=r"beta1 is 0\.9, but must be 0 without exp_avgs"):
-            function(*without, beta1=0.9, **numbers)
+    lists = make_lists(mixed)
+    lists.grads[1] = lists.grads[1].bfloat16()  # so that there are two op calls
+    with_zeros, without = lists.clone(), without_exp_avg(lists)
+    for m1 in with_zeros.exp_avgs:
+        m1.zero_()
+    ademamix(*with_zeros, beta1=0.0, **numbers)
+    ademamix(*without, beta1=0.0, **numbers)
+    assert_identical(list(without), list(without_exp_avg(with_zeros)))
+    with pytest.raises(RuntimeError, match=r"beta1 is 0\.9, but must be 0 without exp_avgs"):
+        ademamix(*without, beta1=0.9, **numbers)
 
 
 # --------------------------------------------------------------------------------------------------------- optimizers
@@ -174,7 +173,7 @@ def test_a_beta1_above_0_is_refused_later(storage: str, change: Any) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             optimizer.step()
-        optimizer._layout.forget()
+        optimizer._plan_cache.clear()
     assert_identical([[p.detach() for p in params], dict(optimizer.state_dict()["state"])], before)
     optimizer.param_groups[0]["betas"] = BETAS
     train(params, optimizer, 1)
@@ -282,6 +281,6 @@ def test_the_lists_without_exp_avg_are_the_optimizers() -> None:
     """Of a step of the optimizer's own call: an empty list, no zeros."""
     params, optimizer = make("32")
     train(params, optimizer, 1)
-    plan = optimizer._layout.plan
-    ((_, _, lists, _),) = plan.calls(plan.batches[0], range(3), [p.grad for p in params], None, {})
+    plan = optimizer._plan_cache.plan
+    ((_, _, lists, _),) = plan.calls(plan.work(), None, {})
     assert StepLists(*lists[:-1]).exp_avgs == []  # the last are the remainders

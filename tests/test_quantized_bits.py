@@ -7,10 +7,19 @@ import sys
 import pytest
 import torch
 from config import CONTIGUOUS, DTYPES, HYPERPARAMETERS, OPTIONS, assert_identical, native_built
-from quantized import SEED, SMALL, blockwise_step, boundaries, make_blockwise, neighbours, with_absmax_one
+from quantized import (
+    SEED,
+    SMALL,
+    BlockwiseLists,
+    blockwise_call,
+    blockwise_step,
+    boundaries,
+    make_blockwise,
+    neighbours,
+    with_absmax_one,
+)
 
 from torch_ademamix import ops
-from torch_ademamix.functional import ademamix_blockwise
 from torch_ademamix.numerics.blockwise import BLOCK_SIZE, CODE_DTYPES, POSITION_BITS
 
 NATIVE = pytest.mark.skipif(not native_built(), reason="built without native kernels")
@@ -94,7 +103,8 @@ def values_of_every_kind():
 
 def run_calls(calls, values):
     for lists, options in calls:
-        ademamix_blockwise(*lists, **options)
+        op, args, kwargs = blockwise_call(BlockwiseLists(*lists), **options)
+        op(*args, **kwargs)
     return [lists for lists, _ in calls], [quantize_and_back(x) for x in values]
 
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from config import DTYPES, HYPERPARAMETERS, MIXED, OPTIONS
+from config import DTYPES, MIXED, OPTIONS
 from quantized import (
     PACKET,
     blockwise_call,
     make_blockwise,
 )
 
-from torch_ademamix.functional import ademamix_blockwise
 from torch_ademamix.numerics.blockwise import CODE_DTYPES
 
 FORMATS = tuple(CODE_DTYPES)
@@ -57,25 +56,16 @@ def test_opcheck_of_the_formats(format, shape):
         torch.library.opcheck(QUANTIZE, (x, number), {"seed": 1, "step": 2, "stream": 3})
 
 
-def as_op(lists, lr):
-    op, args, kwargs = blockwise_call(lists, lr)
-    op(*args, **kwargs)
-
-
-def as_function(lists, lr):
-    ademamix_blockwise(*lists, lr=lr, **HYPERPARAMETERS)
-
-
-@pytest.mark.parametrize("call", [as_op, as_function])
 @LR
-def test_version_counters(call, lr):
+def test_version_counters(lr):
     lists = make_blockwise(MIXED)
 
     def versions():
         return [[tensor._version for tensor in tensors] for tensors in lists]
 
     before = versions()
-    call(lists, lr)
+    op, args, kwargs = blockwise_call(lists, lr)
+    op(*args, **kwargs)
     for i, (new, old) in enumerate(zip(versions(), before, strict=True)):
         assert new == [version + (i != 1) for version in old]  # gradients are only read
 

@@ -7,7 +7,6 @@ import torch
 from config import (
     CONTIGUOUS,
     DTYPES,
-    HYPERPARAMETERS,
     MIXED,
     OPTIONS,
     assert_identical,
@@ -25,8 +24,6 @@ from quantized import (
     make_blockwise,
     moments_of,
 )
-
-from torch_ademamix.functional import ademamix_blockwise
 
 SLOW_BITS = pytest.mark.parametrize("slow_ema_bits", [8, 12, 16])
 STOCHASTIC = pytest.mark.parametrize("stochastic_rounding", [True, False], ids=["stochastic", "nearest"])
@@ -202,17 +199,6 @@ def test_zero_gradients_from_the_first_step_on(kernel, slow_ema_bits):
     assert_identical(list(lists)[1:-1], list(before)[1:-1])
     assert_identical(lists.params, [p * 0.75 for p in before.params])
     assert_identical(lists.steps, [t + 1 for t in before.steps])
-
-
-def test_function_splits_lists_by_dtype():
-    """And numbers the streams by the places in the whole lists."""
-    halves = [make_blockwise(SMALL[1:5], dtype) for dtype in (torch.float32, torch.bfloat16)]
-    mixed = [a + b for a, b in zip(*(half.clone() for half in halves), strict=True)]
-    ademamix_blockwise(*mixed, lr=1e-2, **{**HYPERPARAMETERS, "seed": 5})
-    for first, half in zip((0, 4), halves, strict=True):
-        streams = list(range(first, first + 4))
-        blockwise_step("native" if native_built() else "reference", half, seed=5, streams=streams)
-    assert_identical(mixed, [a + b for a, b in zip(*halves, strict=True)])
 
 
 @pytest.mark.parametrize("slow_ema_bits", [8, 16])

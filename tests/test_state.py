@@ -38,10 +38,10 @@ def everything(model, optimizer):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("make_state", [lambda model, o: train(model, o, 1), lambda model, o: o.init_state()])
-def test_names_shapes_and_dtypes(make_state, dtype):
+@pytest.mark.parametrize("allocate_state", [lambda model, o: train(model, o, 1), lambda model, o: o.init_state()])
+def test_names_shapes_and_dtypes(allocate_state, dtype):
     model, optimizer = make(dtype)
-    make_state(model, optimizer)
+    allocate_state(model, optimizer)
     for p in model.parameters():
         state = optimizer.state[p]
         assert state.keys() == {"step", *MOMENTS}

@@ -15,19 +15,20 @@ from torch_ademamix import tracing
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
 from torch_ademamix.numerics import bfloat16
 from torch_ademamix.numerics.moments import formats_of
+from torch_ademamix.ops import SCALER
 from torch_ademamix.state import sharding
 from torch_ademamix.state.allocation import (
     STATE_FORMAT,
+    allocate_state,
     check_exp_avg,
     has_state,
-    make_state,
+    params_needing_state,
     read_ema,
     separate,
-    without_state,
     write_ema,
 )
-from torch_ademamix.state.arenas import MASTER_REMAINDER, Layout, OptimizerState, ParamState, check_memory
-from torch_ademamix.state.loading import STATE_DICT, brought_out, checked_state_dict, real_or_fake, take_state
+from torch_ademamix.state.arenas import MASTER_REMAINDER, OptimizerState, ParamState, PlanCache, check_memory
+from torch_ademamix.state.loading import STATE_DICT, converted_state_dict, real_or_fake, write_state
 from torch_ademamix.state.options import (
     ADAMW_OPTIONS,
     GroupOptions,
@@ -36,10 +37,10 @@ from torch_ademamix.state.options import (
     check_grads,
     check_options,
     check_params,
+    error_context,
     is_trained,
+    own_lr_tensors,
     param_name,
-    refusals_of,
-    settle_lrs,
 )
 from torch_ademamix.state.plain_options import plain, plain_options
 from torch_ademamix.state.plan import Plan, Work
@@ -222,7 +223,7 @@ class AdEMAMix(Optimizer):
         """
         if isinstance(param_group, dict):
             param_group.update(plain_options(param_group))
-            with refusals_of(f"param_groups[{len(self.param_groups)}]"):
+            with error_context(f"param_groups[{len(self.param_groups)}]"):
                 check_adamw_options(param_group)
                 check_options({**self.defaults, **param_group}, first=True)
             for name in ADAMW_OPTIONS:
@@ -230,9 +231,9 @@ class AdEMAMix(Optimizer):
         before = len(self.param_groups)
         try:
             super().add_param_group(param_group)
-            self._layout.forget()
+            self._plan_cache.clear()
             check_params(self.param_groups[-1], before)
-            settle_lrs(self.param_groups)
+            own_lr_tensors(self.param_groups)
         except BaseException:
             del self.param_groups[before:]
             raise
@@ -253,25 +254,25 @@ class AdEMAMix(Optimizer):
         >>> optimizer.state[main]["exp_avg_slow"]
         tensor([0., 0.])
         """
-        self._make_state(include_frozen)
+        self._allocate_state(include_frozen)
         self._make_plan()
-        self._layout.plan.load_kernels()
+        self._plan_cache.plan.load_kernels()
 
-    def _make_state(self, include_frozen: bool = False) -> None:
+    def _allocate_state(self, include_frozen: bool = False) -> None:
         self._init_grad_norm()
-        make_state(self.state, without_state(self.state, self.param_groups, include_frozen))
+        allocate_state(self.state, params_needing_state(self.state, self.param_groups, include_frozen))
 
     def _init_internals(self) -> None:
-        self._layout = Layout()
+        self._plan_cache = PlanCache()
         self._options = GroupOptions()
         self._hyperparameters: dict[str, Tensor] | None = None  # by device, for full training steps as one graph
-        self._name = tracing.enter(self)
+        self._name = tracing.register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, OptimizerState):  # to reset an optimizer, people assign a new dict
-            value = OptimizerState(self._layout, value)
+            value = OptimizerState(self._plan_cache, value)
         if name in ("state", "param_groups"):
-            self._layout.forget()
+            self._plan_cache.clear()
         super().__setattr__(name, value)
 
     @torch.no_grad()
@@ -374,29 +375,31 @@ class AdEMAMix(Optimizer):
             torch._dynamo.mark_static_address(self.grad_norm, guard=True)
 
     def _prepare(self) -> None:
-        """Checks the options, makes state that is missing, and sees to it that the plan holds."""
+        """Checks the options, makes state that is missing, and a new plan if the last one isn't valid any more."""
         self._options.update(self.param_groups)
-        check_max_norm(self.max_grad_norm)
-        plan = self._layout.plan
-        if plan is not None and plan.holds(self.param_groups) and not any(map(is_trained, plan.stateless)):
-            if any(self.param_groups[number]["betas"][0] > 0 for number in plan.lacks_exp_avg):
+        if self.max_grad_norm is not None:
+            check_max_norm(self.max_grad_norm)
+        plan = self._plan_cache.plan
+        if plan is not None and plan.is_valid(self.param_groups) and not any(map(is_trained, plan.stateless)):
+            if plan.lacks_exp_avg and any(self.param_groups[k]["betas"][0] > 0 for k in plan.lacks_exp_avg):
                 check_exp_avg(self.state, self.param_groups)
             return
         check_exp_avg(self.state, self.param_groups)
-        for number, group in enumerate(self.param_groups):  # a step that is refused makes no state either
-            check_grads(group, number)
-        self._make_state()
+        for k, group in enumerate(self.param_groups):  # a step that raises makes no state either
+            check_grads(group, k)
+        self._allocate_state()
         self._make_plan()
 
     @torch.no_grad()
     def _make_plan(self) -> None:
         self._options.update(self.param_groups)
-        self._layout.plan = Plan(self.param_groups, self._options, self.state)
+        self._plan_cache.plan = Plan(self.param_groups, self._options, self.state)
 
     def _update(self) -> None:
+        """Updates the parameters that have gradients; raises before the first is changed."""
         is_traced = torch.compiler.is_compiling()
         tracing.begin_step(self._name) if is_traced else self._prepare()
-        self._run(self._layout.plan.work())
+        self._run(self._plan_cache.plan.work())
         if is_traced:
             tracing.end_step(self._name)
 
@@ -404,7 +407,7 @@ class AdEMAMix(Optimizer):
     def _reading(self, tables: HyperparameterTables) -> Iterator[None]:
         """Steps read the options' numbers from these tables, which are brought up to date now."""
         self._prepare()
-        self._hyperparameters = tables.write(self._options.rows, self._layout.plan.devices)
+        self._hyperparameters = tables.write(self._options.rows, self._plan_cache.plan.devices)
         try:
             yield
         finally:
@@ -412,29 +415,27 @@ class AdEMAMix(Optimizer):
 
     def _update_param(self, p: Tensor) -> None:
         """Updates one parameter as :meth:`_update` would without clipping; :meth:`_prepare` has been called."""
-        if self._layout.plan is None:
+        if self._plan_cache.plan is None:
             self._prepare()
-        batch, i = self._layout.plan.places[id(p)]
-        assert p.grad is not None
-        self._run([(batch, [i], [p.grad])])
+        self._run(self._plan_cache.plan.work(only=p))
 
     def _run(self, work: Sequence[Work]) -> None:
-        """Updates those parameters of batches that have gradients; refuses before the first is changed."""
-        plan = self._layout.plan
-        plan.check(work)
-        work = plan.placed(work)
-        grad_scale = self._grad_scale([grad for _, _, grads in work for grad in grads])
-        scaler = {"grad_scale": grad_scale, "found_inf": getattr(self, "found_inf", None)}
-        plan.run([call for item in work for call in plan.calls(*item, self._hyperparameters, scaler)])
+        # GradScaler sets these attributes around step().
+        scaler = {name: getattr(self, name, None) for name in SCALER}
+        if self.max_grad_norm is not None:
+            scaler["grad_scale"] = self._clipping_scale(
+                [g for _, _, grads in work for g in grads], scaler["grad_scale"]
+            )
+        plan = self._plan_cache.plan
+        plan.run(plan.calls(work, self._hyperparameters, scaler))
 
-    def _grad_scale(self, grads: list[Tensor]) -> Tensor | None:
-        """What the gradients are divided by: GradScaler's scale, and more where their norm is to be clipped."""
-        scale: Tensor | None = getattr(self, "grad_scale", None)  # set around step() by GradScaler
-        if self.max_grad_norm is None or not grads:
-            return scale
+    def _clipping_scale(self, grads: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
+        """What the gradients are divided by: GradScaler's scale, and more if their norm is above `max_grad_norm`."""
+        if not grads:
+            return grad_scale
         if self.grad_norm is None:
             self._init_grad_norm()
-        return clipping_grad_scale(grads, scale, self.max_grad_norm, self.grad_norm)  # type: ignore[arg-type]
+        return clipping_grad_scale(grads, grad_scale, self.max_grad_norm, self.grad_norm)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. The tensors share the memory of the state.
@@ -465,13 +466,13 @@ class AdEMAMix(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict is a {type(state_dict).__name__}, but must be {STATE_DICT}")
         self._check_memory()
-        planned = self._layout.plan is not None
+        planned = self._plan_cache.plan is not None
         handle = self.register_load_state_dict_pre_hook(  # called after any hook of the user's
-            lambda _, given: checked_state_dict(given, self.param_groups, self.state)
+            lambda _, given: converted_state_dict(given, self.param_groups, self.state)
         )
         try:
             with real_or_fake(state_dict, self.param_groups) as loaded:
-                super().load_state_dict(dict(loaded))
+                super().load_state_dict(dict(loaded))  # ends in __setstate__, which writes the state
                 if planned:  # or compiled steps would find none, and be compiled anew
                     self._make_plan()
         finally:
@@ -494,7 +495,7 @@ class AdEMAMix(Optimizer):
         32
         """
         self._check_memory()
-        planned = self._layout.plan is not None
+        planned = self._plan_cache.plan is not None
         separate(self.state)
         if planned:
             self._make_plan()
@@ -506,18 +507,18 @@ class AdEMAMix(Optimizer):
                     check_memory(self.state[p], param_name(group, number, i))
 
     def __getstate__(self) -> dict[str, Any]:  # for copy and pickle
-        own = {"max_grad_norm": self.max_grad_norm, "separate": self._layout.separate, "parts": self.state.parts()}
+        own = {"max_grad_norm": self.max_grad_norm, "separate": self._plan_cache.separate, "parts": self.state.slices()}
         return {**super().__getstate__(), "state": self.state.plain(), **own}
 
     @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
         before: OptimizerState | None = self.__dict__.get("state")
-        if "_layout" not in self.__dict__:
+        if "_plan_cache" not in self.__dict__:
             self._init_internals()
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("grad_norm", None)
         state = dict(state)
-        self._layout.separate = state.pop("separate", self._layout.separate)
+        self._plan_cache.separate = state.pop("separate", self._plan_cache.separate)
         shared = state.pop("parts", None)
         super().__setstate__(state)
         arguments = inspect.signature(AdEMAMix).parameters.items()
@@ -525,15 +526,15 @@ class AdEMAMix(Optimizer):
         for name, default in options.items():  # a pickle may be older than an option
             for group in (self.defaults, *self.param_groups):
                 group.setdefault(name, self.defaults.get(name, default))
-        settle_lrs(self.param_groups)
-        self._layout.forget()
-        entries = brought_out(self.__dict__["state"])
+        own_lr_tensors(self.param_groups)
+        self._plan_cache.clear()
+        entries = self.__dict__["state"]
         if isinstance(shared, list):  # the tensors are those of another process
-            self.state = OptimizerState(self._layout, entries)
-            self.state.place(shared)
+            self.state = OptimizerState(self._plan_cache, entries)
+            self.state.assign(shared)
             return
-        self.state = OptimizerState(self._layout, {}) if before is None else before
-        take_state(self.state, entries, self.param_groups)
+        self.state = OptimizerState(self._plan_cache, {}) if before is None else before
+        write_state(self.state, entries, self.param_groups)
 
 
 def _handed_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

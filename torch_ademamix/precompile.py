@@ -79,7 +79,7 @@ def precompile(
         optimizer.init_state()
         for capability in capabilities:
             with _only_compiling(capability):
-                optimizer._layout.plan.load_kernels(grad_dtype, device_type="cpu")
+                optimizer._plan_cache.plan.load_kernels(grad_dtype, device_type="cpu")
     folder.chmod(0o755)
     for file in folder.glob("*.bin"):
         file.chmod(0o644)

@@ -12,17 +12,17 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 
 _numbers = itertools.count()
-_objects: "WeakValueDictionary[str, Any]" = WeakValueDictionary()
+_registered: "WeakValueDictionary[str, Any]" = WeakValueDictionary()
 
 _MARK = "_dynamo_static_input_type"  # what mark_static_address writes
 _marks: "WeakKeyDictionary[Any, list[tuple[torch.Tensor, Any]]]" = WeakKeyDictionary()  # of parameters, those before
 
 
-def enter(known: Any) -> str:
+def register(known: Any) -> str:
     """Remembers an object, while it lives, by the name that is returned."""
     _mark_constants()
     name = f"{type(known).__name__} {next(_numbers)}"
-    _objects[name] = known
+    _registered[name] = known
     return name
 
 
@@ -32,11 +32,11 @@ def begin_step(name: str) -> None:
     Where the step is compiled by itself, its parameters are guarded by identity, as those of torch's own optimizers
     are: that takes half as long as by all that they are, and gradients, which have their form, tell of that.
     """
-    optimizer = _objects[name]
+    optimizer = _registered[name]
     _unmark(optimizer)  # where an error ended the tracing before
     optimizer._prepare()
     alone = optimizer._hyperparameters is None
-    params = [p for batch in optimizer._layout.plan.batches for p in batch.params] if alone else []
+    params = [p for bucket in optimizer._plan_cache.plan.buckets for p in bucket.params] if alone else []
     _marks[optimizer] = [(p, getattr(p, _MARK, None)) for p in params]
     for p in params:
         torch._dynamo.mark_static_address(p, guard=True)
@@ -44,7 +44,7 @@ def begin_step(name: str) -> None:
 
 def end_step(name: str) -> None:
     """Lets other compilations guard these parameters as they would have."""
-    _unmark(_objects[name])
+    _unmark(_registered[name])
 
 
 def _unmark(optimizer: Any) -> None:
@@ -55,8 +55,8 @@ def _unmark(optimizer: Any) -> None:
             setattr(p, _MARK, mark)
 
 
-def look_for_other_leaves(context: Any) -> None:
-    """Tells the loop of that name whether the graph so far has leaves that require a gradient beside `params`.
+def detect_other_leaves(context: Any) -> None:
+    """Tells the training step of that name whether the graph so far has leaves that require a gradient beside `params`.
 
     Args:
         context: Dynamo's, where `name` and `params` are local variables.
@@ -64,23 +64,23 @@ def look_for_other_leaves(context: Any) -> None:
     own = {proxy.node for proxy in context.get_local("params").as_proxy()}
     others = (node for node in context.graph().find_nodes(op="placeholder") if node not in own)
     if any(isinstance(t := node.meta["example_value"], torch.Tensor) and t.requires_grad for node in others):
-        _objects[context.get_local("name").as_python_constant()].has_other_leaves = True
+        _registered[context.get_local("name").as_python_constant()].has_other_leaves = True
 
 
-def look_for_left(context: Any) -> None:
-    """Adds to `left` of the loop of that name the attributes of modules that the graph so far gives a history.
+def detect_left_tensors(context: Any) -> None:
+    """Adds to `left` of the training step of that name the attributes of modules that the graph so far gives a history.
 
     Dynamo has no public way to ask for what a traced function has assigned; what isn't found here, it rejects itself.
     """
-    loop = _objects[context.get_local("name").as_python_constant()]
+    step = _registered[context.get_local("name").as_python_constant()]
     assigned = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
-    numbers = {id(module): i for i, module in enumerate(loop.modules)}
+    numbers = {id(module): i for i, module in enumerate(step.modules)}
     for variable, attributes in assigned.store_attr_mutations.items():
         if (i := numbers.get(id(getattr(variable, "value", None)))) is None:
             continue
         for name, value in attributes.items():
-            if (i, name) not in loop.left and _has_history(value):
-                loop.left.append((i, name))
+            if (i, name) not in step.left and _has_history(value):
+                step.left.append((i, name))
 
 
 def _has_history(variable: Any) -> bool:

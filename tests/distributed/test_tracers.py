@@ -34,7 +34,7 @@ def traced_steps_equal_eager_steps(bits):
             optimizer.zero_grad()
         if traced:
             assert len(step_nodes(graph)) == (2 if bits == 8 else 1)  # one per kind of state
-            assert all(optimizer.state[p].part is not None for p in model.parameters())
+            assert all(optimizer.state[p].slice is not None for p in model.parameters())
         runs.append(([full(p.detach()) for p in model.parameters()], full_state(optimizer, model.parameters())))
     assert_identical(*runs)
 

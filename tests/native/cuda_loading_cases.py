@@ -309,7 +309,7 @@ def test_a_captured_step_may_have_fewer_gradients_than_parameters(monkeypatch: p
     optimizer = AdEMAMix(params)
     driver.set_capturing(False)
     optimizer.init_state()
-    optimizer._layout.plan.load_kernels(device_type="cpu")
+    optimizer._plan_cache.plan.load_kernels(device_type="cpu")
     driver.set_capturing(True)
     for p in params[3:6]:
         p.grad = torch.ones_like(p)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from torch_ademamix.checkpoint.conversion import StateDict, check_entries, convert, kept, moment, renamed
-from torch_ademamix.state.loading import checked_step
 from torch_ademamix.state.options import ADAMW_OPTIONS
+from torch_ademamix.state.saved import expect_step
 
 # Our options and what AdamW calls them.
 _OPTIONS = {name: name for name in ("lr", "betas", "eps", "weight_decay")}
@@ -88,7 +88,7 @@ def _state_from_adamw(saved: Mapping[str, Any], group: Mapping[str, Any], where:
     check_entries(saved, where, {"step", "exp_avg", "exp_avg_sq"})
     m1 = moment(saved, "exp_avg", where)
     state = {
-        "step": checked_step(saved["step"], f"{where}['step']").clone(),
+        "step": expect_step(saved["step"], f"{where}['step']").clone(),
         "exp_avg": m1,
         "exp_avg_slow": torch.zeros_like(m1),
         "exp_avg_sq": moment(saved, "exp_avg_sq", where, m1),

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_ademamix.checkpoint.conversion import StateDict, convert, moment, unquantized
-from torch_ademamix.state.loading import checked_step
+from torch_ademamix.state.saved import expect_step
 from torch_ademamix.variants import ADANA_OPTIONS
 
 # Options of its groups besides params; other entries are passed through.
@@ -68,7 +68,7 @@ def from_adana(
         if lost := [name for name in _STATE if name not in saved]:
             raise ValueError(f"{where} has no {', '.join(lost)}, but must have {', '.join(_STATE)}")
         m = moment(saved, "m", where)
-        step = checked_step(saved["step"], f"{where}['step']").clone()
+        step = expect_step(saved["step"], f"{where}['step']").clone()
         return {"step": step, "exp_avg_slow": m, "exp_avg_sq": moment(saved, "v", where, m)}
 
     return convert(state_dict, state, group)

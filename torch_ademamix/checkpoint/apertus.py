@@ -17,7 +17,7 @@ from torch_ademamix.checkpoint.conversion import (
     unquantized,
 )
 from torch_ademamix.numerics.moments import MOMENTS
-from torch_ademamix.state.loading import checked_step
+from torch_ademamix.state.saved import expect_step
 
 # Our options and what the fork calls them, as Apple's reference implementation does; and its names of the moments.
 OPTIONS = {
@@ -81,7 +81,7 @@ def _state_from_apertus(saved: Mapping[str, Any], group: Mapping[str, Any], wher
     check_entries(saved, where, set(MOMENT_NAMES.values()))
     m2 = moment(saved, "exp_avg_slow", where)
     state = {
-        "step": checked_step(group["step"], f"the 'step' of the group of {where}").clone(),
+        "step": expect_step(group["step"], f"the 'step' of the group of {where}").clone(),
         "exp_avg_slow": m2,
         "exp_avg_sq": moment(saved, "exp_avg_sq", where, m2),
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch_ademamix.checkpoint.apertus import OPTIONS  # the fork has Apple's names
 from torch_ademamix.checkpoint.conversion import StateDict, check_entries, convert, kept, moment, renamed
-from torch_ademamix.state.loading import checked_step
+from torch_ademamix.state.saved import expect_step
 
 
 def from_apple(state_dict: Mapping[str, Any]) -> StateDict:
@@ -53,7 +53,7 @@ def _state_from_apple(saved: Mapping[str, Any], group: Mapping[str, Any], where:
     check_entries(saved, where, {"step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"})
     m2 = moment(saved, "exp_avg_slow", where)
     state = {
-        "step": checked_step(saved["step"], f"{where}['step']").clone(),
+        "step": expect_step(saved["step"], f"{where}['step']").clone(),
         "exp_avg_slow": m2,
         "exp_avg_sq": moment(saved, "exp_avg_sq", where, m2),
     }

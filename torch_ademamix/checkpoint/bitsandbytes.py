@@ -18,7 +18,7 @@ from torch_ademamix.checkpoint.conversion import (
 )
 from torch_ademamix.numerics.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.numerics.moments import MOMENTS, formats_of
-from torch_ademamix.state.loading import BITSANDBYTES_STATE, checked, checked_step
+from torch_ademamix.state.saved import BITSANDBYTES_STATE, expect_step, expect_tensor
 
 # Our options and what they are called there.
 OPTIONS = {name: name for name in ("lr", "betas", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")}
@@ -71,20 +71,20 @@ def _state_from_bitsandbytes(saved: Mapping[str, Any], group: Mapping[str, Any],
     check_entries(saved, where, entries | ({"qmap1", "qmap2", "absmax1", "absmax2"} if quantized else set()))
 
     dtype = torch.uint8 if quantized else torch.float32
-    nu = checked(saved["state2"], f"{where}['state2']", None, dtype)
-    m1, m2 = checked(saved["state1"], f"{where}['state1']", (2, *nu.shape), dtype)
-    step = checked_step(saved["step"], f"{where}['step']").clone()
+    nu = expect_tensor(saved["state2"], f"{where}['state2']", None, dtype)
+    m1, m2 = expect_tensor(saved["state1"], f"{where}['state1']", (2, *nu.shape), dtype)
+    step = expect_step(saved["step"], f"{where}['step']").clone()
     if not quantized:
         state = {"step": step, "exp_avg": m1.clone(), "exp_avg_slow": m2.clone(), "exp_avg_sq": nu.clone()}
         return kept(state, group)
     for name, is_signed in (("qmap1", True), ("qmap2", False)):
-        qmap = checked(saved[name], f"{where}[{name!r}]", (256,), torch.float32)
+        qmap = expect_tensor(saved[name], f"{where}[{name!r}]", (256,), torch.float32)
         if not torch.allclose(qmap, dynamic_map.dynamic_map(is_signed, qmap.device), rtol=1e-6, atol=0):
             kind = "signed" if is_signed else "unsigned"
             raise ValueError(f"{where}[{name!r}] must be the {kind} dynamic map, but has other values")
     blocks = block_count(nu.numel())
-    nu_absmax = checked(saved["absmax2"], f"{where}['absmax2']", (blocks,), torch.float32)
-    absmax1 = checked(saved["absmax1"], f"{where}['absmax1']", (2, blocks), torch.float32)
+    nu_absmax = expect_tensor(saved["absmax2"], f"{where}['absmax2']", (blocks,), torch.float32)
+    absmax1 = expect_tensor(saved["absmax1"], f"{where}['absmax1']", (2, blocks), torch.float32)
     m1_absmax, m2_absmax = absmax1
     if _written_one_entry_early(m2, m2_absmax, nu_absmax):
         m2_absmax = absmax1.flatten()[blocks - 1 : -1]

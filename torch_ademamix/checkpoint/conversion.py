@@ -13,8 +13,9 @@ from torch_ademamix.numerics.reference_step import state_dtype
 from torch_ademamix.ops.check import PARAMETER_DTYPES
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.state.arenas import NAMES
-from torch_ademamix.state.loading import check_format, check_is_state_dict, checked, loaded_state
-from torch_ademamix.state.options import refusals_of
+from torch_ademamix.state.loading import check_format, check_is_state_dict
+from torch_ademamix.state.options import error_context
+from torch_ademamix.state.saved import convert_saved, expect_tensor
 
 StateDict = dict[str, Any]
 
@@ -68,7 +69,7 @@ def renamed(
 
 def exported_options(group: Mapping[str, Any], where: str, names: Mapping[str, str], target: str) -> StateDict:
     """A group of AdEMAMix with the options that another implementation has, under its names: the keys of `names`."""
-    with refusals_of(where):
+    with error_context(where):
         check_format(group)
     if group.get("maximize"):
         raise ValueError(f"{where}['maximize'] is True, but must be False: {target} only minimizes")
@@ -92,14 +93,14 @@ def unquantized(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) 
         raise ValueError(f"{where} has entries {sorted(others)}, but must have AdEMAMix's own only")
     shaped = [name for name in entries(formats_of(saved)) if not name.endswith(SCALES)]  # as the parameter
     name = next((name for name in shaped if name in saved), "exp_avg_slow")
-    like = checked(saved.get(name), f"{where}[{name!r}]", None)
-    return loaded_state(like, saved, dict.fromkeys(MOMENTS), {"master_weights": None}, where)
+    like = expect_tensor(saved.get(name), f"{where}[{name!r}]", None)
+    return convert_saved(like, saved, dict.fromkeys(MOMENTS), {"master_weights": None}, where)
 
 
 def moment(saved: Mapping[str, Any], name: str, where: str, like: Tensor | None = None) -> Tensor:
     """A moment in the dtype that AdEMAMix keeps it in, in memory of its own; of the shape of `like`."""
     shape = None if like is None else like.shape
-    value = checked(saved[name], f"{where}[{name!r}]", shape, *PARAMETER_DTYPES, *COMPLEX_DTYPES)
+    value = expect_tensor(saved[name], f"{where}[{name!r}]", shape, *PARAMETER_DTYPES, *COMPLEX_DTYPES)
     return value.to(state_dtype(value.dtype), copy=True)
 
 

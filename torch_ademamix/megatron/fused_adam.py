@@ -15,7 +15,7 @@ from torch_ademamix.checkpoint.apertus import group_from_apertus
 from torch_ademamix.numerics.moments import MOMENTS, Formats, formats_of
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.state.arenas import MASTER_REMAINDER, NAMES
-from torch_ademamix.state.loading import loaded_state
+from torch_ademamix.state.saved import convert_saved
 
 StateDict = dict[str, Any]
 
@@ -45,7 +45,7 @@ class FusedAdamInterface(AdEMAMix):
     def _stored(self, p: Tensor, state: Mapping[str, Tensor], formats: Formats) -> dict[str, Tensor]:
         """The moments of a state in other formats, with the scales of quantized ones."""
         own = {name: value for name, value in state.items() if name in NAMES and name != MASTER_REMAINDER}
-        converted = loaded_state(p, own, formats, {"master_weights": None}, "the state")
+        converted = convert_saved(p, own, formats, {"master_weights": None}, "the state")
         return {name: value for name, value in converted.items() if name != "step"}
 
     def common_step(self) -> int:

@@ -1,14 +1,15 @@
 """The ops' steps in plain PyTorch: the kernels for devices without native ones, and the oracle of the others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_ademamix.numerics import bfloat16
 from torch_ademamix.numerics.blockwise import FIRST_PARAM_GROUP, POSITION_BITS, Format, decode, quantize, random_bits
+from torch_ademamix.numerics.hyperparameters import Hyperparameters, Number
 from torch_ademamix.numerics.moments import MOMENTS, codes_in, entries_of, op_entries, op_formats
 from torch_ademamix.numerics.schedules import alpha_schedule, beta3_schedule, growth, log_time_decay, log_time_rate
 
@@ -22,52 +23,6 @@ def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter's unquantized state."""
     dtype = compute_dtype(param_dtype)
     return dtype.to_complex() if param_dtype.is_complex else dtype
-
-
-Number = Tensor | float  # a tensor: float64, without dimensions
-
-
-class Hyperparameters(NamedTuple):
-    """The numbers of one parameter group: a row of an op's hyperparameters (ops/ademamix.h has the same order)."""
-
-    lr: Number
-    beta1: Number
-    beta2: Number
-    beta3: Number
-    alpha: Number
-    t_alpha: Number  # 0 for no warm-up
-    t_beta3: Number
-    schedule_start: Number
-    eps: Number
-    weight_decay: Number
-    delta: Number  # 0 for a β3 that isn't in logarithmic time
-    log_time_beta2: Number  # 0 or 1
-    kappa: Number  # 0 for none
-    t_weight_decay: Number  # 0 for a constant weight decay
-
-
-HYPERPARAMETERS = Hyperparameters._fields
-
-
-def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
-    """The row of a parameter group, whose lr may be a tensor."""
-    beta1, beta2, beta3 = map(float, group["betas"])
-    return Hyperparameters(
-        group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
-        beta1,
-        beta2,
-        beta3,
-        float(group["alpha"]),
-        float(group["t_alpha"] or 0),
-        float(group["t_beta3"] or 0),
-        float(group["schedule_start"]),
-        float(group["eps"]),
-        float(group["weight_decay"]),
-        float(group["delta"] or 0),
-        float(group["log_time_beta2"]),
-        float(group["kappa"] or 0),
-        float(group["t_weight_decay"] or 0),
-    )
 
 
 def next_step(step: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from torch_ademamix.numerics import blockwise, pairs, reference_step
 from torch_ademamix.numerics.blockwise import CODE_DTYPES, Format, block_count
-from torch_ademamix.numerics.reference_step import Hyperparameters
+from torch_ademamix.numerics.hyperparameters import HyperparameterRows, Hyperparameters
 from torch_ademamix.ops import compiled_reference, cuda, offsets
 from torch_ademamix.ops.arguments import check_blockwise_step, check_dequantize, check_quantize, check_step
 
@@ -121,7 +121,7 @@ def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -
 
 
 def _reference_step(
-    check: Callable[..., None], step: Callable[..., None], parts: Sequence[offsets.Part]
+    check: Callable[..., None], step: Callable[..., None], parts: Sequence[offsets.ViewFn]
 ) -> Callable[..., None]:
     """The kernel of an op's overloads; `parts` are those that its lists of state have of arenas."""
     count = len(parts) + len(("params", "grads", "steps", "remainders"))
@@ -133,7 +133,7 @@ def _reference_step(
         if args[0] and args[0][0].device.type == "cuda":
             _warn_of_reference_on_cuda()
         lists, hyperparameters = args[:count], args[count:]
-        views = offsets.one_for_each(parts, lists, kwargs.pop("places"))
+        views = offsets.views_of_lists(parts, lists, kwargs.pop("places"))
         compiled_reference.run(step, views, _rows(*hyperparameters), **{**dict.fromkeys(SCALER), **kwargs})
 
     return kernel
@@ -200,7 +200,7 @@ _steps = [
     _define_in_place(
         f"ademamix_step_{overload}({_LISTS}, {numbers}bool maximize, {_REST}) -> ()",
         fake=check_step,
-        kernel=_reference_step(check_step, reference_step.ademamix_step_, offsets.STEP_PARTS),
+        kernel=_reference_step(check_step, reference_step.ademamix_step_, offsets.STEP_VIEWS),
     )
     for overload, numbers in _OVERLOADS.items()
 ]
@@ -209,7 +209,7 @@ _blockwise_steps = [
         f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {numbers}bool maximize, "
         f"bool stochastic_rounding, {_REST}) -> ()",
         fake=check_blockwise_step,
-        kernel=_reference_step(check_blockwise_step, reference_step.ademamix_blockwise_step_, offsets.BLOCKWISE_PARTS),
+        kernel=_reference_step(check_blockwise_step, reference_step.ademamix_blockwise_step_, offsets.BLOCKWISE_VIEWS),
     )
     for overload, numbers in _OVERLOADS.items()
 ]
@@ -239,18 +239,44 @@ library = None if native is None else _functions(native)
 without_cuda = cuda.load()  # why CUDA tensors are served by the reference kernels; None if they aren't
 
 
-def ademamix_step_(*lists: Sequence[Any], **options: Any) -> None:
+def _python_op(overloads: Sequence[Callable[..., None]], doc: str) -> Callable[..., None]:
+    """An op as Python calls it: with scalars on any device, and with complex parameters."""
+    with_numbers, with_tensor = overloads
+
+    def op(*lists: Sequence[Any], hyperparameters: HyperparameterRows, **options: Any) -> None:
+        params = lists[0]
+        device = params[0].device if params else None
+        for name in SCALER:
+            if options.get(name) is not None:
+                options[name] = _on_device(options[name], device)
+        rows, of_params = hyperparameters
+        arguments: tuple[Any, ...]
+        if isinstance(rows, Tensor):
+            overload, arguments = with_tensor, (_on_device(rows, device),)
+        else:
+            lrs = [_on_device(row.lr, device) for row in rows if isinstance(row.lr, Tensor)]
+            numbers = [x for row in rows for x in (0.0, *row[1:])] if lrs else [*chain.from_iterable(rows)]
+            overload, arguments = with_numbers, (numbers, lrs)
+        if params and params[0].is_complex():
+            pairs.call(overload, lists, *arguments, rows=of_params, **options)
+        else:
+            overload(*lists, *arguments, rows=of_params, **options)
+
+    op.__doc__ = doc
+    return op
+
+
+ademamix_step_ = _python_op(
+    _steps,
     """The op `ademamix_step_`, which takes lists of one dtype and device; complex tensors as pairs of reals.
 
     Args:
-        options: the op's, with `hyperparameters` (numbers, or a tensor) and `lrs`; tensors may be on another device.
-    """
-    _call(_steps, lists, options)
-
-
-def ademamix_blockwise_step_(*lists: Sequence[Any], **options: Any) -> None:
-    """The op `ademamix_blockwise_step_`, in the same way."""
-    _call(_blockwise_steps, lists, options)
+        lists: the op's.
+        hyperparameters: those of the parameters.
+        options: the op's. Tensors of one element may be on another device.
+    """,
+)
+ademamix_blockwise_step_ = _python_op(_blockwise_steps, """The op `ademamix_blockwise_step_`, in the same way.""")
 
 
 def run(calls: Sequence[OpCall]) -> None:
@@ -274,20 +300,7 @@ def _dry_run(calls: Sequence[OpCall]) -> None:
         op(*lists, **options, dry_run=True)
 
 
-def _call(overloads: Sequence[Callable[..., None]], lists: Sequence[Sequence[Any]], options: dict[str, Any]) -> None:
-    numbers, tensor_hyperparameters = overloads
-    # With several devices, the scalars that are tensors are on one only.
-    device = lists[0][0].device if lists[0] else None
-    for name in SCALER:
-        if options.get(name) is not None:
-            options[name] = _beside(options[name], device)
-    hyperparameters = options.pop("hyperparameters")
-    if isinstance(hyperparameters, Tensor):
-        return pairs.call(tensor_hyperparameters, lists, _beside(hyperparameters, device), **options)
-    pairs.call(numbers, lists, hyperparameters, [_beside(lr, device) for lr in options.pop("lrs")], **options)
-
-
-def _beside(scalar: Tensor, device: torch.device | None) -> Tensor:
+def _on_device(scalar: Tensor, device: torch.device | None) -> Tensor:
     if device is None or scalar.device == device:
         return scalar
     # A copy to the GPU needn't be waited for: of ordinary memory, the driver takes it before the call returns.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from torch_ademamix.numerics.bfloat16 import draws
 from torch_ademamix.numerics.blockwise import BLOCK_SIZE, block_count
+from torch_ademamix.numerics.hyperparameters import HYPERPARAMETERS, Hyperparameters
 from torch_ademamix.numerics.pairs import COMPLEX_DTYPES
-from torch_ademamix.numerics.reference_step import HYPERPARAMETERS, Hyperparameters, compute_dtype
-from torch_ademamix.ops.offsets import PLACE_NUMBERS
+from torch_ademamix.numerics.reference_step import compute_dtype
+from torch_ademamix.ops.offsets import OFFSETS_PER_PARAM
 
 BETAS = ("beta1", "beta2", "beta3")
 LOG_TIME = ("delta", "log_time_beta2", "kappa", "t_weight_decay")
@@ -66,9 +67,10 @@ class Checker:
             self._floating("params", i, param)
             self._uniform("params", params, i)
             self._in_place("params", i, param)
-        if places and len(places) != (wanted := PLACE_NUMBERS * len(params)):
+        if places and len(places) != (wanted := OFFSETS_PER_PARAM * len(params)):
             self.refuse(
-                f"places has length {len(places)}, but must have {wanted}, {PLACE_NUMBERS} for each of params, or none"
+                f"places has length {len(places)}, but must have {wanted}, {OFFSETS_PER_PARAM} for each of params, "
+                "or none"
             )
 
     def refuse(self, text: str) -> NoReturn:
@@ -152,7 +154,7 @@ class Checker:
             return
         rooms = [min(elements) for elements in zip(*(elements for _, elements in self._capacities), strict=True)]
         counts = [step.numel() for step in steps]
-        arenas, firsts, indices = (self._places[i::PLACE_NUMBERS] for i in range(PLACE_NUMBERS))
+        arenas, firsts, indices = (self._places[i::OFFSETS_PER_PARAM] for i in range(OFFSETS_PER_PARAM))
         for i, (param, arena, first, step) in enumerate(zip(self._params, arenas, firsts, indices, strict=True)):
             if not (
                 0 <= arena < len(rooms)
@@ -163,7 +165,7 @@ class Checker:
                 self._refuse_place(i, arena, first, step, counts)
 
     def _refuse_place(self, i: int, arena: int, first: int, step: int, counts: Sequence[int]) -> NoReturn:
-        at, numel = PLACE_NUMBERS * i, self._params[i].numel()
+        at, numel = OFFSETS_PER_PARAM * i, self._params[i].numel()
         if not 0 <= arena < len(counts):
             self.refuse(f"places[{at}] is {arena}, but must be in [0, {len(counts)})")
         if first < 0 or first % BLOCK_SIZE != 0:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ademamix.numerics.reference_step import Hyperparameters, ademamix_blockwise_step_
+from torch_ademamix.numerics.hyperparameters import Hyperparameters
+from torch_ademamix.numerics.reference_step import ademamix_blockwise_step_
 
 MIN_NUMEL = 2**16  # elements of a call, below which it isn't worth seconds of compiling
 

@@ -12,7 +12,7 @@ from torch_ademamix.numerics.moments import Formats, codes_in, entries, entries_
 from torch_ademamix.numerics.reference_step import state_dtype
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise
 from torch_ademamix.state import paging, sharding
-from torch_ademamix.state.arenas import MASTER_REMAINDER, NAMES, OptimizerState, ParamState, Storage, allocate
+from torch_ademamix.state.arenas import MASTER_REMAINDER, NAMES, OptimizerState, ParamState, StorageSpec, allocate
 from torch_ademamix.state.options import Options, check_params, is_trained, param_name
 
 # A group's "state_format": a state dict tells by it which formats its codes have. A later version with other formats
@@ -40,12 +40,12 @@ def remainder_dtype(p: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
     return REMAINDERS.get(group["master_weights"]) if p.dtype == torch.bfloat16 else None
 
 
-def storage(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None) -> Storage:
+def storage_spec(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None) -> StorageSpec:
     """How the state of a parameter of a group is stored; see :func:`formats`."""
     own = entries(formats(p, group, has_exp_avg), state_dtype(p.dtype))
     if dtype := remainder_dtype(p, group):
         own[MASTER_REMAINDER] = dtype
-    return Storage(p.device, paging.is_paged(p, group), tuple(own.items()))
+    return StorageSpec(p.device, paging.is_paged(p, group), tuple(own.items()))
 
 
 def has_state(state: ParamState | None) -> TypeGuard[ParamState]:
@@ -77,9 +77,9 @@ def check_exp_avg(state: OptimizerState, groups: Sequence[Options]) -> None:
                 )
 
 
-def without_state(
+def params_needing_state(
     state: OptimizerState, groups: Sequence[Options], include_frozen: bool = False
-) -> list[tuple[Tensor, Storage]]:
+) -> list[tuple[Tensor, StorageSpec]]:
     """The parameters that are to get state, and how it is stored; refuses those that can't be updated."""
     members = []
     for number, group in enumerate(groups):
@@ -87,34 +87,34 @@ def without_state(
         params = [p for p in chosen if not has_state(state.get(p))]
         if params:
             check_params(group, number, include_frozen)
-        members += [(p, storage(p, group)) for p in params]
+        members += [(p, storage_spec(p, group)) for p in params]
     return members
 
 
 @torch.no_grad()
-def make_state(state: OptimizerState, members: Sequence[tuple[Tensor, Storage]]) -> None:
+def allocate_state(state: OptimizerState, members: Sequence[tuple[Tensor, StorageSpec]]) -> None:
     """Gives parameters state as it is before the first step, in one arena for each kind of storage.
 
     If state is to be separate, each parameter gets an arena of its own.
     """
-    together: dict[Any, tuple[Storage, list[Tensor]]] = {}
+    together: dict[Any, tuple[StorageSpec, list[Tensor]]] = {}
     for p, kind in members:
-        together.setdefault((kind, id(p) if state.layout.separate else None), (kind, []))[1].append(p)
+        together.setdefault((kind, id(p) if state.plan_cache.separate else None), (kind, []))[1].append(p)
     for kind, params in together.values():
-        for p, (part, own) in zip(params, allocate(params, kind), strict=True):
-            state[p].place(part, own)
+        for p, (slice, own) in zip(params, allocate(params, kind), strict=True):
+            state[p].assign(slice, own)
 
 
 @torch.no_grad()
 def separate(state: OptimizerState) -> None:
     """Moves the state of each parameter into an arena of its own, now and whenever state is made."""
-    state.layout.separate = True
+    state.plan_cache.separate = True
     members, values = [], []
     for p, own in state.items():
-        if isinstance(own, ParamState) and own.part is not None:
-            members.append((p, own.part.arena.storage))
+        if isinstance(own, ParamState) and own.slice is not None:
+            members.append((p, own.slice.arena.storage))
             values.append(dict(own))
-    make_state(state, members)
+    allocate_state(state, members)
     for (p, _), old in zip(members, values, strict=True):
         write(state[p], old)
 

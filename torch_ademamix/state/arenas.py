@@ -6,8 +6,9 @@ have one device and one set of formats, and one for their steps. Nothing keeps i
 other tensors have taken the place of all of it, as when state is moved to the CPU, its memory is free. After
 `separate_state()` each parameter has an arena of its own, so no two state tensors share a storage.
 
-`optimizer.state` and its entries are dicts that hear when something in them is replaced. A parameter of which a tensor
-has been replaced leaves its arena, and is updated in the tensors that are there.
+`optimizer.state` and its entries are dicts that notice when a tensor in them is replaced. Such a parameter leaves its
+arena, and is updated in the tensors that are there. Comparing all tensors at each step would not do for compiled steps,
+which run no Python of ours: they are guarded by the plan, which a replacement clears.
 """
 
 from collections import Counter, defaultdict
@@ -24,7 +25,7 @@ from torch_ademamix import ops
 from torch_ademamix.numerics.blockwise import BLOCK_SIZE, block_count
 from torch_ademamix.numerics.moments import MOMENTS, SCALES, WORDS
 from torch_ademamix.numerics.pairs import as_real
-from torch_ademamix.ops.offsets import absmax_part, code_part, state_part
+from torch_ademamix.ops.offsets import absmax_view, code_view, state_view
 from torch_ademamix.state import sharding
 
 # The entry of a bfloat16 parameter with master weights (torch_ademamix/numerics/bfloat16.py).
@@ -34,7 +35,7 @@ MASTER_REMAINDER = "master_remainder"
 NAMES = ("step", *MOMENTS, *WORDS.values(), *(f"{name}{SCALES}" for name in MOMENTS), MASTER_REMAINDER)
 
 
-class Storage(NamedTuple):
+class StorageSpec(NamedTuple):
     """How the state of a parameter is stored: what parameters have in common that share an arena."""
 
     device: torch.device
@@ -45,7 +46,7 @@ class Storage(NamedTuple):
 class Arena:
     """The flat tensors of parameters of one kind of storage, by the names in state."""
 
-    def __init__(self, storage: Storage, flats: dict[str, Tensor]) -> None:
+    def __init__(self, storage: StorageSpec, flats: dict[str, Tensor]) -> None:
         self.storage, self.flats = storage, flats
         self._own: dict[str, list[ref[Tensor]]] = {name: [] for name in flats}
         for flat in flats.values():
@@ -81,12 +82,12 @@ def _use_count(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
-class Part(NamedTuple):
-    """One parameter's part of an arena."""
+class Slice(NamedTuple):
+    """One parameter's slice of an arena."""
 
     arena: Arena
-    first: int  # the part's first element, a multiple of BLOCK_SIZE
-    number: int  # of its step
+    first: int  # the slice's first element, a multiple of BLOCK_SIZE
+    step: int  # the index of its step
 
     def views(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter (of a DTensor, its local tensor) that is stored there, by the names in state."""
@@ -94,7 +95,7 @@ class Part(NamedTuple):
         moments = {name: _view(name, flats, as_real(p), self.first) for name, _ in self.arena.storage.entries}
         if p.is_complex():
             moments = {name: torch.view_as_complex(view) for name, view in moments.items()}
-        return {"step": flats["step"][self.number], **moments}
+        return {"step": flats["step"][self.step], **moments}
 
     def is_of(self, p: Tensor, state: Mapping[str, Tensor]) -> bool:
         """Whether state still is as `allocate` makes it for a parameter: of that shape and order, and in the arena."""
@@ -108,8 +109,8 @@ class Part(NamedTuple):
         return True
 
 
-def allocate(params: Sequence[Tensor], storage: Storage) -> list[tuple[Part, dict[str, Tensor]]]:
-    """Zeros for parameters of one kind of storage, in an arena of their own: for each its part, and state there."""
+def allocate(params: Sequence[Tensor], storage: StorageSpec) -> list[tuple[Slice, dict[str, Tensor]]]:
+    """Zeros for parameters of one kind of storage, in an arena of their own: for each its slice, and state there."""
     local = [sharding.local(p.detach()) for p in params]
     numels = [as_real(p).numel() for p in local]
     firsts, end = [], 0
@@ -122,28 +123,28 @@ def allocate(params: Sequence[Tensor], storage: Storage) -> list[tuple[Part, dic
     for name, dtype in storage.entries:  # code 0 means 0 in every format
         # Real also where state is complex: the ops take it so.
         flats[name] = _zeros(block_count(end) if name.endswith(SCALES) else end, dtype.to_real(), storage)
-    arena, parts = Arena(storage, flats), []
-    for number, (p, part, first) in enumerate(zip(params, local, firsts, strict=True)):
-        place = Part(arena, first, number)
-        views = place.views(part)
+    arena, result = Arena(storage, flats), []
+    for step, (p, local_p, first) in enumerate(zip(params, local, firsts, strict=True)):
+        slice = Slice(arena, first, step)
+        views = slice.views(local_p)
         if sharding.is_dtensor(p) and len(params) > 1:
             views = {name: view if name == "step" else _apart(view) for name, view in views.items()}
-        parts.append((place, sharding.sharded(views, p)))
-    return parts
+        result.append((slice, sharding.sharded(views, p)))
+    return result
 
 
 def _view(name: str, flats: Mapping[str, Tensor], p: Tensor, first: int) -> Tensor:
     if name.endswith(SCALES):
-        return absmax_part(flats[name], p, first).view(sharding.scales_shape(p) or ())
+        return absmax_view(flats[name], p, first).view(sharding.scales_shape(p) or ())
     is_code = name + SCALES in flats or name in WORDS.values()
-    return (code_part if is_code else state_part)(flats[name], p, first)
+    return (code_view if is_code else state_view)(flats[name], p, first)
 
 
 def _apart(view: Tensor) -> Tensor:
-    """The same memory as a storage of its own, which keeps the whole.
+    """A view with its own storage object (offset 0) that keeps the arena's memory alive.
 
-    A DTensor takes over its part's offset in a storage, and is then taken for one that has memory itself by
-    `torch.save` and deepcopy.
+    A DTensor takes over the storage offset of its local tensor. With another offset than 0, `torch.save` and deepcopy
+    would take it for a tensor with memory of its own.
     """
     begin = view.storage_offset() * view.element_size()
     storage = view.untyped_storage()[begin : begin + view.nbytes]
@@ -151,7 +152,7 @@ def _apart(view: Tensor) -> Tensor:
     return empty.set_(storage, 0, view.shape, view.stride())
 
 
-def _zeros(numel: int, dtype: torch.dtype, storage: Storage) -> Tensor:
+def _zeros(numel: int, dtype: torch.dtype, storage: StorageSpec) -> Tensor:
     if storage.paged:
         return ops.paged_empty(torch.empty(0, device=storage.device), numel, dtype).zero_()
     return torch.zeros(numel, dtype=dtype, device=storage.device)
@@ -181,41 +182,41 @@ def check_memory(state: Mapping[str, Any], param: str) -> None:
             )
 
 
-class Layout:
-    """What an optimizer's step knows of where its state lies, until it hears that this has changed."""
+class PlanCache:
+    """The plan of an optimizer's steps, until its state or groups are replaced."""
 
     def __init__(self) -> None:
         self.plan: Any = None  # a torch_ademamix.state.plan.Plan
         self.separate = False  # each parameter gets an arena of its own
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.plan = None
 
 
 class ParamState(dict[str, Any]):
     """An entry of `optimizer.state`: the state of one parameter, and whatever else others keep there."""
 
-    def __init__(self, layout: Layout, entries: Mapping[str, Any] = {}) -> None:
+    def __init__(self, plan_cache: PlanCache, entries: Mapping[str, Any] = {}) -> None:
         super().__init__(entries)
-        self.layout = layout
-        self.part: Part | None = None
+        self.plan_cache = plan_cache
+        self.slice: Slice | None = None
         self._known = self._own()
 
-    def place(self, part: Part, entries: Mapping[str, Tensor]) -> None:
-        """Takes a part of an arena for state, and `entries` of it: the views, or DTensors of them."""
+    def assign(self, slice: Slice, entries: Mapping[str, Tensor]) -> None:
+        """Takes a slice of an arena for state, and `entries` of it: the views, or DTensors of them."""
         for name in self._own().keys() - entries.keys():  # state was stored otherwise
             super().pop(name)
         super().update(entries)
-        self.part, self._known = part, self._own()
-        part.arena.add(entries)
-        self.layout.forget()
+        self.slice, self._known = slice, self._own()
+        slice.arena.add(entries)
+        self.plan_cache.clear()
 
     def leave(self) -> None:
-        """Gives the part of the arena up, whose place other memory has taken behind the same tensors."""
+        """Gives the slice up, after its tensors have got other memory."""
         for name, value in self._known.items():
             if not sharding.is_dtensor(value):
                 super().__setitem__(name, value.data)  # which is no view, so that the arena may be freed
-        self.part, self._known = None, self._own()
+        self.slice, self._known = None, self._own()
 
     def handed_out(self) -> dict[str, Any]:
         """The same with other tensors on the same memory, by which to tell later whether somebody has kept them."""
@@ -225,21 +226,21 @@ class ParamState(dict[str, Any]):
     def _own(self) -> dict[str, Any]:
         return {name: self[name] for name in NAMES if name in self}
 
-    def _hear(self) -> None:
+    def _notice(self) -> None:
         if any(self.get(name) is not self._known.get(name) for name in NAMES):
-            self.part, self._known = None, self._own()
-            self.layout.forget()
+            self.slice, self._known = None, self._own()
+            self.plan_cache.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are plain
         return dict, (dict(self),)
 
 
-def _heard(cls: type[dict[Any, Any]], name: str) -> Callable[..., Any]:
+def _noticing(cls: type[dict[Any, Any]], name: str) -> Callable[..., Any]:
     method = getattr(cls, name)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
-        self._hear()
+        self._notice()
         return result
 
     call.__name__ = name
@@ -247,15 +248,15 @@ def _heard(cls: type[dict[Any, Any]], name: str) -> Callable[..., Any]:
 
 
 for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(ParamState, _name, _heard(dict, _name))
+    setattr(ParamState, _name, _noticing(dict, _name))
 
 
 class OptimizerState(defaultdict[Any, Any]):
     """`optimizer.state`: by parameter its :class:`ParamState`. Keys that aren't tensors are others'."""
 
-    def __init__(self, layout: Layout, entries: Mapping[Any, Any]) -> None:
+    def __init__(self, plan_cache: PlanCache, entries: Mapping[Any, Any]) -> None:
         super().__init__(dict)
-        self.layout = layout
+        self.plan_cache = plan_cache
         self.update(entries)
 
     def __missing__(self, key: Any) -> Any:
@@ -265,10 +266,10 @@ class OptimizerState(defaultdict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, Tensor) and isinstance(value, Mapping):
             if not isinstance(value, ParamState):
-                value = ParamState(self.layout, value)
-            value.layout = self.layout
+                value = ParamState(self.plan_cache, value)
+            value.plan_cache = self.plan_cache
         super().__setitem__(key, value)
-        self._hear()
+        self._notice()
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for key, value in dict(*args, **kwargs).items():
@@ -283,43 +284,43 @@ class OptimizerState(defaultdict[Any, Any]):
             self[key] = default
         return self[key]
 
-    def _hear(self) -> None:
-        self.layout.forget()
+    def _notice(self) -> None:
+        self.plan_cache.clear()
 
     def plain(self) -> defaultdict[Any, Any]:
-        """The same in dicts that hear nothing, as torch's functions and pickles expect them."""
+        """The same in ordinary dicts, as torch's functions and pickles expect them."""
         values = ((key, dict(value) if isinstance(value, ParamState) else value) for key, value in self.items())
         return defaultdict(dict, values)
 
-    def parts(self) -> "SentParts":
-        return SentParts([value.part if isinstance(value, ParamState) else None for value in self.values()])
+    def slices(self) -> "SentSlices":
+        return SentSlices([value.slice if isinstance(value, ParamState) else None for value in self.values()])
 
-    def place(self, parts: Sequence[Part | None]) -> None:
-        """Takes the parts of arenas that another process has shared, where the tensors that are there lie."""
-        for value, part in zip(list(self.values()), parts, strict=True):
-            if part is not None:
-                value.place(part, {name: value[name] for name in part.arena.flats})
+    def assign(self, slices: Sequence[Slice | None]) -> None:
+        """Takes the slices of arenas that another process has shared, in which the tensors that are there lie."""
+        for value, slice in zip(list(self.values()), slices, strict=True):
+            if slice is not None:
+                value.assign(slice, {name: value[name] for name in slice.arena.flats})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, self.plain())
 
 
 for _name in ("__delitem__", "clear", "pop", "popitem"):
-    setattr(OptimizerState, _name, _heard(defaultdict, _name))
+    setattr(OptimizerState, _name, _noticing(defaultdict, _name))
 
 
-class SentParts:
-    """The parts of arenas that an optimizer's state has, for another process.
+class SentSlices:
+    """The slices of arenas that an optimizer's state has, for another process.
 
     torch's multiprocessing shares the memory of tensors that it sends, so its pickler keeps these: the other process
     then updates the same arenas. All other pickles and copies have None in their place.
     """
 
-    def __init__(self, parts: list[Part | None]) -> None:
-        self.parts = parts
+    def __init__(self, slices: list[Slice | None]) -> None:
+        self.slices = slices
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
 
-ForkingPickler.register(SentParts, lambda sent: (list, (sent.parts,)))
+ForkingPickler.register(SentSlices, lambda sent: (list, (sent.slices,)))

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from torch_ademamix.numerics.bfloat16 import REMAINDERS
+from torch_ademamix.numerics.hyperparameters import HYPERPARAMETERS, Hyperparameters, hyperparameters
 from torch_ademamix.numerics.pairs import COMPLEX_DTYPES
-from torch_ademamix.numerics.reference_step import HYPERPARAMETERS, Hyperparameters, hyperparameters
 from torch_ademamix.ops.check import PARAMETER_DTYPES, floating_problem, grad_dtypes, in_place_problem
 from torch_ademamix.state import sharding
 from torch_ademamix.state.plain_options import plain_options
@@ -25,18 +25,7 @@ Options = dict[str, Any]
 CONSTANT_OPTIONS = ("maximize", "seed", "stochastic_rounding", "param_rounding")
 
 
-_LR_OF = itemgetter("lr")
-_PLAIN_TYPES = (int, float, bool, str, tuple, type(None))
-
-
-class _Identical:
-    """Is equal to one object only."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: Any) -> bool:
-        return other is self.value
+_LR = itemgetter("lr")
 
 
 class _Seen(NamedTuple):
@@ -59,40 +48,40 @@ class GroupOptions:
         self.has_both_kinds_of_lr = False  # numbers and tensors
 
     def update(self, groups: Sequence[Options]) -> None:
-        """Raises what :func:`check_options` and :func:`check_params` do."""
+        """Brings rows and constants up to date.
+
+        Raises:
+            what :func:`check_options` and :func:`check_params` do.
+        """
         values = [*chain.from_iterable(map(dict.values, groups))]
-        lrs = [*map(_LR_OF, groups)]
-        if self._are_seen(lrs, values):
-            return
+        lrs = [*map(_LR, groups)]
+        try:
+            # The quickest way to compare thousands of values: a list compares identical objects by identity, and
+            # tensors here are identical or differ in `lrs`.
+            if len(lrs) == len(self._lrs) and all(map(is_, lrs, self._lrs)) and self._values == values:
+                return
+        except (RuntimeError, ValueError):  # a tensor or an array has taken the place of a number
+            pass
         self._values = []
-        self._groups = [self._look(number, group) for number, group in enumerate(groups)]
+        self._groups = [self._look(k, group) for k, group in enumerate(groups)]
         self.rows = [seen.row for seen in self._groups]
         self.constants = [seen.constants for seen in self._groups]
         self.has_both_kinds_of_lr = len({isinstance(row.lr, Tensor) for row in self.rows}) > 1
         if not any(_may_change(name, value) for group in groups for name, value in group.items()):
-            values = [*chain.from_iterable(map(dict.values, groups))]  # plain now
-            self._lrs = [*map(_LR_OF, groups)]
-            self._values = [x if type(x) in _PLAIN_TYPES else _Identical(x) for x in values]
+            self._values = [*chain.from_iterable(map(dict.values, groups))]  # plain now
+            self._lrs = [*map(_LR, groups)]
 
-    def _are_seen(self, lrs: list[Any], values: list[Any]) -> bool:
-        if len(lrs) != len(self._lrs) or not all(map(is_, lrs, self._lrs)):
-            return False
-        try:
-            return self._values == values  # of all ways to compare thousands of values the quickest
-        except RuntimeError:  # a tensor that isn't one number has taken the place of one
-            return False
-
-    def _look(self, number: int, group: Options) -> _Seen:
-        seen = self._groups[number] if number < len(self._groups) else None
+    def _look(self, k: int, group: Options) -> _Seen:
+        seen = self._groups[k] if k < len(self._groups) else None
         before = {} if seen is None else seen.options
         changed = [name for name, x in group.items() if before.get(name, before) is not x or _may_change(name, x)]
         if seen is not None and not changed and len(before) == len(group):
             return seen
         group.update(plain_options(group))
-        with refusals_of(f"param_groups[{number}]"):
+        with error_context(f"param_groups[{k}]"):
             check_options(group, changed)
         if group["param_rounding"] == "stochastic":
-            check_params(group, number)
+            check_params(group, k)
         return _Seen(dict(group), hyperparameters(group), constant_options(group))
 
 
@@ -306,7 +295,7 @@ def param_name(group: Mapping[str, Any], number: int, i: int) -> str:
 
 
 @contextmanager
-def refusals_of(what: str) -> Iterator[None]:
+def error_context(what: str) -> Iterator[None]:
     """What is refused within is said to be of a group, or a parameter."""
     try:
         yield
@@ -344,7 +333,7 @@ class HyperparameterTables:
         return self.tables
 
 
-def settle_lrs(groups: Sequence[Options]) -> None:
+def own_lr_tensors(groups: Sequence[Options]) -> None:
     """Makes lr a tensor in `capturable` groups, and each group's tensor its own: LR schedulers write to it in place."""
     seen: set[int] = set()
     for group in groups:

@@ -12,7 +12,7 @@ another number of processes exactly. Where a shard would cut a block, the parame
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -50,7 +50,7 @@ def local_param(p: Tensor) -> Tensor:
     return local(p)  # type: ignore[no-any-return]
 
 
-def placed_grad(p: Tensor, grad: Tensor) -> Tensor:
+def redistributed_grad(p: Tensor, grad: Tensor) -> Tensor:
     """A parameter's gradient, placed as the parameter: it is communicated if it was placed otherwise."""
     assert is_dtensor(p)
     assert is_dtensor(grad)
@@ -179,7 +179,21 @@ def shard(state: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
     }
 
 
-def parts(saved: Mapping[str, Any], p: Tensor, where: str) -> dict[str, Any]:
+def localize(
+    p: Tensor, saved: Mapping[str, Any], where: str
+) -> tuple[Tensor, Mapping[str, Any], Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
+    """A parameter's saved state as regular tensors, what stands for the parameter, and what distributes such state.
+
+    Of a DTensor parameter these are the local tensors, or, if the state is full, what is full as well.
+    """
+    if any(is_dtensor(value) for value in saved.values()):
+        return local(p), local_shards(saved, p, where), lambda state: sharded(state, p)
+    if is_dtensor(p):
+        return whole(p), saved, lambda state: shard({name: value.to(p.device) for name, value in state.items()}, p)
+    return p, saved, lambda state: state
+
+
+def local_shards(saved: Mapping[str, Any], p: Tensor, where: str) -> dict[str, Any]:
     """This process's parts of a parameter's saved state, of which some entries are DTensors.
 
     Raises:

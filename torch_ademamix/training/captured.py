@@ -14,7 +14,7 @@ from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.state import sharding
 from torch_ademamix.state.options import CONSTANT_OPTIONS
 from torch_ademamix.training.micro_batches import check_leaves, micro_batches
-from torch_ademamix.training.train_step import Loop, checked, given_by_scaler
+from torch_ademamix.training.train_step import TrainStep, scaler_attributes, unwrap_loss
 
 WARM_UP_STEPS = 3  # what torch.cuda.make_graphed_callables does: libraries choose kernels and make their workspaces
 
@@ -62,41 +62,41 @@ def capture_train_step(
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
-    loop = Loop(model, optimizer, loss_fn, accumulate, average, scaler)
-    return CapturedTrainStep(loop, sample_batch, sample_kwargs or {})
+    body = TrainStep(model, optimizer, loss_fn, accumulate, average, scaler)
+    return CapturedTrainStep(body, sample_batch, sample_kwargs or {})
 
 
 class CapturedTrainStep:
     """The step of :func:`torch_ademamix.capture_train_step`. The graph and its memory are free with it."""
 
-    def __init__(self, loop: Loop, sample_batch: Sequence[Any], sample_kwargs: Mapping[str, Any]) -> None:
-        self._loop = loop
-        self._device = _one_cuda_device(loop)
+    def __init__(self, body: TrainStep, sample_batch: Sequence[Any], sample_kwargs: Mapping[str, Any]) -> None:
+        self._body = body
+        self._device = _one_cuda_device(body)
         leaves, self._spec = _flatten(sample_batch, sample_kwargs)
         check_leaves(leaves)
         self._inputs = [
             leaf.detach().to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
         args, kwargs = tree_unflatten(self._inputs, self._spec)
-        self._micro_batches = micro_batches(args, kwargs, loop.accumulate)
+        self._micro_batches = micro_batches(args, kwargs, body.accumulate)
         self._graph: torch.cuda.CUDAGraph | None = None
-        with loop.around():
+        with body.around():
             self._capture()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = _flatten(args, kwargs)
         self._check(leaves, spec)
-        with self._loop.around():
+        with self._body.around():
             if self._graph is None or self._constants() != self._captured:
                 self._capture()
             self._take(leaves)
             self._graph.replay()  # type: ignore[union-attr]
         result = tree_map_only(Tensor, Tensor.clone, self._result)
         if self._in_graph:
-            self._loop.tell_of_step()
+            self._body.tell_of_step()
         for p, grad in self._grads:
             p.grad = grad
-        self._loop.step_rest(self._in_graph)
+        self._body.step_rest(self._in_graph)
         return result
 
     def _check(self, leaves: list[Any], spec: TreeSpec) -> None:
@@ -118,35 +118,35 @@ class CapturedTrainStep:
 
     def _constants(self) -> list[Any]:
         """What the graph has for good, beside its inputs."""
-        loop, optimizer = self._loop, self._loop.optimizer
-        buffers = (buffer for module in loop.modules for buffer in module._buffers.values() if buffer is not None)
+        body, optimizer = self._body, self._body.optimizer
+        buffers = (buffer for module in body.modules for buffer in module._buffers.values() if buffer is not None)
         return [
-            [(p.data_ptr(), p.requires_grad) for p in loop.params],
+            [(p.data_ptr(), p.requires_grad) for p in body.params],
             [buffer.data_ptr() for buffer in buffers],
-            [batch.addresses() for batch in optimizer._layout.plan.batches],
+            [bucket.addresses() for bucket in optimizer._plan_cache.plan.buckets],
             [table.data_ptr() for table in optimizer._hyperparameters.values()],  # type: ignore[union-attr]
-            [module.training for module in loop.modules],
+            [module.training for module in body.modules],
             [[group[name] for name in CONSTANT_OPTIONS] for group in optimizer.param_groups],
             optimizer.max_grad_norm,
-            loop.param_hooks(),
-            loop.step_hooks(),
-            loop.in_graph(),
-            list(map(id, loop.kept)),
+            body.param_hooks(),
+            body.step_hooks(),
+            body.in_graph(),
+            list(map(id, body.kept)),
             (torch.is_autocast_enabled(self._device.type), torch.get_autocast_dtype(self._device.type)),
         ]
 
     def _capture(self) -> None:
-        optimizer = self._loop.optimizer
+        optimizer = self._body.optimizer
         self._graph = self._result = None  # an earlier one's memory is free for this one
         self._grads: list[tuple[Tensor, Tensor | None]] = []
-        self._in_graph = self._loop.in_graph()
+        self._in_graph = self._body.in_graph()
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream), self._without_effect():
                 for _ in range(WARM_UP_STEPS):
                     self._run(self._skip_update)
-                    self._loop.clear_gradients()
+                    self._body.clear_gradients()
             torch.cuda.current_stream().wait_stream(stream)
             # Autocast around the step caches weights in low precision: those of the warm-up would be the graph's for
             # good, and those of the graph would be used outside of it.
@@ -159,31 +159,31 @@ class CapturedTrainStep:
             torch.clear_autocast_cache()
         # Gradients that the graph leaves to other optimizers lie in its memory: each replay writes them again.
         self._grads = list(zip(self._kept(), grads, strict=True))
-        self._loop.clear_gradients()
+        self._body.clear_gradients()
         self._graph, self._result, self._captured = graph, result, self._constants()
 
     def _run(self, step: Callable[[], Any]) -> tuple[Any, list[Tensor | None]]:
         """What the step returns, and the gradients that the graph leaves."""
-        result = checked(self._loop.run(self._micro_batches, step if self._in_graph else None))
+        result = unwrap_loss(self._body.run(self._micro_batches, step if self._in_graph else None))
         return result, [p.grad for p in self._kept()]
 
     def _kept(self) -> list[Tensor]:
-        return self._loop.kept if self._in_graph else self._loop.of_optimizers
+        return self._body.kept if self._in_graph else self._body.of_optimizers
 
     @torch.no_grad()
     def _skip_update(self) -> None:
-        self._loop.optimizer.found_inf.fill_(1)  # type: ignore[attr-defined]
-        self._loop.optimizer._update()
+        self._body.optimizer.found_inf.fill_(1)  # type: ignore[attr-defined]
+        self._body.optimizer._update()
 
     @contextmanager
     def _without_effect(self) -> Iterator[None]:
         """What a step writes beside parameters and state is put back."""
-        optimizer = self._loop.optimizer
-        written = [*self._loop.model.buffers(), *([] if optimizer.grad_norm is None else [optimizer.grad_norm])]
+        optimizer = self._body.optimizer
+        written = [*self._body.model.buffers(), *([] if optimizer.grad_norm is None else [optimizer.grad_norm])]
         before = [tensor.clone() for tensor in written]
         scaling: AbstractContextManager[None] = nullcontext()
-        if self._loop.scaler is None:
-            scaling = given_by_scaler(optimizer, None, torch.zeros((), device=self._device))
+        if self._body.scaler is None:
+            scaling = scaler_attributes(optimizer, None, torch.zeros((), device=self._device))
         try:
             with scaling, torch.random.fork_rng(devices=[self._device]):
                 yield
@@ -193,8 +193,8 @@ class CapturedTrainStep:
                     tensor.copy_(value)
 
 
-def _one_cuda_device(loop: Loop) -> torch.device:
-    params = [p for group in loop.optimizer.param_groups for p in group["params"]]
+def _one_cuda_device(body: TrainStep) -> torch.device:
+    params = [p for group in body.optimizer.param_groups for p in group["params"]]
     device: torch.device = params[0].device
     if device.type != "cuda" or any(p.device != device for p in params):
         raise ValueError("capture_train_step needs all parameters on one CUDA device; see compile_train_step")

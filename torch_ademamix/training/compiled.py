@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.training.micro_batches import MicroBatch, micro_batches
-from torch_ademamix.training.train_step import Loop, ParamHooks, checked
+from torch_ademamix.training.train_step import ParamHooks, TrainStep, unwrap_loss
 
 _numbers = itertools.count()
 
@@ -91,9 +91,9 @@ def compile_train_step(
         # Before, Dynamo couldn't put such a configuration into its metrics, and said so at each compilation.
         ignored = torch._dynamo.config.ignore_logging_functions
         config["ignore_logging_functions"] = {*ignored, *_logging_methods()}
-    loop = Loop(model, optimizer, loss_fn, accumulate, average, scaler)
-    ademamix = loop.optimizer
-    loop.param_hooks()
+    body = TrainStep(model, optimizer, loss_fn, accumulate, average, scaler)
+    ademamix = body.optimizer
+    body.param_hooks()
     ademamix.init_state()
 
     def train_step(parts: list[MicroBatch], in_graph: bool, has_step_hooks: bool, hooks: tuple[ParamHooks, ...]) -> Any:
@@ -104,7 +104,7 @@ def compile_train_step(
                 with torch.no_grad():
                     ademamix._update()
 
-        return loop.run(parts, update if in_graph else None, hooks)
+        return body.run(parts, update if in_graph else None, hooks)
 
     # Dynamo counts compilations by code, and learns by its name which shapes vary: not from another step.
     code = train_step.__code__.replace(co_name=f"train_step_{next(_numbers)}")
@@ -114,15 +114,15 @@ def compile_train_step(
 
     def step(*batch: Any, **more: Any) -> Any:
         nonlocal first
-        parts = micro_batches(batch, more, loop.accumulate)
-        in_graph = loop.in_graph()
-        with loop.around(), _configured(config), _collecting_no_garbage() if first else nullcontext():
+        parts = micro_batches(batch, more, body.accumulate)
+        in_graph = body.in_graph()
+        with body.around(), _configured(config), _collecting_no_garbage() if first else nullcontext():
             run = train_step if _compiling_is_disabled() else compiled
-            result = checked(run(parts, in_graph, bool(loop.step_hooks()), loop.param_hooks()))
+            result = unwrap_loss(run(parts, in_graph, bool(body.step_hooks()), body.param_hooks()))
         first = False
         if in_graph:
-            loop.tell_of_step()
-        loop.step_rest(in_graph)
+            body.tell_of_step()
+        body.step_rest(in_graph)
         return result
 
     return step

@@ -34,11 +34,11 @@ from torch_ademamix.training.micro_batches import MicroBatch
 from torch_ademamix.training.release import GradientRelease, refuse_wrapped
 from torch_ademamix.training.step_method import check_step_not_replaced, overrides_step
 
-# Of a parameter: its number in Loop.params, its gradient's hooks, and those after that has been accumulated.
+# Of a parameter: its number in TrainStep.params, its gradient's hooks, and those after that has been accumulated.
 ParamHooks = tuple[int, tuple[Callable[..., Any], ...], tuple[Callable[..., Any], ...]]
 
 
-class Loop:
+class TrainStep:
     """A model, its optimizers and its loss, and one step with them.
 
     Args:
@@ -71,7 +71,7 @@ class Loop:
         self._told_of_untrained = False
         self.has_other_leaves = False  # in a graph of the step: gradients go to tensors that aren't in `params`
         self.left: list[tuple[int, str]] = []  # attributes of `modules` that the forward pass leaves with a history
-        self._name = tracing.enter(self)
+        self._name = tracing.register(self)
         self._look()
         if not any(p.requires_grad for p in self._shared.intersection(_params([self.optimizer]))):
             raise ValueError("the optimizer has no parameter of the model that requires a gradient")
@@ -101,7 +101,7 @@ class Loop:
         self._sharded = any(map(sharding.is_dtensor, self.params))
         self.modules = list(self.model.modules())
         self._structure = _Structure(self.modules)
-        self._plan = self.optimizer._layout.plan
+        self._plan = self.optimizer._plan_cache.plan
         self._tell_of_untrained()
 
     def _tell_of_untrained(self) -> None:
@@ -157,7 +157,7 @@ class Loop:
                 yield
 
     def _is_up_to_date(self) -> bool:
-        if self.optimizer._layout.plan is not self._plan or not self._structure.holds():
+        if self.optimizer._plan_cache.plan is not self._plan or not self._structure.holds():
             return False
         if len(self.optimizers) == 1:
             return True
@@ -192,7 +192,7 @@ class Loop:
             self.scaler.scale(torch.ones((), device=device))  # which makes the scaler's tensors
             self._found_inf = torch.zeros((), device=device, dtype=torch.float32)
             torch._dynamo.mark_static_address(self._found_inf)
-        return given_by_scaler(self.optimizer, self.scaler._scale, self._found_inf)
+        return scaler_attributes(self.optimizer, self.scaler._scale, self._found_inf)
 
     def tell_of_step(self) -> None:
         """Lets schedulers and the scaler know that a step was made."""
@@ -233,7 +233,7 @@ class Loop:
                 self._look_for_inf()
             step()
         # Those of the plan are what Dynamo knows already, from the update.
-        done = (*self.optimizer._layout.plan.params, self._others) if len(self.optimizers) == 1 else (self._own,)
+        done = (*self.optimizer._plan_cache.plan.params, self._others) if len(self.optimizers) == 1 else (self._own,)
         for params in done if step is not None else (self._others,):
             for p in params:
                 p.grad = None
@@ -251,8 +251,8 @@ class Loop:
             loss.backward()
             return
         params, name = [p for p in self.params if p.requires_grad], self._name  # noqa: F841 (name: at compile time)
-        comptime(tracing.look_for_other_leaves)
-        comptime(tracing.look_for_left)
+        comptime(tracing.detect_other_leaves)
+        comptime(tracing.detect_left_tensors)
         for i, attribute in self.left:
             value = getattr(self.modules[i], attribute)
             setattr(self.modules[i], attribute, tree_map_only(Tensor, torch.Tensor.detach, value))
@@ -278,15 +278,12 @@ class Loop:
 
     def _look_for_inf(self) -> None:
         """Tells the update whether to skip, as `scaler.step(optimizer)` does."""
-        plan = self.optimizer._layout.plan
-        work = plan.work()
-        plan.check(work)
         grads = []
-        for batch, chosen, placed in plan.placed(work):
-            grads += placed
-            if batch.sharded:  # the update finds them communicated already
-                for i, grad in zip(chosen, placed, strict=True):
-                    batch.params[i].grad = grad
+        for bucket, chosen, some_grads in self.optimizer._plan_cache.plan.work():
+            grads += some_grads
+            if bucket.sharded:  # the update finds them redistributed already
+                for i, grad in zip(chosen, some_grads, strict=True):
+                    bucket.params[i].grad = grad
         found_inf: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
         # A process's part of a gradient may be empty, which has no greatest element.
         parts = [part for part in map(sharding.local_grad, grads) if part.numel() > 0]
@@ -360,7 +357,7 @@ class _Structure:
 
 
 @contextmanager
-def given_by_scaler(optimizer: AdEMAMix, *values: Tensor | None) -> Iterator[None]:
+def scaler_attributes(optimizer: AdEMAMix, *values: Tensor | None) -> Iterator[None]:
     """The optimizer has these values of SCALER, for a while."""
     for name, value in zip(SCALER, values, strict=True):
         setattr(optimizer, name, value)
@@ -371,8 +368,8 @@ def given_by_scaler(optimizer: AdEMAMix, *values: Tensor | None) -> Iterator[Non
             delattr(optimizer, name)
 
 
-def checked(outcome: tuple[bool, Any]) -> Any:
-    """What :meth:`Loop.run` returns for the step, if the loss was one.
+def unwrap_loss(outcome: tuple[bool, Any]) -> Any:
+    """What :meth:`TrainStep.run` returns for the step, if the loss was one.
 
     Raises:
         TypeError: it wasn't; nothing has been written then.
