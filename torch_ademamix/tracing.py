@@ -1,6 +1,7 @@
-"""What of a step can't be traced: Python itself does it while the step is traced, which then finds its state's place.
+"""What a traced step leaves to Python: checks, state and the plan are made while the step is traced.
 
-It is called with a name, for Dynamo takes a text for a constant, and a number for one only at first.
+These functions take a string key, not the object: Dynamo specializes on strings once, but turns ints into symbolic
+values when it recompiles.
 """
 
 import itertools
@@ -19,7 +20,7 @@ _marks: "WeakKeyDictionary[Any, list[tuple[torch.Tensor, Any]]]" = WeakKeyDictio
 
 
 def register(known: Any) -> str:
-    """Remembers an object, while it lives, by the name that is returned."""
+    """Gives an object a name, by which the functions of this module find it while it lives."""
     _mark_constants()
     name = f"{type(known).__name__} {next(_numbers)}"
     _registered[name] = known
@@ -27,13 +28,13 @@ def register(known: Any) -> str:
 
 
 def begin_step(name: str) -> None:
-    """Checks the options, and makes what the step of the optimizer of that name needs.
+    """Checks the options of the optimizer of that name, and makes what its step needs.
 
-    Where the step is compiled by itself, its parameters are guarded by identity, as those of torch's own optimizers
-    are: that takes half as long as by all that they are, and gradients, which have their form, tell of that.
+    If the step is compiled alone, its parameters are guarded by identity, as those of torch.optim are, which takes half
+    the time. A change of a parameter's shape still recompiles, through the guard on its gradient.
     """
     optimizer = _registered[name]
-    _unmark(optimizer)  # where an error ended the tracing before
+    _unmark(optimizer)  # if an error ended an earlier trace
     optimizer._prepare()
     alone = optimizer._hyperparameters is None
     params = [p for bucket in optimizer._plan_cache.plan.buckets for p in bucket.params] if alone else []
@@ -43,7 +44,7 @@ def begin_step(name: str) -> None:
 
 
 def end_step(name: str) -> None:
-    """Lets other compilations guard these parameters as they would have."""
+    """Removes the marks, so that other compilations guard these parameters in their own way."""
     _unmark(_registered[name])
 
 
@@ -100,15 +101,15 @@ def _has_history(variable: Any) -> bool:
 
 
 def decoded(text: str) -> Any:
-    """What a text holds as JSON, whose parts no guard looks at one by one: the text is guarded."""
+    """The value of a JSON string. Dynamo guards the string, not each of the numbers in it."""
     return json.loads(text)
 
 
 @cache
 def _mark_constants() -> None:
-    """Has Dynamo call these functions while it traces.
+    """Makes Dynamo call these functions while it traces.
 
-    Not as decorators: importing the package would then import Dynamo, which takes longer than importing torch.
+    As decorators they would import Dynamo together with the package, which takes longer than importing torch.
     """
     for function in (begin_step, end_step, decoded):
         torch._dynamo.assume_constant_result(function)

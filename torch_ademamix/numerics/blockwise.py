@@ -39,7 +39,7 @@ CODE_DTYPES: dict[Format, torch.dtype] = {
     "signed_sqrt_int4": torch.int8,
     "fourth_root_uint4": torch.uint8,
 }
-# Of codes that fill their dtype.
+# The formats whose codes use all bits of their dtype.
 FORMATS: dict[torch.dtype, Format] = {
     torch.int8: "signed_sqrt_int8",
     torch.uint8: "fourth_root_uint8",
@@ -55,8 +55,9 @@ LARGEST_CODES: dict[Format, int] = {
     "fourth_root_uint4": 15,
 }
 
-# Of a positive value. The optimizer divides by its root, so it may neither become 0 nor, by chance, much smaller than
-# it is: of 255, codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to it.
+# The smallest codes of positive values. The optimizer divides by the root of ν, so ν may neither become 0 nor, by
+# chance, much smaller than it is: codes 1 to 3 of 255 are as far from each other as from 0, so values below 4 are
+# rounded up.
 SMALLEST_FOURTH_ROOTS: dict[Format, int] = {"fourth_root_uint8": 4, "fourth_root_uint4": 1}
 
 # Philox 4x32 (Salmon et al., SC 2011); 7 rounds are the fewest that pass BigCrush.

@@ -20,7 +20,8 @@ WORDS: dict[Format | None, str] = {
 
 Formats = Mapping[str, Format | None]  # of the moments that a parameter's state has: None is unquantized
 
-# Of quantized state by `slow_ema_bits`. With 12, another moment has the words' other 4 bits: exp_avg, if there is one.
+# Formats of quantized state by `slow_ema_bits`. At 12, the words' other 4 bits are exp_avg's, or
+# exp_avg_sq's without it.
 QUANTIZED: dict[int, Formats] = {
     16: {"exp_avg": "signed_sqrt_int8", "exp_avg_slow": "linear_int16", "exp_avg_sq": "fourth_root_uint8"},
     12: {"exp_avg": "signed_sqrt_int4", "exp_avg_slow": "linear_int12", "exp_avg_sq": "fourth_root_uint8"},

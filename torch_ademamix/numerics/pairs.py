@@ -28,8 +28,7 @@ def call(op: Callable[..., None], lists: Sequence[Sequence[Any]], *args: Any, **
         return op(*lists, *args, **kwargs)  # which raises if there is a complex tensor
     updated = [params, *state]
     reals = [[as_real(t) for t in tensors] for tensors in updated]
-    # AOTAutograd makes views of what an op writes to anew, in the dtype of their base: real ones of complex tensors go
-    # wrong (torch/_higher_order_ops/auto_functionalize.py, AsStridedViewInfo).
+    # torch.compile mishandles ops that write to real views of complex tensors (tools/complex_views.py shows it).
     is_traced = torch.compiler.is_compiling()
     if is_traced:
         reals = [

@@ -349,10 +349,10 @@ def _make_lr_tensor(group: Options) -> None:
     device = group["params"][0].device
     if isinstance(group["lr"], Tensor) and group["lr"].device == device:
         return
-    # Of a float64 CPU tensor without dimensions, Dynamo would track the value, and trace everything twice.
+    # One element, not 0-dim: Dynamo unspecializes 0-dim float64 CPU tensors and traces again.
     group["lr"] = torch.as_tensor(group["lr"], dtype=number_dtype(device), device=device).reshape(1)
 
 
 def number_dtype(device: torch.device) -> torch.dtype:
-    """Of a tensor that holds hyperparameters: as exact as a float, where the device has such numbers."""
+    """The dtype of tensors with hyperparameters: float64, or float32 if the device has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -34,7 +34,7 @@ from torch_ademamix.training.micro_batches import MicroBatch
 from torch_ademamix.training.release import GradientRelease, refuse_wrapped
 from torch_ademamix.training.step_method import check_step_not_replaced, overrides_step
 
-# Of a parameter: its number in TrainStep.params, its gradient's hooks, and those after that has been accumulated.
+# A parameter's index in TrainStep.params, the hooks of its gradient, and its hooks after accumulation.
 ParamHooks = tuple[int, tuple[Callable[..., Any], ...], tuple[Callable[..., Any], ...]]
 
 
@@ -232,7 +232,7 @@ class TrainStep:
             if self.scaler is not None:
                 self._look_for_inf()
             step()
-        # Those of the plan are what Dynamo knows already, from the update.
+        # Dynamo has guarded the plan's lists of parameters already, for the update.
         done = (*self.optimizer._plan_cache.plan.params, self._others) if len(self.optimizers) == 1 else (self._own,)
         for params in done if step is not None else (self._others,):
             for p in params:
@@ -250,19 +250,20 @@ class TrainStep:
         if not torch.compiler.is_compiling():
             loss.backward()
             return
-        params, name = [p for p in self.params if p.requires_grad], self._name  # noqa: F841 (name: at compile time)
+        # The two functions run while this frame is traced, and read its local variables `params` and `name`.
+        params, name = [p for p in self.params if p.requires_grad], self._name  # noqa: F841
         comptime(tracing.detect_other_leaves)
         comptime(tracing.detect_left_tensors)
         for i, attribute in self.left:
             value = getattr(self.modules[i], attribute)
             setattr(self.modules[i], attribute, tree_map_only(Tensor, torch.Tensor.detach, value))
-        # Dynamo's backward() finds every leaf, but makes more of each gradient than is needed here, can't be hooked,
-        # and places gradients as their parameters: replicated ones would be reduced at each micro-batch.
+        # A traced loss.backward() finds every leaf. But it copies each gradient, calls no hooks, and redistributes
+        # gradients of DTensors, which would reduce those of replicated parameters at each micro-batch.
         if self.has_other_leaves and not hooks and not self._sharded:
             loss.backward()
             return
-        # Gradients of their own, not p.grad with None stored in it: Dynamo, having read that again, takes None for this
-        # parameter's gradient in all that it traces later, of any model.
+        # These are new tensors. If None were stored in p.grad and read again here, Dynamo could take this parameter's
+        # gradient for None in what it traces later.
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         functions = {self.params[i]: (of_grad, after) for i, of_grad, after in hooks}
         for p, grad in zip(params, grads, strict=True):
