@@ -17,9 +17,9 @@ struct StepLists {
 
   void check(Checker& check) const {
     check.grads(grads);
-    if (check.has_exp_avg(exp_avgs)) check.state("exp_avgs", exp_avgs);
-    check.state("exp_avg_slows", exp_avg_slows);
-    check.state("exp_avg_sqs", exp_avg_sqs);
+    if (check.has_exp_avg(exp_avgs)) check.state(exp_avgs);
+    check.state(exp_avg_slows);
+    check.state(exp_avg_sqs);
     check.steps(steps);
   }
 
@@ -48,16 +48,16 @@ struct BlockwiseLists {
   void check(Checker& check) const {
     check.grads(grads);
     if (check.has_exp_avg(exp_avgs.empty() ? exp_avg_absmaxs : exp_avgs)) {
-      if (!exp_avg_in_words()) check.codes("exp_avgs", exp_avgs, {ScalarType::Char});
-      check.absmaxs("exp_avg_absmaxs", exp_avg_absmaxs);
+      if (!exp_avg_in_words()) check.codes(exp_avgs, {ScalarType::Char});
+      check.absmaxs(exp_avg_absmaxs);
     }
     if (in_words())
-      check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short});
+      check.codes(exp_avg_slows, {ScalarType::Short});
     else
-      check.codes("exp_avg_slows", exp_avg_slows, {ScalarType::Short, ScalarType::Char});
-    check.absmaxs("exp_avg_slow_absmaxs", exp_avg_slow_absmaxs);
-    if (!exp_avg_sq_in_words()) check.codes("exp_avg_sqs", exp_avg_sqs, {ScalarType::Byte});
-    check.absmaxs("exp_avg_sq_absmaxs", exp_avg_sq_absmaxs);
+      check.codes(exp_avg_slows, {ScalarType::Short, ScalarType::Char});
+    check.absmaxs(exp_avg_slow_absmaxs);
+    if (!exp_avg_sq_in_words()) check.codes(exp_avg_sqs, {ScalarType::Byte});
+    check.absmaxs(exp_avg_sq_absmaxs);
     check.steps(steps);
   }
 
@@ -94,7 +94,7 @@ void run_op(Lists lists, StepOptions options, const Step& step) {
   options.param_rounding = check.param_rounding(lists.remainders, options.stochastic_param_rounding);
   check.places(lists.steps);
   const bool draws = std::is_same_v<Lists, BlockwiseLists> || ademamix::draws(options.param_rounding);
-  if (draws) check.length("streams", options.streams.size());
+  if (draws) check.length(options.streams.size());
   std::visit([&](const auto& h) { check.hyperparameters(h, options.rows); }, options.hyperparameters);
   check.scaler(options.grad_scale, options.found_inf);
   if (lists.params.empty()) return;

@@ -1,4 +1,4 @@
-"""What the op refuses: in which words, and that nothing has been written then."""
+"""The op's errors: their texts, and that nothing has been written when they are raised."""
 
 import re
 from functools import partial
@@ -11,6 +11,7 @@ from config import (
     assert_identical,
     hyperparameter_tensor,
     make_lists,
+    native_built,
     row_of,
     step,
     step_call,
@@ -19,7 +20,7 @@ from places import in_arenas
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from torch_ademamix import ademamix
+from torch_ademamix import ademamix, ops
 
 NAN = float("nan")
 STATE = ("exp_avgs", "exp_avg_slows", "exp_avg_sqs")
@@ -272,6 +273,24 @@ def test_op(call, text):
         CALLS[call](lists, **options)
     assert str(raised.value) == f"ademamix_step_: {text}"
     assert_identical(written, before)
+
+
+@pytest.mark.skipif(not native_built(), reason="built without native kernels")
+def test_native_kernels_alone_only_say_that_a_call_is_invalid():
+    lists = make_lists(CONTIGUOUS[:4])
+    lists.grads.pop()
+    op, args, kwargs = step_call(torch.ops.torch_ademamix._ademamix_step_, lists, 1e-2, **HYPERPARAMETERS)
+    with pytest.raises(RuntimeError, match=r"^ademamix_step_: invalid arguments; torch_ademamix/ops/arguments\.py has"):
+        op(*args, **kwargs)
+
+
+def test_errors_that_arguments_do_not_explain_are_kept():
+    def kernel(params):
+        raise RuntimeError("the kernel doesn't compile")
+
+    op = ops._define_in_place("failing_(Tensor(a!)[] params) -> ()", fake=lambda params: None, kernel=kernel)
+    with pytest.raises(RuntimeError, match=r"^the kernel doesn't compile$"):
+        op([torch.ones(3)])
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -1,4 +1,8 @@
-"""Arguments bent in several places at once: native kernels, reference and fakes refuse alike, and write nothing."""
+"""Arguments changed in several places at once: native kernels, reference and fakes accept and reject the same calls.
+
+If only the native kernels rejected a call, the error would have their own text; if only the Python checks did, there
+would be none.
+"""
 
 import math
 from dataclasses import fields

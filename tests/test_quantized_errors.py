@@ -1,15 +1,18 @@
-"""What the blockwise ops refuse: in which words, and that nothing has been written then."""
+"""The errors of the blockwise ops: their texts, and that nothing has been written when they are raised."""
 
 from dataclasses import fields
 
 import pytest
 import torch
-from config import MIXED, assert_identical
+from config import MIXED, assert_identical, native_built
 from places import in_arenas
 from quantized import blockwise_call, blockwise_step, make_blockwise
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
+
+from torch_ademamix import ops
+from torch_ademamix.ops import FORMATS
 
 QUANTIZE = torch.ops.torch_ademamix.quantize_blockwise.default
 DEQUANTIZE = torch.ops.torch_ademamix.dequantize_blockwise.default
@@ -197,8 +200,12 @@ def test_refusals_of_the_step(call, bend, text):
     assert_identical(written, before)
 
 
-def format_op(op, args, options):
-    op(*args, **options)
+def format_function(op, args, options):
+    x, *rest, format = args
+    if not 0 <= format < len(FORMATS):
+        pytest.skip("the function takes the name of a format")
+    function = {QUANTIZE: ops.quantize_blockwise, DEQUANTIZE: ops.dequantize_blockwise}[op]
+    function(x, *rest, FORMATS[format], **options)
 
 
 def format_reference(op, args, options):
@@ -214,7 +221,7 @@ FORMAT_TEXT = "but must be in [0, 6)"
 CODES_300 = torch.zeros(300, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(
+FORMAT_REFUSALS = pytest.mark.parametrize(
     ("op", "args", "options", "text"),
     [
         (QUANTIZE, (torch.ones(3), 6), {}, f"format is 6, {FORMAT_TEXT}"),
@@ -280,8 +287,20 @@ CODES_300 = torch.zeros(300, dtype=torch.uint8)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("call", [format_op, format_reference, format_fake])
+
+
+@FORMAT_REFUSALS
+@pytest.mark.parametrize("call", [format_function, format_reference, format_fake])
 def test_refusals_of_the_formats(call, op, args, options, text):
     with pytest.raises(RuntimeError) as raised:
         call(op, args, options)
     assert str(raised.value) == f"{op._schema.name.split('::')[1]}: {text}"
+
+
+@pytest.mark.skipif(not native_built(), reason="built without native kernels")
+@FORMAT_REFUSALS
+def test_native_kernels_only_say_that_formats_are_invalid(op, args, options, text):
+    if any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+        pytest.skip("meta tensors have no native kernel")
+    with pytest.raises(RuntimeError, match=r"blockwise: invalid arguments; torch_ademamix/ops/arguments\.py has"):
+        op(*args, **options)

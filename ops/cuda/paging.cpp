@@ -1,5 +1,7 @@
 // paged_empty and page_out on CUDA devices, and what Python asks about managed memory.
-#include "../check.h"
+#include <stdexcept>
+
+#include "../tensor_view.h"
 #include "managed_memory.h"
 
 namespace ademamix {
@@ -19,7 +21,7 @@ Tensor paged_empty(Tensor beside, int64_t numel, ScalarType dtype) {
 void page_out(Tensor tensor) {
   const TensorView view = view_of(tensor);
   const auto block = ManagedMemory::instance().block_with(view.data);
-  if (block.begin == 0) refuse("page_out: tensor doesn't lie in managed memory");
+  if (block.begin == 0) throw std::runtime_error("page_out: tensor isn't in managed memory");
   const CurrentDevice device(view.device_index);
   ManagedMemory::instance().page_out(block, device.stream());
 }

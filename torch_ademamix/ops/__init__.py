@@ -99,8 +99,12 @@ def _define_in_place(schema: str, *, fake: Callable[..., None], kernel: Callable
         if torch.compiler.is_compiling():
             kernels(*args, **kwargs)
         else:
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                kernels(*args, **kwargs)
+            try:
+                with torch._C._AutoDispatchBelowADInplaceOrView():
+                    kernels(*args, **kwargs)
+            except RuntimeError:
+                _raise_reason(fake, args, kwargs)
+                raise
         if kwargs.get("dry_run"):
             return
         torch.autograd.graph.increment_version(list(chain.from_iterable(args[i] for i in mutated)))
@@ -118,6 +122,17 @@ def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -
     torch.library.register_fake(op, fake, lib=_library)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     return op  # type: ignore[no-any-return]
+
+
+def _raise_reason(check: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raises the error that says what is wrong with a call's arguments, which native kernels only call invalid.
+
+    Returns if nothing is wrong with them: then the kernel has failed for another reason.
+    """
+    try:
+        check(*args, **kwargs)
+    except RuntimeError as error:
+        raise error from None
 
 
 def _reference_step(
@@ -308,16 +323,27 @@ def _on_device(scalar: Tensor, device: torch.device | None) -> Tensor:
     return scalar.to(device, non_blocking=is_taken and not scalar.is_pinned())
 
 
+def _explained(op: Callable[..., Any], check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls an op; if its arguments are invalid, the error says what is wrong with them."""
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError:
+        _raise_reason(check, args, kwargs)
+        raise
+
+
 def quantize_blockwise(
     x: Tensor, format: Format, *, seed: int | None = None, step: int = 0, stream: int = 0
 ) -> tuple[Tensor, Tensor]:
     """:func:`torch_ademamix.numerics.blockwise.quantize` as an op, with native kernels."""
-    return _quantize(x, FORMATS.index(format), seed=seed, step=step, stream=stream)  # type: ignore[no-any-return]
+    quantized = _explained(_quantize, _fake_quantize, x, FORMATS.index(format), seed=seed, step=step, stream=stream)
+    return quantized  # type: ignore[no-any-return]
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
     """:func:`torch_ademamix.numerics.blockwise.dequantize` as an op, with native kernels."""
-    return _dequantize(codes, absmax, FORMATS.index(format))  # type: ignore[no-any-return]
+    values = _explained(_dequantize, _fake_dequantize, codes, absmax, FORMATS.index(format))
+    return values  # type: ignore[no-any-return]
 
 
 def paged_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
-"""What arguments each op accepts: for fake tensors and the reference kernels.
+"""Which arguments each op accepts: checked for fake tensors and for the reference kernels.
 
-The native kernels check the same arguments in the same order (ops/step_arguments.h, and ops/check.h for quantizing).
+The native kernels check the same (ops/step_arguments.h, and ops/check.h for quantizing), but have no error texts: if
+they raise, the functions here raise the error that says why.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
-"""What the ops ask of tensors and numbers, and in which words they refuse them.
+"""The conditions that tensors and numbers must meet, with the error texts of those that don't.
 
-The native kernels ask the same, in the same words (ops/check.h). arguments.py has what each op asks of which argument.
+The native kernels check the same conditions, but only raise that a call is invalid (ops/check.h); these checks then say
+why. arguments.py has the conditions of each op's arguments.
 """
 
 from collections.abc import Sequence
@@ -68,17 +69,17 @@ class Checker:
             self._uniform("params", params, i)
             self._in_place("params", i, param)
         if places and len(places) != (wanted := OFFSETS_PER_PARAM * len(params)):
-            self.refuse(
+            self.fail(
                 f"places has length {len(places)}, but must have {wanted}, {OFFSETS_PER_PARAM} for each of params, "
                 "or none"
             )
 
-    def refuse(self, text: str) -> NoReturn:
+    def fail(self, text: str) -> NoReturn:
         raise RuntimeError(f"{self._op}: {text}")
 
     def length(self, name: str, tensors: Sequence[object]) -> None:
         if len(tensors) != len(self._params):
-            self.refuse(f"{name} has length {len(tensors)}, but params has length {len(self._params)}")
+            self.fail(f"{name} has length {len(tensors)}, but params has length {len(self._params)}")
 
     def grads(self, grads: Sequence[Tensor]) -> None:
         self.length("grads", grads)
@@ -103,7 +104,7 @@ class Checker:
         for i, tensor in enumerate(tensors):
             if tensor.dtype not in dtypes:
                 allowed = " or ".join(map(str, dtypes))
-                self.refuse(f"{name}[{i}] has dtype {tensor.dtype}, but must be {allowed}")
+                self.fail(f"{name}[{i}] has dtype {tensor.dtype}, but must be {allowed}")
             self._uniform(name, tensors, i)
             self._on_device(name, i, tensor, self._param_of(i))
             if self._flat(name, i, tensor):
@@ -122,7 +123,7 @@ class Checker:
                 continue
             blocks = block_count(self._params[i].numel())
             if tensor.numel() != blocks:
-                self.refuse(
+                self.fail(
                     f"{name}[{i}] has {tensor.numel()} elements, but must have {blocks}, one per block of params[{i}]"
                 )
             self._contiguous(name, i, tensor)
@@ -136,17 +137,17 @@ class Checker:
             if self._flat("steps", i, step):
                 continue
             if step.numel() != 1:
-                self.refuse(f"steps[{i}] has shape {list(step.shape)}, but must hold one element")
+                self.fail(f"steps[{i}] has shape {list(step.shape)}, but must hold one element")
 
     def param_rounding(self, remainders: Sequence[Tensor], stochastic: bool) -> None:
         """How the new parameters are rounded: to nearest, or, of bfloat16 ones, in one of the other ways."""
         if remainders:
             self._state("remainders", remainders, torch.int8 if draws(remainders) else torch.int16)
             if stochastic:
-                self.refuse("stochastic_param_rounding is true, but with remainders nothing is rounded away")
+                self.fail("stochastic_param_rounding is true, but with remainders nothing is rounded away")
         if (remainders or stochastic) and self._params and self._params[0].dtype != torch.bfloat16:
             what = "stochastic_param_rounding is" if stochastic else "remainders are"
-            self.refuse(f"params[0] has dtype {self._params[0].dtype}, but {what} for torch.bfloat16")
+            self.fail(f"params[0] has dtype {self._params[0].dtype}, but {what} for torch.bfloat16")
 
     def places(self, steps: Sequence[Tensor]) -> None:
         """After all lists of state."""
@@ -162,21 +163,21 @@ class Checker:
                 and first % BLOCK_SIZE == 0
                 and 0 <= step < counts[arena]
             ):
-                self._refuse_place(i, arena, first, step, counts)
+                self._fail_place(i, arena, first, step, counts)
 
-    def _refuse_place(self, i: int, arena: int, first: int, step: int, counts: Sequence[int]) -> NoReturn:
+    def _fail_place(self, i: int, arena: int, first: int, step: int, counts: Sequence[int]) -> NoReturn:
         at, numel = OFFSETS_PER_PARAM * i, self._params[i].numel()
         if not 0 <= arena < len(counts):
-            self.refuse(f"places[{at}] is {arena}, but must be in [0, {len(counts)})")
+            self.fail(f"places[{at}] is {arena}, but must be in [0, {len(counts)})")
         if first < 0 or first % BLOCK_SIZE != 0:
-            self.refuse(f"places[{at + 1}] is {first}, but must be a multiple of {BLOCK_SIZE}")
+            self.fail(f"places[{at + 1}] is {first}, but must be a multiple of {BLOCK_SIZE}")
         for name, elements in self._capacities:
             if first > elements[arena] - numel:
-                self.refuse(
+                self.fail(
                     f"places[{at + 1}] is {first}, but {name}[{arena}] has room for {elements[arena]} elements, "
                     f"and params[{i}] has {numel}"
                 )
-        self.refuse(f"places[{at + 2}] is {step}, but must be in [0, {counts[arena]})")
+        self.fail(f"places[{at + 2}] is {step}, but must be in [0, {counts[arena]})")
 
     def hyperparameters(self, given: Tensor | Sequence[float], lrs: Sequence[Tensor], rows: Sequence[int]) -> None:
         """The rows of hyperparameters: as numbers, of which lrs may be tensors, or in one tensor."""
@@ -185,9 +186,9 @@ class Checker:
             return self._rows(rows, given.shape[0])
         count, rest = divmod(len(given), len(HYPERPARAMETERS))
         if count == 0 or rest:
-            self.refuse(f"hyperparameters has length {len(given)}, but must have {len(HYPERPARAMETERS)} for each row")
+            self.fail(f"hyperparameters has length {len(given)}, but must have {len(HYPERPARAMETERS)} for each row")
         if lrs and len(lrs) != count:
-            self.refuse(f"lrs has length {len(lrs)}, but must have {count}, one for each row, or none")
+            self.fail(f"lrs has length {len(lrs)}, but must have {count}, one for each row, or none")
         for i, lr in enumerate(lrs):
             self._float_scalar(f"lrs[{i}]", lr)
         self._rows(rows, count)
@@ -201,7 +202,7 @@ class Checker:
             self._float_scalar("grad_scale", grad_scale)
         if found_inf is not None:
             if found_inf.dtype != torch.float32:
-                self.refuse(f"found_inf has dtype {found_inf.dtype}, but must be torch.float32")
+                self.fail(f"found_inf has dtype {found_inf.dtype}, but must be torch.float32")
             self._one_element("found_inf", found_inf)
 
     def _hyperparameter_tensor(self, tensor: Tensor) -> None:
@@ -209,9 +210,9 @@ class Checker:
         name, count = "hyperparameters", len(HYPERPARAMETERS)
         self._float(name, tensor)
         if tensor.dim() != 2 or tensor.shape[0] == 0 or tensor.shape[1] != count:
-            self.refuse(f"{name} has shape {list(tensor.shape)}, but must have shape [rows, {count}]")
+            self.fail(f"{name} has shape {list(tensor.shape)}, but must have shape [rows, {count}]")
         if not tensor.is_contiguous():
-            self.refuse(f"{name} must be contiguous")
+            self.fail(f"{name} must be contiguous")
         self._on_params_device(name, tensor)
 
     def _rows(self, rows: Sequence[int], count: int) -> None:
@@ -220,7 +221,7 @@ class Checker:
             self.length("rows", rows)
         for i, row in enumerate(rows):
             if not 0 <= row < count:
-                self.refuse(f"rows[{i}] is {row}, but must be in [0, {count})")
+                self.fail(f"rows[{i}] is {row}, but must be in [0, {count})")
 
     def _row(self, row: Hyperparameters, which: str) -> None:
         """alpha and weight_decay may have any value, and so may lr."""
@@ -234,7 +235,7 @@ class Checker:
             elif name == "log_time_beta2":
                 ok, allowed = value == 0 or row.delta > 0, "0, or delta positive"
             if not ok:
-                self.refuse(f"{name}{which} is {value:g}, but must be {allowed}")
+                self.fail(f"{name}{which} is {value:g}, but must be {allowed}")
 
     def _state(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._state_length(name, tensors)
@@ -254,14 +255,14 @@ class Checker:
         self._arenas = self._arenas or (name, len(tensors))
         first, length = self._arenas
         if len(tensors) != length:
-            self.refuse(f"{name} has length {len(tensors)}, but {first} has length {length}")
+            self.fail(f"{name} has length {len(tensors)}, but {first} has length {length}")
 
     def _flat(self, name: str, i: int, tensor: Tensor) -> bool:
         """Whether it is an arena."""
         if not self._places:
             return False
         if tensor.dim() != 1:
-            self.refuse(f"{name}[{i}] has shape {list(tensor.shape)}, but must have one dimension")
+            self.fail(f"{name}[{i}] has shape {list(tensor.shape)}, but must have one dimension")
         self._contiguous(name, i, tensor)
         return True
 
@@ -276,41 +277,41 @@ class Checker:
 
     def _floating(self, name: str, i: int, tensor: Tensor) -> None:
         if problem := floating_problem(tensor):
-            self.refuse(f"{name}[{i}] {problem}")
+            self.fail(f"{name}[{i}] {problem}")
 
     def _uniform(self, name: str, tensors: Sequence[Tensor], i: int) -> None:
         a, b = tensors[i], tensors[0]
         if a.dtype != b.dtype or a.device != b.device:
-            self.refuse(
+            self.fail(
                 f"{name}[{i}] is {a.dtype} on {a.device}, but {name}[0] is {b.dtype} on {b.device}; "
                 "one call takes one dtype and one device"
             )
 
     def _of_dtype(self, name: str, i: int, tensor: Tensor, dtype: torch.dtype) -> None:
         if tensor.dtype != dtype:
-            self.refuse(f"{name}[{i}] has dtype {tensor.dtype}, but must be {dtype}")
+            self.fail(f"{name}[{i}] has dtype {tensor.dtype}, but must be {dtype}")
 
     def _on_device(self, name: str, i: int, tensor: Tensor, param: int) -> None:
         if tensor.device != self._params[param].device:
-            self.refuse(f"{name}[{i}] is on {tensor.device}, but params[{param}] is on {self._params[param].device}")
+            self.fail(f"{name}[{i}] is on {tensor.device}, but params[{param}] is on {self._params[param].device}")
 
     def _shaped_as_param(self, name: str, i: int, tensor: Tensor) -> None:
         if tensor.shape != self._params[i].shape:
-            self.refuse(
+            self.fail(
                 f"{name}[{i}] has shape {list(tensor.shape)}, but params[{i}] has shape {list(self._params[i].shape)}"
             )
 
     def _contiguous(self, name: str, i: int, tensor: Tensor) -> None:
         if not tensor.is_contiguous():
-            self.refuse(f"{name}[{i}] must be contiguous")
+            self.fail(f"{name}[{i}] must be contiguous")
 
     def _in_place(self, name: str, i: int, tensor: Tensor) -> None:
         if problem := in_place_problem(tensor):
-            self.refuse(f"{name}[{i}] {problem}")
+            self.fail(f"{name}[{i}] {problem}")
 
     def _float(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype not in (torch.float32, torch.float64):
-            self.refuse(f"{name} has dtype {tensor.dtype}, but must be torch.float32 or torch.float64")
+            self.fail(f"{name} has dtype {tensor.dtype}, but must be torch.float32 or torch.float64")
 
     def _float_scalar(self, name: str, tensor: Tensor) -> None:
         self._float(name, tensor)
@@ -318,9 +319,9 @@ class Checker:
 
     def _one_element(self, name: str, tensor: Tensor) -> None:
         if tensor.numel() != 1:
-            self.refuse(f"{name} has shape {list(tensor.shape)}, but must hold one element")
+            self.fail(f"{name} has shape {list(tensor.shape)}, but must hold one element")
         self._on_params_device(name, tensor)
 
     def _on_params_device(self, name: str, tensor: Tensor) -> None:
         if self._params and tensor.device != self._params[0].device:
-            self.refuse(f"{name} is on {tensor.device}, but params are on {self._params[0].device}")
+            self.fail(f"{name} is on {tensor.device}, but params are on {self._params[0].device}")
