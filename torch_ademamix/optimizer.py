@@ -15,7 +15,7 @@ from torch_ademamix import tracing
 from torch_ademamix.clipping import check_max_norm, clipping_grad_scale
 from torch_ademamix.numerics import bfloat16
 from torch_ademamix.numerics.moments import formats_of
-from torch_ademamix.ops import SCALER
+from torch_ademamix.ops.schemas import SCALER
 from torch_ademamix.state import sharding
 from torch_ademamix.state.allocation import (
     STATE_FORMAT,

@@ -304,7 +304,9 @@ def test_nothing_is_loaded_during_a_capture(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("capturing")
 def test_a_captured_step_may_have_fewer_gradients_than_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "ademamix_step_", torch.ops.cuda_on_host._ademamix_step_)
+    packet = torch.ops.cuda_on_host._ademamix_step_
+    overloads = [packet.default, packet.tensor_hyperparameters]
+    monkeypatch.setattr(ops, "ademamix_step_", ops._python_op(overloads, "The op on the stand-in."))
     params = [torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16)) for _ in range(20)]
     optimizer = AdEMAMix(params)
     driver.set_capturing(False)

@@ -1,8 +1,8 @@
-"""The custom ops: their schemas, the libraries that serve them, fakes and the in-place rule.
+"""The custom ops: their kernels, fakes and the in-place rule; their schemas are in schemas.py.
 
-By dispatch key, an op has: native kernels (CPU, and CUDA where there is a GPU); the reference for any other
-device, and for every device of a build without native parts; and a fake, for tracing. One that writes in place is made
-of two: the kernels', and the in-place rule that calls it.
+By dispatch key, an op has native kernels (CPU, and CUDA if there is a GPU); the reference for any other device, and for
+every device if the package was built without native code; and a fake for tracing. One that writes in place consists of
+two: that of the kernels, and the in-place rule that calls it.
 """
 
 import ctypes
@@ -22,36 +22,13 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch_ademamix.numerics import blockwise, pairs, reference_step
 from torch_ademamix.numerics.blockwise import CODE_DTYPES, Format, block_count
 from torch_ademamix.numerics.hyperparameters import HyperparameterRows, Hyperparameters
-from torch_ademamix.ops import compiled_reference, cuda, offsets
+from torch_ademamix.ops import compiled_reference, cuda, offsets, schemas
 from torch_ademamix.ops.arguments import check_blockwise_step, check_dequantize, check_quantize, check_step
+from torch_ademamix.ops.schemas import SCALER
 
 OpCall = tuple[Callable[..., None], Sequence[Any], dict[str, Any]]  # with its lists and options
 
 FORMATS = tuple(CODE_DTYPES)
-
-_LISTS = (
-    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_slows, "
-    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(z!)[] remainders"
-)
-_BLOCKWISE_LISTS = (
-    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_absmaxs, "
-    "Tensor(d!)[] exp_avg_slows, Tensor(e!)[] exp_avg_slow_absmaxs, Tensor(f!)[] exp_avg_sqs, "
-    "Tensor(g!)[] exp_avg_sq_absmaxs, Tensor(h!)[] steps, Tensor(z!)[] remainders"
-)
-# The overloads of an op, by where its rows of hyperparameters (numerics/reference_step.py, Hyperparameters) come from:
-# numbers, row after row, with learning rates of each row that may be tensors; or one tensor of shape [rows, numbers].
-# `rows` has each parameter's row; it is empty where all have the first.
-_OVERLOADS = {
-    "": "float[] hyperparameters, Tensor[] lrs, *, int[] rows, ",
-    ".tensor_hyperparameters": "Tensor hyperparameters, *, int[] rows, ",
-}
-# How bfloat16 parameters are rounded, where they have no remainders.
-_PARAM_ROUNDING = "bool stochastic_param_rounding, int seed, int[] streams"
-SCALER = ("grad_scale", "found_inf")
-_SCALER = ", ".join(f"Tensor? {name}=None" for name in SCALER)
-# `places` says where state lies in tensors that parameters share (offsets.py); it is empty where each has its own.
-# A dry run checks the arguments and does nothing else.
-_REST = f"{_PARAM_ROUNDING}, int[] places, {_SCALER}, bool dry_run=False"
 
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _library = torch.library.Library("torch_ademamix", "DEF")
@@ -84,12 +61,12 @@ def cpu_capability(native: ModuleType) -> str:
 
 
 def _define_in_place(schema: str, *, fake: Callable[..., None], kernel: Callable[..., None]) -> Callable[..., None]:
-    """Registers an in-place op, and returns it without the dispatcher's way to it.
+    """Registers an in-place op, and returns its Python function, which skips the dispatcher.
 
-    The kernels are those of a second op, by the same name with an underscore before, which leaves the version counters
-    of what it changes as they were: a backward after it would silently use the new values where torch's own optimizers
-    make it raise. A traced graph has that one: what AOTAutograd compiles counts versions itself, and would go through
-    Python, with all its tensors, for a rule at the dispatch key ADInplaceOrView.
+    The kernels belong to a second op, whose name begins with an underscore. They don't bump the version counters of
+    what they change, so a backward pass after them would silently use the new values; this op does, and torch raises.
+    A traced graph has the second op: AOTAutograd counts versions itself, and a rule at the dispatch key ADInplaceOrView
+    would take every call through Python.
     """
     kernels = _define(f"_{schema}", fake, kernel)
     arguments = torch._C.parse_schema(f"torch_ademamix::{schema}").arguments
@@ -213,20 +190,19 @@ def _reference_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
 
 _steps = [
     _define_in_place(
-        f"ademamix_step_{overload}({_LISTS}, {numbers}bool maximize, {_REST}) -> ()",
+        schema,
         fake=check_step,
         kernel=_reference_step(check_step, reference_step.ademamix_step_, offsets.STEP_VIEWS),
     )
-    for overload, numbers in _OVERLOADS.items()
+    for schema in schemas.overloads(schemas.STEP)
 ]
 _blockwise_steps = [
     _define_in_place(
-        f"ademamix_blockwise_step_{overload}({_BLOCKWISE_LISTS}, {numbers}bool maximize, "
-        f"bool stochastic_rounding, {_REST}) -> ()",
+        schema,
         fake=check_blockwise_step,
         kernel=_reference_step(check_blockwise_step, reference_step.ademamix_blockwise_step_, offsets.BLOCKWISE_VIEWS),
     )
-    for overload, numbers in _OVERLOADS.items()
+    for schema in schemas.overloads(schemas.BLOCKWISE_STEP)
 ]
 _quantize = _define(
     "quantize_blockwise(Tensor x, int format, *, int? seed=None, int step=0, int stream=0) -> (Tensor, Tensor)",

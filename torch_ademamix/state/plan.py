@@ -18,6 +18,7 @@ from torch_ademamix.numerics.hyperparameters import (
     hyperparameters,
 )
 from torch_ademamix.numerics.moments import entries, formats_of
+from torch_ademamix.ops.schemas import SCALER
 from torch_ademamix.state import sharding
 from torch_ademamix.state.allocation import has_state
 from torch_ademamix.state.arenas import MASTER_REMAINDER, NAMES, ParamState, Slice, check_memory
@@ -199,7 +200,7 @@ class Plan:
 
         Long and short lists have kernels of their own, and a step has a short one if few gradients are present.
         """
-        scaler = dict.fromkeys(ops.SCALER)
+        scaler = dict.fromkeys(SCALER)
         for bucket in self.buckets:
             if bucket.params[0].device.type == device_type:
                 for count in (len(bucket.params), 1):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_ademamix.ops import SCALER
+from torch_ademamix.ops.schemas import SCALER
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.training.step_method import check_step_not_replaced, overrides_step
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from torch_ademamix import tracing
 from torch_ademamix.clipping import total_norm
-from torch_ademamix.ops import SCALER
+from torch_ademamix.ops.schemas import SCALER
 from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.state import sharding
 from torch_ademamix.state.options import HyperparameterTables
