@@ -14,6 +14,7 @@ CXX_SOURCES := $(filter %.h %.cpp %.cuh,$(NATIVE_SOURCES))
 
 CUOBJDUMP := $(VENV)/bin/cuobjdump
 NVRTC := build/nvrtc/fetched.stamp
+UNPACKED := tools/unpacked.txt
 
 # A process for each core, each with one thread; ARGS="-n0 -s" shows what tests print.
 PYTEST := $(PY) -m pytest --numprocesses=logical --maxprocesses=8
@@ -81,7 +82,7 @@ gpu-training:  ## the same, after it: training steps eager, compiled and capture
 OTHER_TORCH := build/torch-
 $(OTHER_TORCH)%/environment.stamp: constraints.txt
 	$(PYTHON) -m venv $(@D)
-	grep -v -E '^(torch|triton|nvidia-.*)==' constraints.txt > $(@D)/constraints.txt
+	grep -v '^torch==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt \
 	    torch==$* setuptools ninja pybind11 pytest expecttest hypothesis numpy
 	touch $@
@@ -126,9 +127,9 @@ $(BUILD): $(ENVIRONMENT) $(NATIVE_SOURCES)
 	@$(PY) setup.py build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 	@touch $@
 
-# CUDA's disassembler, by which the tests count instructions; of the triton package nothing else is used.
-$(CUOBJDUMP): $(ENVIRONMENT)
-	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/triton $(shell grep ^triton constraints.txt)
+# CUDA's disassembler; of the triton package nothing else is used.
+$(CUOBJDUMP): $(ENVIRONMENT) $(UNPACKED)
+	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/triton $(shell grep ^triton $(UNPACKED))
 	cd build/triton && ../../$(PY) -c 'import glob, zipfile; \
 	    wheel = zipfile.ZipFile(glob.glob("triton-*.whl")[0]); \
 	    [wheel.extract(name) for name in wheel.namelist() if name.endswith(("/bin/cuobjdump", "/bin/nvdisasm"))]'
@@ -136,9 +137,9 @@ $(CUOBJDUMP): $(ENVIRONMENT)
 	rm -r build/triton
 
 # NVIDIA's compilers, of CUDA 12 and 13, without the rest of their packages.
-$(NVRTC): $(ENVIRONMENT)
+$(NVRTC): $(ENVIRONMENT) $(UNPACKED)
 	rm -rf $(@D) && mkdir -p $(@D)
-	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest $(@D)/wheels $(shell grep ^nvidia-cuda-nvrtc constraints.txt)
+	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest $(@D)/wheels $(shell grep ^nvidia-cuda-nvrtc $(UNPACKED))
 	cd $(@D) && ../../$(PY) -c 'import glob, pathlib, zipfile; \
 	    [pathlib.Path(pathlib.Path(name).name).write_bytes(wheel.read(name)) \
 	     for wheel in map(zipfile.ZipFile, glob.glob("wheels/*.whl")) for name in wheel.namelist() if ".so." in name and ".alt." not in name]'
