@@ -7,6 +7,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "ops", "torch_a
 NOT_SOURCES = shutil.ignore_patterns("*.so", "__pycache__")
 
 # Of the tests that `make wheel-check` runs against the installed package, those that take seconds.
-QUICK_TESTS = ("tests/test_blockwise.py", "tests/test_errors.py", "tests/test_main.py", "tests/test_optimizer.py")
+QUICK_TESTS = ("test_blockwise", "test_errors", "test_main", "test_optimizer")
 
 # Imports the package, trains one step, and tells where it came from and what it said.
 USE = """
@@ -68,6 +69,21 @@ def use(python: Path, folder: Path) -> dict:
     return used
 
 
+def symbols_of_any_version(library: bytes) -> set[str]:
+    """What a library needs without saying of which version: auditwheel can't tell who has it."""
+    from elftools.elf.elffile import ELFFile  # which auditwheel brings
+
+    file = ELFFile(BytesIO(library))
+    symbols = file.get_section_by_name(".dynsym")
+    versions = file.get_section_by_name(".gnu.version")
+    return {
+        symbol.name
+        for i, symbol in enumerate(symbols.iter_symbols())
+        if symbol["st_shndx"] == "SHN_UNDEF" and symbol["st_info"]["bind"] == "STB_GLOBAL"
+        if isinstance(versions.get_symbol(i)["ndx"], str)
+    }
+
+
 def clean_environment(**changes: str) -> dict[str, str]:
     dropped = ("PYTHONPATH", "TORCH_ADEMAMIX_NATIVE")
     return {k: v for k, v in os.environ.items() if k not in dropped} | changes
@@ -90,7 +106,13 @@ def test_wheel(tmp_path):
     assert {f"torch_ademamix/_cpu_{capability}.so" for capability in ops.native.cpu_capabilities.split()} < libraries
     assert [name for name in libraries if not name.startswith("torch_ademamix/")] == []  # nothing is bundled
     assert "torch_ademamix/_cuda.so" in libraries
+    with zipfile.ZipFile(wheel) as archive:
+        for library in libraries:
+            needed = symbols_of_any_version(archive.read(library))
+            assert {name for name in needed if not name.startswith(("aoti_torch_", "torch_", "Py", "_Py"))} == set()
     assert "torch_ademamix/py.typed" in names
+    modules = {str(path.relative_to(tool.ROOT)) for path in (tool.ROOT / "torch_ademamix").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
     assert not [name for name in names if name.endswith((".h", ".cuh"))]  # they are in _cuda.so
     assert not [name for name in names if name.startswith(("ops/", "tests/", "benchmarks/", "tools/"))]
 
@@ -99,7 +121,7 @@ def test_wheel(tmp_path):
     assert used["native"]
     assert used["said"] == []
     tool.copy_tests(tmp_path / "copy")
-    assert tool.run_tests(python, tmp_path / "copy", QUICK_TESTS)
+    assert tool.run_tests(python, tmp_path / "copy", tool.find_tests(QUICK_TESTS))
 
 
 def test_source_distribution_has_what_a_build_needs(tmp_path):
