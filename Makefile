@@ -25,7 +25,7 @@ SIZE ?=
 OUT ?= out/demo
 SECONDS ?= 600
 
-.PHONY: demo test test-fast fuzz lint format docs bench convergence drift memory gpu-check gpu-training cuda-load-check aarch64-check wheel wheel-check build clean
+.PHONY: demo test test-fast test-torch fuzz lint format docs bench convergence drift memory gpu-check gpu-training cuda-load-check aarch64-check wheel wheel-check support build clean
 
 demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
@@ -78,13 +78,18 @@ gpu-check:  ## on a machine with an NVIDIA GPU, with its own Python: build, test
 gpu-training:  ## the same, after it: training steps eager, compiled and captured, beside other optimizers; FOLDER=
 	$(PYTHON) -m benchmarks.gpu_training $(if $(FOLDER),--out $(FOLDER)) $(ARGS)
 
-# Beside .venv, environments with another torch: several GB each, where that has CUDA.
+# Environments with another torch, next to .venv: build/torch-2.15.0, or build/torch-2.15.0-python3.12 for the python3.12
+# on PATH. Each takes several GB if that torch has CUDA.
 OTHER_TORCH := build/torch-
+OTHER_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt
 $(OTHER_TORCH)%/environment.stamp: constraints.txt
-	$(PYTHON) -m venv $(@D)
+	$(or $(word 2,$(subst -, ,$*)),$(PYTHON)) -m venv $(@D)
 	grep -v '^torch==' constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt \
-	    torch==$* setuptools ninja pybind11 pytest expecttest hypothesis numpy
+	$(OTHER_PIP) torch==$(firstword $(subst -, ,$*)) setuptools ninja pybind11 pytest pytest-xdist expecttest hypothesis numpy
+	touch $@
+
+$(OTHER_TORCH)%/dev.stamp: $(OTHER_TORCH)%/environment.stamp pyproject.toml
+	TORCH_ADEMAMIX_NATIVE=0 $(OTHER_PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 CUDA_CHECK := build/cuda-load-check
@@ -95,15 +100,24 @@ cuda-load-check: $(OTHER_TORCH)2.11.0/environment.stamp  ## without a GPU: the C
 	cd $(CUDA_CHECK) && $(abspath $(<D))/bin/python setup.py --quiet build_ext --inplace
 	cd $(CUDA_CHECK) && ALL_VARIANTS=1 $(abspath $(<D))/bin/python -m pytest -q compile_tests/test_fake_cuda.py
 
-aarch64-check: $(ENVIRONMENT)  ## without an ARM machine: the libraries compile for it, and compute the same bits in an emulator
-	$(PY) -m tools.aarch64
+aarch64-check: $(ENVIRONMENT)  ## without an ARM machine: the libraries compile for it, and compute the same bits in an emulator; ARGS=--record
+	$(PY) -m tools.aarch64 $(ARGS)
 
-wheel: $(ENVIRONMENT)  ## dist/*.whl, for every Linux that its tag names
+wheel: $(ENVIRONMENT)  ## dist/: the source distribution, and a wheel for each Python at hand
 	$(PY) -m tools.wheel
 
 TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.1 2.15.0
-wheel-check: $(ENVIRONMENT) $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/environment.stamp)  ## the wheel, tested beside TORCH_VERSIONS
-	$(PY) -m tools.wheel --check $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/bin/python)
+wheel-check: $(ENVIRONMENT) $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/environment.stamp)  ## the wheels, tested with TORCH_VERSIONS; ARGS=--record
+	$(PY) -m tools.wheel --check $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/bin/python) $(ARGS)
+
+# With the native libraries of .venv: one build serves later versions of torch.
+TORCH ?= 2.15.0
+test-torch: $(BUILD) $(CUOBJDUMP) $(NVRTC) $(OTHER_TORCH)$(TORCH)/dev.stamp  ## all tests with another torch: TORCH=; recorded
+	$(OTHER_TORCH)$(TORCH)/bin/python -m pytest --numprocesses=logical --maxprocesses=8 --junitxml=build/suite.xml $(ARGS); \
+	    status=$$?; $(PY) -m tools.support --record suite $(OTHER_TORCH)$(TORCH)/bin/python build/suite.xml; exit $$status
+
+support:  ## the support matrix in docs/install.md, from benchmarks/results/support
+	$(PYTHON) -m tools.support
 
 build: $(BUILD)
 

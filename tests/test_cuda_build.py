@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -65,7 +66,12 @@ def resources(code: Path) -> dict[str, int]:
 
 
 @needs_cuobjdump
-def test_every_kernel_compiles_and_nothing_spills(compiled: dict[tuple[int, int], Kernels]) -> None:
+def test_every_kernel_compiles_and_nothing_spills(
+    compiled: dict[tuple[int, int], Kernels], record_property: Callable[[str, str], None]
+) -> None:
+    for version in NVRTC:  # for the support matrix
+        architectures = [f"sm_{capability}" for nvrtc, capability in CASES if nvrtc == version]
+        record_property("compiled", f"{version}, {', '.join(architectures)}")
     for case, codes in compiled.items():
         for name, code in codes.items():
             used = resources(code)

@@ -7,6 +7,7 @@ the 8-bit step's instructions per parameter are counted.
 Needs Debian's packages g++-aarch64-linux-gnu and qemu-user-static (or qemu-user).
 """
 
+import argparse
 import os
 import re
 import runpy
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tools import support
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build/aarch64"
@@ -111,6 +114,9 @@ def run(command: Sequence[str]) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.aarch64", description=__doc__)
+    parser.add_argument("--record", action="store_true", help="the outcome, for the support matrix")
+    args = parser.parse_args()
     begin = time.monotonic()
     emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
     compiler, own_compiler = f"{CROSS}g++", os.environ.get("CXX", "c++")
@@ -142,6 +148,8 @@ def main() -> int:
     count = instructions_per_param(objects["ops/cpu/blockwise_kernel.cpp"])
     print(f"8-bit step: {count:.1f} instructions per parameter, of at most {MOST_INSTRUCTIONS}")
     print(f"{time.monotonic() - begin:.0f} s")
+    if args.record:
+        print(support.record_kernels("aarch64", len(here) - len(differences), len(differences)).relative_to(ROOT))
     return 1 if differences or not here or count > MOST_INSTRUCTIONS else 0
 
 

@@ -1,7 +1,7 @@
 """Builds dist/, the source distribution and a wheel for each Python at hand: `python -m tools.wheel`.
 
 The libraries serve every Python. Only the module `_native` is one Python's: for the others it is compiled anew, which
-needs no torch of theirs. --check also tests the wheels, as installed with other versions of torch.
+needs no torch of theirs. --check also installs the wheels, with other versions of torch, and tests them.
 
 auditwheel finds its platform tag, by what the libraries ask of the system. Nothing is bundled: the libraries link to
 the torch that they are installed beside, and compute on its threads, so no second OpenMP runtime comes along.
@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from tools import support
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,15 +28,13 @@ NOT_BUNDLED = ("libtorch*.so", "libc10*.so")
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
 
-# Whatever shows the native kernels at work, in minutes. Of all tests, only those of Inductor need a compiler.
-TESTS = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        *("numerics", "opcheck", "errors", "optimizer", "state", "clipping", "bfloat16", "main"),
-        *("blockwise", "quantized_ops", "quantized_step", "quantized_state", "gradient_release"),
-    )
+# Tests of the native kernels, in whichever folder they are. Only those of Inductor need a compiler.
+TESTS = (
+    *("test_numerics", "test_opcheck", "test_errors", "test_optimizer", "test_state", "test_clipping", "test_bfloat16"),
+    *("test_main", "test_blockwise", "test_quantized_ops", "test_quantized_step", "test_quantized_state"),
+    "test_gradient_release",
 )
-COMPILE_TESTS = ("compile_tests",)
+COMPILE_TESTS = "compile_tests"
 
 
 def build(sources: Path, folder: Path, env: Mapping[str, str] | None = None) -> Path:
@@ -120,17 +119,19 @@ def audit(wheel: Path, folder: Path) -> Path:
     return path
 
 
-def install(wheel: Path, folder: Path, packages: Path) -> Path:
+def install(wheel: Path, folder: Path, packages: Path, python: str | Path = sys.executable) -> Path:
     """Installs the wheel, without a compiler or the network, into a new environment, and returns that one's Python.
 
-    The environment shares the folder `packages`, which has torch and whatever else is used with the wheel.
+    The environment is for the version of `python`. It shares the folder `packages`, which has torch and whatever else
+    is used with the wheel.
     """
-    builder = venv.EnvBuilder()
-    builder.create(folder)
-    python = Path(builder.ensure_directories(folder).env_exe)
+    run(python, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin/python"
     site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
     (site_packages / "shared.pth").write_text(str(packages))
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel, env=environment(python))
+    # --no-deps: pip's own configuration may keep it from accepting the torch that is there.
+    pip_install = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps")
+    run(*pip_install, wheel, env=environment(python))
     return python
 
 
@@ -149,20 +150,32 @@ def copy_tests(folder: Path) -> None:
         shutil.copy(ROOT / name, folder)
 
 
-def run_tests(python: Path, folder: Path, tests: Sequence[str], path: str = "") -> bool:
-    command = (python, "-m", "pytest", "-q", "-m", "not slow", *tests)
+def find_tests(names: Sequence[str] = TESTS) -> list[str]:
+    """The paths of test modules, which may be in any folder of tests/."""
+    found = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    return [found[name] for name in names]
+
+
+def run_tests(python: Path, folder: Path, tests: Sequence[str], *options: str, path: str = "") -> bool:
+    command = (python, "-m", "pytest", "-q", "-m", "not slow", *options, *tests)
     return subprocess.run(command, cwd=folder, env=environment(python, path)).returncode == 0
 
 
-def check(wheel: Path, python: Path, folder: Path) -> bool:
-    """Tests the wheel beside the torch of that Python, in an environment of its own; `folder` must be new."""
+def check(wheel: Path, python: Path, folder: Path, record: bool) -> bool:
+    """Tests the wheel with the torch of that Python, in an environment of its own; `folder` must be new."""
     find_torch = "import importlib.util; print(importlib.util.find_spec('torch').origin)"
     packages = Path(run(python, "-c", find_torch).strip()).parents[1]
-    installed = install(wheel, folder / "environment", packages)
+    installed = install(wheel, folder / "environment", packages, python)
     print(run(installed, "-m", "torch_ademamix", env=environment(installed), cwd=folder), flush=True)
     copy_tests(folder)
-    passed = run_tests(installed, folder, TESTS)
-    return run_tests(installed, folder, COMPILE_TESTS, os.environ["PATH"]) and passed
+    processes = ("--numprocesses=logical", "--maxprocesses=8")
+    reports = [folder / name for name in ("tests.xml", "compile_tests.xml")]
+    to_reports = [f"--junitxml={report}" for report in reports]
+    passed = run_tests(installed, folder, find_tests(), *processes, to_reports[0])
+    passed &= run_tests(installed, folder, [COMPILE_TESTS], *processes, to_reports[1], path=os.environ["PATH"])
+    if record:
+        print(support.record("wheel", installed, reports, environment(installed)).relative_to(ROOT), flush=True)
+    return passed
 
 
 def run(*command: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
@@ -177,6 +190,7 @@ def run(*command: object, env: Mapping[str, str] | None = None, cwd: Path | None
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.wheel", description=__doc__)
     parser.add_argument("--check", type=Path, nargs="+", default=[], metavar="PYTHON", help="with a torch and pytest")
+    parser.add_argument("--record", action="store_true", help="the outcome of --check, for the support matrix")
     args = parser.parse_args()
 
     scratch = ROOT / "build/wheel"
@@ -194,7 +208,7 @@ def main() -> int:
     failed = []
     for i, python in enumerate(args.check):
         begin = time.monotonic()
-        passed = check(wheels[python_config(python)["abi"]], python.absolute(), scratch / str(i))
+        passed = check(wheels[python_config(python)["abi"]], python.absolute(), scratch / str(i), args.record)
         print(f"{python}: {'passed' if passed else 'failed'} in {time.monotonic() - begin:.0f} s", flush=True)
         failed += [] if passed else [python]
     return 1 if failed else 0
