@@ -304,7 +304,7 @@ def test_refusals(counter):
     other, _ = make()
     with pytest.raises(ValueError, match="no parameter of the model that requires a gradient"):
         compile_train_step(other, optimizer, loss_fn)
-    with pytest.raises(ValueError, match="fullgraph is False, but a whole step is one graph"):
+    with pytest.raises(ValueError, match="fullgraph is False, but a full training step is one graph"):
         compile_train_step(model, optimizer, loss_fn, fullgraph=False)
     with pytest.raises(ValueError, match="accumulate is 0, but must be an int of at least 1"):
         compile_train_step(model, optimizer, loss_fn, accumulate=0)

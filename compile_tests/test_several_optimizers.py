@@ -202,7 +202,7 @@ def test_parameters_of_no_optimizer_are_told(make_step):
         (
             (vectors_and_head, lambda model: torch.optim.LBFGS([model[0].weight])),
             ValueError,
-            r"optimizers\[1\] is a LBFGS, whose step\(\) needs a closure .* keep the plain loop",
+            r"optimizers\[1\] is a LBFGS, whose step\(\) needs a closure .* keep the standard training loop",
         ),
         ((), TypeError, "there is no AdEMAMix among the optimizers"),
     ],

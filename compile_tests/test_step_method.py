@@ -131,7 +131,7 @@ def test_replaced_step_and_released_gradients(replace):
 
 @pytest.mark.parametrize("cls", [Centralized, Twice])
 def test_overridden_step_and_released_gradients(cls):
-    with pytest.raises(ValueError, match=r"overrides step\(\), .* keep the plain loop"):
+    with pytest.raises(ValueError, match=r"overrides step\(\), .* keep the standard training loop"):
         release_gradients(*make(cls))
 
 

@@ -32,19 +32,19 @@ def capture_train_step(
 ) -> Callable[..., Any]:
     """Captures forward, backward, update and the clearing of gradients in one CUDA graph, and replays it.
 
-    Nothing is trained by this call: the warm-up before the capture leaves parameters, buffers, state and random
-    numbers as they are. State that is loaded is written into the tensors of the graph. What a graph has for good is
-    compared at each step: the memory of parameters, buffers and state, which parameters are frozen, training mode,
-    autocast, hooks, and options that aren't numbers; where one has changed, the step captures anew. Python code, and
-    so what hooks do in Python, runs while the graph is captured, only.
+    This call trains nothing: the warm-up before the capture leaves parameters, buffers, state and random numbers as
+    they are. Loading state writes into the tensors of the graph. Each step compares what the graph can't change: the
+    memory of parameters, buffers and state, which parameters are frozen, training mode, autocast, hooks, and options
+    that aren't numbers. If any of these has changed, the step re-captures the graph. Python code, including that of
+    hooks, runs during the capture only.
 
     Args:
         model: the module to train, on one CUDA device.
         optimizer: an optimizer of parameters of `model`.
         loss_fn: as for :func:`compile_train_step`, and without waiting for the GPU.
-        sample_batch: arguments like those of every later batch: the same shapes and dtypes, and what isn't a
-            tensor is equal.
-        sample_kwargs: such keyword arguments.
+        sample_batch: positional arguments like those of every later batch: tensors of the same shapes and dtypes, and
+            equal values for everything else.
+        sample_kwargs: keyword arguments, in the same way.
         accumulate: as for :func:`compile_train_step`.
         average: as for :func:`compile_train_step`.
         scaler: as for :func:`compile_train_step`.
@@ -55,10 +55,10 @@ def capture_train_step(
 
     Raises:
         ValueError: the parameters are not on one CUDA device, a batch isn't like the sample, or what
-            :func:`compile_train_step` refuses.
-        TypeError: the optimizer is another one, or a wrapper of one; `loss_fn` returns no loss; or a batch has
-            something in it that is neither a tensor, nor a dict, list or tuple, nor plain.
-        RuntimeError: as of :func:`compile_train_step`, here and in `step`.
+            :func:`compile_train_step` raises for.
+        TypeError: the optimizer is another one, or a wrapper of one; `loss_fn` returns no loss; or a batch contains
+            something other than tensors, numbers, strings and None in dicts, lists and tuples.
+        RuntimeError: as :func:`compile_train_step`, here and in `step`.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
@@ -93,7 +93,7 @@ class CapturedTrainStep:
             self._graph.replay()  # type: ignore[union-attr]
         result = tree_map_only(Tensor, Tensor.clone, self._result)
         if self._in_graph:
-            self._body.tell_of_step()
+            self._body.record_step()
         for p, grad in self._grads:
             p.grad = grad
         self._body.step_rest(self._in_graph)
@@ -117,7 +117,7 @@ class CapturedTrainStep:
                 target.copy_(leaf, non_blocking=not (leaf.device.type == "cpu" and leaf.is_pinned()))
 
     def _constants(self) -> list[Any]:
-        """What the graph has for good, beside its inputs."""
+        """What the graph can't change, besides its inputs."""
         body, optimizer = self._body, self._body.optimizer
         buffers = (buffer for module in body.modules for buffer in module._buffers.values() if buffer is not None)
         return [
@@ -177,7 +177,7 @@ class CapturedTrainStep:
 
     @contextmanager
     def _without_effect(self) -> Iterator[None]:
-        """What a step writes beside parameters and state is put back."""
+        """Restores what a step writes besides parameters and state."""
         optimizer = self._body.optimizer
         written = [*self._body.model.buffers(), *([] if optimizer.grad_norm is None else [optimizer.grad_norm])]
         before = [tensor.clone() for tensor in written]

@@ -33,8 +33,8 @@ def compile_train_step(
 ) -> Callable[..., Any]:
     """Compiles forward, backward, update and the clearing of gradients into one graph.
 
-    The optimizer's state is made now. No change of an option's number, and no loading of state, compiles anew; other
-    shapes of batches do, and another set of parameters that have a gradient.
+    This call creates the optimizer's state. Changing a number in an option or loading state doesn't recompile; a batch
+    of another shape does, and another set of parameters with gradients.
 
     Args:
         model: the module to train.
@@ -42,27 +42,27 @@ def compile_train_step(
             optimizers, one of them an AdEMAMix, others any of torch.optim, in the order of their steps.
         loss_fn: `loss_fn(model, *batch, **more)` returns the loss, a tensor of one element, or a tuple that begins
             with it.
-        accumulate: micro-batches per update: each tensor of a batch is split along its first dimension into so many
-            equal parts, of a DTensor the rows that each process has; numbers, text, modules, and tensors without
-            dimensions go to each.
-        average: whether their losses are averaged, else summed, for a `loss_fn` that divides by a number of the whole
-            batch, such as that of its tokens.
-        scaler: scales the loss, for float16; call `scaler.update()` after the step as ever.
+        accumulate: micro-batches per update. Each tensor of a batch is split along its first dimension into this many
+            equal chunks (a DTensor along the rows of each process). Each micro-batch gets all numbers, strings,
+            modules, and tensors without dimensions.
+        average: whether to average the losses of the micro-batches. False sums them, for a `loss_fn` that divides by a
+            number of the full batch, such as its number of tokens.
+        scaler: scales the loss, for float16. Call `scaler.update()` after the step as usual.
         compile_options: further arguments of :func:`torch.compile`, such as `mode` or `backend`.
 
     Returns:
         `step(*batch, **more)`, which trains on one batch and returns what `loss_fn` does, detached. With `accumulate`,
-        what follows the loss in a tuple are lists of each micro-batch's.
+        what follows the loss in a tuple becomes a list with an entry per micro-batch.
 
     Raises:
         TypeError: the optimizer is another one, or a wrapper of one, or there is no AdEMAMix among several; in `step`,
             if `loss_fn` returns no loss, or with `accumulate`, if a batch has something in it that can't be opened,
             such as a `UserDict` or an object: pass `dict(batch)`, or the object's tensors.
-        ValueError: gradients are reduced by `DistributedDataParallel`, `fully_shard` or FSDP1, in hooks that have no
-            place in a graph (docs/distributed.md, "Data parallelism in one graph", has what does), or released by
-            :func:`torch_ademamix.release_gradients`; the optimizer has no parameter of the model; `fullgraph`
-            is False; something was put in place of `optimizer.step`; there are several AdEMAMix; in `step`, if
-            `accumulate` doesn't divide a batch, or its tensors have different numbers of rows.
+        ValueError: `DistributedDataParallel`, `fully_shard` or FSDP1 reduces the gradients, in hooks that can't be
+            part of a graph (docs/distributed.md, "Data parallelism in one graph", says what can), or
+            :func:`torch_ademamix.release_gradients` releases them; the optimizer has no parameter of the model;
+            `fullgraph` is False; `optimizer.step` was replaced; there are several AdEMAMix; in `step`, if `accumulate`
+            doesn't divide a batch, or its tensors have different numbers of rows.
         RuntimeError: in `step`, if the optimizer's parameters have been replaced in the model, under
             :func:`torch.no_grad`, or in :func:`torch.autograd.detect_anomaly`.
 
@@ -78,8 +78,8 @@ def compile_train_step(
     """
     if not compile_options.setdefault("fullgraph", True):
         raise ValueError(
-            "fullgraph is False, but a whole step is one graph; where that can't be, compile the model, and the "
-            "optimizer's step, each by itself"
+            "fullgraph is False, but a full training step is one graph; if that isn't possible, compile the model and "
+            "the optimizer's step separately"
         )
     config: dict[str, Any] = {
         "trace_autograd_ops": True,  # .backward() is inside the graph
@@ -106,7 +106,7 @@ def compile_train_step(
 
         return body.run(parts, update if in_graph else None, hooks)
 
-    # Dynamo counts compilations by code, and learns by its name which shapes vary: not from another step.
+    # Dynamo counts recompilations per code object, and remembers by its name which shapes vary. Each step has its own.
     code = train_step.__code__.replace(co_name=f"train_step_{next(_numbers)}")
     train_step = FunctionType(code, train_step.__globals__, closure=train_step.__closure__)
     compiled = torch.compile(train_step, **compile_options)
@@ -121,7 +121,7 @@ def compile_train_step(
             result = unwrap_loss(run(parts, in_graph, bool(body.step_hooks()), body.param_hooks()))
         first = False
         if in_graph:
-            body.tell_of_step()
+            body.record_step()
         body.step_rest(in_graph)
         return result
 
@@ -135,11 +135,11 @@ def _compiling_is_disabled() -> bool:
 
 @contextmanager
 def _configured(dynamo: dict[str, Any]) -> Iterator[None]:
-    """For what a whole step is compiled with.
+    """Settings for compiling a full training step.
 
-    A tensor that is computed from two, and used twice, is kept in memory, as residuals are: by forward and backward,
-    which as graphs of their own would pass it on there anyway. Inductor would compute it anew for each use, from up to
-    four tensors: no two layers' kernels are alike then, and a deep model takes a quarter longer to compile.
+    A tensor that is computed from two others and used twice is kept in memory, as residuals between forward and
+    backward are. By default, Inductor would recompute it for each use, from up to four tensors. Then no two layers have
+    equal kernels, and a deep model takes a quarter longer to compile.
     """
     with torch._dynamo.config.patch(dynamo), torch._inductor.config.patch(realize_reads_threshold=1):
         yield
@@ -147,7 +147,7 @@ def _configured(dynamo: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _collecting_no_garbage() -> Iterator[None]:
-    """For the call that compiles, a tenth of whose time Python's collector takes, which finds next to nothing."""
+    """For the call that compiles: Python's collector would take a tenth of its time, and find next to nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -158,6 +158,6 @@ def _collecting_no_garbage() -> Iterator[None]:
 
 
 def _logging_methods() -> set[Callable[..., Any]]:
-    """Those that log, which would break a graph: also what others have added, as transformers' warning_once."""
+    """Logging methods, which would break a graph; also those that others add, such as transformers' warning_once."""
     levels = ("debug", "info", "warning", "error", "critical", "exception", "log")
     return {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}

@@ -52,7 +52,7 @@ def micro_batches(args: Sequence[Any], kwargs: Mapping[str, Any], n: int) -> lis
             raise ValueError(
                 f"leaf {i} of the batch is a {'nested' if leaf.is_nested else leaf.layout} tensor, which "
                 f"accumulate={n} can't split; pass its values and offsets as padded or packed tensors, or accumulate "
-                "in a plain loop"
+                "in a standard training loop"
             )
         shards, division = sharding.rows(leaf)
         if leaf.shape[0] % (n * shards) != 0:

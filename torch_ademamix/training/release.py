@@ -13,28 +13,26 @@ from torch_ademamix.training.step_method import check_step_not_replaced, overrid
 
 
 def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease":
-    """Updates each parameter as soon as backward has its gradient, and frees that: they are never all there at once.
+    """Updates each parameter as soon as backward has its gradient, and frees that: they never exist all at once.
 
-    The loop stays as it is: `optimizer.step()` after each backward pass finds nothing left to update but parameters
-    that aren't the model's, and marks the end of a step, for LR schedulers and hooks. Results are those of the
-    ordinary loop bit for bit, as long as no option changes between backward and step. With `fully_shard`, shards are
-    updated and freed.
+    The training loop stays as it is: `optimizer.step()` after each backward pass updates only parameters that aren't
+    the model's, and ends the step for LR schedulers and hooks. Results equal those of the standard loop bit for bit, as
+    long as no option changes between backward and step. With `fully_shard`, shards are updated and freed.
 
-    What needs all gradients before the first update can't work: clipping by the norm, `GradScaler`, and
-    accumulation over several backward passes. All are refused where they can be known; that gradients are clipped by
-    other code can't.
+    Clipping by the norm, `GradScaler` and accumulation over several backward passes need all gradients before the first
+    update, so they raise. Clipping by other code can't be detected.
 
     Args:
         model: the module whose parameters' gradients are released.
         optimizer: the optimizer of parameters of `model`, which require a gradient now.
 
     Returns:
-        a handle, whose `remove()` brings the ordinary loop back.
+        a handle, whose `remove()` restores the standard loop.
 
     Raises:
-        ValueError: the optimizer clips gradients, the model is replicated by `DistributedDataParallel` (which reduces
-            gradients after they have been released), or it has none of the optimizer's parameters; the optimizer's
-            class overrides `step()`, or `optimizer.step` was replaced: the updates don't go through it.
+        ValueError: the optimizer clips gradients; the model is in `DistributedDataParallel`, which reduces gradients
+            after they have been released; the model has none of the optimizer's parameters; or the optimizer's class
+            overrides `step()`, or `optimizer.step` was replaced, since the updates don't go through it.
         TypeError: the optimizer is another one, or a wrapper of one.
         RuntimeError: in the backward pass or in step(), if it turns out that gradients are scaled or accumulated.
 
@@ -47,7 +45,7 @@ def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease
     >>> optimizer.step()
     >>> handle.remove()
     """
-    refuse_wrapped(optimizer)
+    expect_ademamix(optimizer)
     return GradientRelease(model, optimizer)
 
 
@@ -55,12 +53,12 @@ class GradientRelease:
     """The handle of :func:`release_gradients`."""
 
     def __init__(self, model: nn.Module, optimizer: AdEMAMix) -> None:
-        _refuse_clipping(optimizer, ValueError)
+        _expect_no_clipping(optimizer, ValueError)
         check_step_not_replaced(optimizer)
         if overrides_step(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} overrides step(), but gradients that are released as they arrive are "
-                "updated without it: keep the plain loop, or do in gradient hooks (register_hook of a parameter) what "
+                "updated without it: keep the standard training loop, or do in gradient hooks (register_hook of a parameter) what "
                 "step() does"
             )
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -84,7 +82,7 @@ class GradientRelease:
         optimizer = self._optimizer()
         if optimizer is None:  # gradients are someone else's now
             return
-        _refuse_clipping(optimizer, RuntimeError)
+        _expect_no_clipping(optimizer, RuntimeError)
         if id(p) in self._updated:
             raise RuntimeError(
                 "a second backward pass before optimizer.step(): gradients that are released as they arrive can't be "
@@ -103,13 +101,13 @@ class GradientRelease:
         self._updated.clear()
 
 
-def _refuse_clipping(optimizer: AdEMAMix, error: type[Exception]) -> None:
+def _expect_no_clipping(optimizer: AdEMAMix, error: type[Exception]) -> None:
     if optimizer.max_grad_norm is not None:
         raise error("gradients that are released as they arrive can't be clipped by their norm: max_grad_norm is set")
 
 
-def refuse_wrapped(optimizer: object) -> None:
-    """Refuses what isn't the optimizer itself: its update is called without its step()."""
+def expect_ademamix(optimizer: object) -> None:
+    """Checks that this is the optimizer itself: its update is called without its step()."""
     if not isinstance(optimizer, AdEMAMix):
         name = type(optimizer).__name__
         raise TypeError(f"optimizer is a {name}, but must be an AdEMAMix; of a wrapper, give what it wraps")

@@ -46,5 +46,5 @@ def check_step_not_replaced(optimizer: Optimizer) -> None:
     raise ValueError(
         f"optimizer.step was replaced on the instance (by {name}), and would not be called: remove it with "
         "`del optimizer.step`, and override step() in a subclass instead, or use register_step_pre_hook and "
-        "register_step_post_hook; otherwise keep the plain loop"
+        "register_step_post_hook; otherwise keep the standard training loop"
     )

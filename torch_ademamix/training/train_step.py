@@ -1,4 +1,4 @@
-"""What a full training step does, in one place for compiled and captured steps: the plain loop, in its order::
+"""What a full training step does, in one place for compiled and captured steps: the standard training loop, in its order::
 
 optimizer.zero_grad()
 loss = loss_fn(model, *batch)
@@ -31,7 +31,7 @@ from torch_ademamix.optimizer import AdEMAMix
 from torch_ademamix.state import sharding
 from torch_ademamix.state.options import HyperparameterTables
 from torch_ademamix.training.micro_batches import MicroBatch
-from torch_ademamix.training.release import GradientRelease, refuse_wrapped
+from torch_ademamix.training.release import GradientRelease, expect_ademamix
 from torch_ademamix.training.step_method import check_step_not_replaced, overrides_step
 
 # A parameter's index in TrainStep.params, the hooks of its gradient, and its hooks after accumulation.
@@ -59,7 +59,7 @@ class TrainStep:
     ) -> None:
         self.optimizers: list[Optimizer] = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         self.optimizer = _ademamix_of(self.optimizers)
-        _refuse_reducing(model)
+        _expect_no_reducing(model)
         if not (isinstance(accumulate, int) and accumulate >= 1):
             raise ValueError(f"accumulate is {accumulate!r}, but must be an int of at least 1")
         self.model, self.loss_fn = model, loss_fn
@@ -68,7 +68,7 @@ class TrainStep:
         self._tables = HyperparameterTables()
         self._found_inf: Tensor | None = None
         self._shared: set[Tensor] = set()  # the optimizers' parameters that are the model's
-        self._told_of_untrained = False
+        self._warned_of_untrained = False
         self.has_other_leaves = False  # in a graph of the step: gradients go to tensors that aren't in `params`
         self.left: list[tuple[int, str]] = []  # attributes of `modules` that the forward pass leaves with a history
         self._name = tracing.register(self)
@@ -87,9 +87,9 @@ class TrainStep:
         of_optimizers = dict.fromkeys(self.of_optimizers)
         if lost := sum(p in self._shared and p not in of_model for p in of_optimizers):
             raise RuntimeError(
-                f"{lost} of the optimizer's parameters are no longer the model's, where others have taken their place "
-                "(load_state_dict(assign=True) does that, or assigning a module); make an optimizer of the "
-                "parameters that the model has now, and the step anew"
+                f"{lost} of the optimizer's parameters are no longer the model's: others have replaced them "
+                "(load_state_dict(assign=True) does that, or assigning a module); create an optimizer of the "
+                "parameters that the model has now, and a new training step"
             )
         self._shared = {p for p in of_optimizers if p in of_model}
         self._others = [p for p in of_model if p not in of_optimizers]
@@ -102,13 +102,13 @@ class TrainStep:
         self.modules = list(self.model.modules())
         self._structure = _Structure(self.modules)
         self._plan = self.optimizer._plan_cache.plan
-        self._tell_of_untrained()
+        self._warn_of_untrained()
 
-    def _tell_of_untrained(self) -> None:
+    def _warn_of_untrained(self) -> None:
         others = set(self._others)
         untrained = [name for name, p in self.model.named_parameters() if p in others and p.requires_grad]
-        if untrained and not self._told_of_untrained:
-            self._told_of_untrained = True
+        if untrained and not self._warned_of_untrained:
+            self._warned_of_untrained = True
             warnings.warn(
                 f"{len(untrained)} parameters of the model (such as {untrained[0]}) require a gradient, but belong to "
                 "no optimizer of this training step, which clears their gradients: neither it nor an optimizer that is "
@@ -140,8 +140,9 @@ class TrainStep:
         """
         if torch.is_anomaly_enabled():
             raise RuntimeError(
-                "anomaly detection is on, which watches a backward pass op by op, where a whole step is one graph; "
-                "look for the anomaly with the plain loop, and make steps outside of detect_anomaly"
+                "anomaly detection is on, which checks a backward pass op by op, but a full training step is one "
+                "graph; look for the anomaly with the standard training loop, or call the step outside of "
+                "detect_anomaly"
             )
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -170,7 +171,7 @@ class TrainStep:
                 p.grad = None
 
     def step_rest(self, in_graph: bool) -> None:
-        """Calls `step()` of the optimizers whose update the graph doesn't have, as the plain loop does.
+        """Calls `step()` of the optimizers whose update the graph doesn't have, as the standard training loop does.
 
         Args:
             in_graph: whether it has that of AdEMAMix.
@@ -194,7 +195,7 @@ class TrainStep:
             torch._dynamo.mark_static_address(self._found_inf)
         return scaler_attributes(self.optimizer, self.scaler._scale, self._found_inf)
 
-    def tell_of_step(self) -> None:
+    def record_step(self) -> None:
         """Lets schedulers and the scaler know that a step was made."""
         self.optimizer._opt_called = True
         if self.scaler is not None and self._found_inf is not None:
@@ -324,7 +325,7 @@ def _ademamix_of(optimizers: Sequence[Optimizer]) -> AdEMAMix:
         ValueError: there are several, one needs a closure, or something was put in place of AdEMAMix's `step()`.
     """
     if len(optimizers) == 1:
-        refuse_wrapped(optimizers[0])
+        expect_ademamix(optimizers[0])
     for i, optimizer in enumerate(optimizers):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizers[{i}] is a {type(optimizer).__name__}, but must be a torch.optim.Optimizer")
@@ -332,7 +333,7 @@ def _ademamix_of(optimizers: Sequence[Optimizer]) -> AdEMAMix:
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
                 f"optimizers[{i}] is a {type(optimizer).__name__}, whose step() needs a closure that evaluates the "
-                "model again; keep the plain loop for it"
+                "model again; keep the standard training loop for it"
             )
     found = [optimizer for optimizer in optimizers if isinstance(optimizer, AdEMAMix)]
     if not found:
@@ -393,14 +394,14 @@ def _functions(hooks: Mapping[Any, Callable[..., Any]] | None) -> tuple[Callable
     return functions
 
 
-def _refuse_reducing(model: nn.Module) -> None:
+def _expect_no_reducing(model: nn.Module) -> None:
     kinds: list[type[nn.Module]] = [DistributedDataParallel]
     if fsdp := sys.modules.get("torch.distributed.fsdp"):  # seconds to import, for those who don't shard
         kinds += [fsdp.FSDPModule, fsdp.FullyShardedDataParallel]
     for kind in kinds:
         if any(isinstance(module, kind) for module in model.modules()):
             raise ValueError(
-                f"the model is a {kind.__name__}, whose hooks can't be part of one graph; compile the model, and the "
-                "optimizer's step, each by itself, or make the parameters DTensors: docs/distributed.md, "
+                f"the model is a {kind.__name__}, whose hooks can't be part of one graph; compile the model and the "
+                "optimizer's step separately, or make the parameters DTensors: docs/distributed.md, "
                 '"Data parallelism in one graph"'
             )
