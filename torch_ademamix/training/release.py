@@ -58,8 +58,8 @@ class GradientRelease:
         if overrides_step(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} overrides step(), but gradients that are released as they arrive are "
-                "updated without it: keep the standard training loop, or do in gradient hooks (register_hook of a parameter) what "
-                "step() does"
+                "updated without it: keep the standard training loop, or do in gradient hooks (register_hook of a "
+                "parameter) what step() does"
             )
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError("gradients can't be released under DistributedDataParallel; fully_shard allows it")

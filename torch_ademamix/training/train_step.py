@@ -1,4 +1,4 @@
-"""What a full training step does, in one place for compiled and captured steps: the standard training loop, in its order::
+"""What a full training step does, for compiled and captured steps alike: the standard training loop, in its order::
 
 optimizer.zero_grad()
 loss = loss_fn(model, *batch)
