@@ -66,7 +66,7 @@ bench: $(BUILD)  ## speed on the CPU, beside other optimizers: benchmarks/result
 convergence: $(BUILD)  ## loss in training, beside AdamW's, each at its best: benchmarks/results/convergence; ARGS=--short
 	$(PY) -m benchmarks.convergence $(ARGS)
 
-drift: $(BUILD)  ## how far quantized state is from the truth after 20,000 steps; ARGS=--write puts it into docs/drift.md
+drift: $(BUILD)  ## how far quantized state is from the truth after 20,000 steps; ARGS=--write puts it into docs/choosing.md
 	$(PY) -m benchmarks.drift $(ARGS)
 
 memory: $(BUILD)  ## bytes of weights, gradients and state by optimizer; ARGS=--write puts them into docs/choosing.md

@@ -2,7 +2,7 @@
 
 Gradients are noise around a small mean, which differs from coordinate to coordinate and which a slow average is there
 to find. All optimizers see the same ones, and what they hold at the end is compared to a run in float64. `--write` puts
-the table in docs/drift.md.
+the table in docs/choosing.md.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SCHEMES = {
     for state in (STATES if formula == "{}" else (FLOAT32, "8-bit", TWELVE_BITS))
 }
 
-DOCUMENT = DOCS / "drift.md"
+DOCUMENT = DOCS / "choosing.md"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = table(measure(args.steps, beta3=args.beta3))
     print(text)
     if args.write:
-        write_table(DOCUMENT, text)
+        write_table(DOCUMENT, "drift", text)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     print(table())
     if args.write:
-        write_table(DOCUMENT, table())
+        write_table(DOCUMENT, "memory", table())
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = table({cls.__name__: measure(cls, args.steps) for cls in OPTIMIZERS})
     print(text)
     if args.write:
-        write_table(DOCUMENT, text)
+        write_table(DOCUMENT, "weights", text)
 
 
 if __name__ == "__main__":

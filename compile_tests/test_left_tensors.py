@@ -1,4 +1,4 @@
-"""What a forward pass leaves on modules: tensors with a history, counters. docs/models.md has the rest."""
+"""What a forward pass leaves on modules: tensors with a history, counters. docs/compile.md has the rest."""
 
 import copy
 
@@ -135,7 +135,7 @@ class Elsewhere(nn.Linear):
     ],
 )
 def test_what_torch_rejects(build, error, message):
-    """docs/models.md has the ways out."""
+    """docs/compile.md has the ways out."""
     model = build()
     step = compile_train_step(model, AdEMAMix(model.parameters()), with_auxiliary_losses, backend="eager")
 

@@ -1,4 +1,4 @@
-"""What models do that a whole step as one graph has to follow, as docs/models.md says it."""
+"""What models do that a whole step as one graph has to follow, as docs/compile.md says it."""
 
 import inspect
 import logging

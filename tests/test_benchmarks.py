@@ -13,7 +13,7 @@ from benchmarks.cpu import measure, peers, report
 from benchmarks.cpu.cases import IN_PLACE, Case, Group
 from benchmarks.cpu.rounds import Times, take_turns
 from benchmarks.shared import footprint, origin, writing
-from benchmarks.shared.requirement import Requirement
+from benchmarks.shared.target import Target
 from torch_ademamix import ReferenceAdEMAMix
 
 
@@ -146,10 +146,10 @@ def test_command(capsys, monkeypatch, tmp_path):
     group = Group(("AdEMAMix",), rounds=2)
     case = Case("3 small ones", [(5,)] * 3, (group,))
     monkeypatch.setattr(cpu, "CASES", {"host 400": case, "large": case})
-    required = Requirement(
-        "the host's time", "host 400", lambda result: result.ratio("AdEMAMix", peers.ADAMW), at_most=2
+    target = Target(
+        "the host's time", "host 400", lambda result: result.ratio("AdEMAMix", peers.ADAMW), "it is a test", at_most=2
     )
-    monkeypatch.setattr(report, "REQUIREMENTS", [required])
+    monkeypatch.setattr(report, "TARGETS", [target])
     cpu.main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "3 small ones, float32: 15 parameters" in printed
@@ -186,7 +186,7 @@ def test_versions_name_what_is_installed():
 def test_tables_of_drift(benchmark, tmp_path, monkeypatch, capsys):
     """Written between their marks, whatever was there."""
     document = tmp_path / "document.md"
-    begin, end = writing.TABLE_BEGIN, writing.TABLE_END
+    begin, end = writing.marks(benchmark.__name__.rpartition(".")[2])
     document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     monkeypatch.setattr(benchmark, "DOCUMENT", document)
     benchmark.main(["--steps", "20", "--write"])
@@ -196,3 +196,11 @@ def test_tables_of_drift(benchmark, tmp_path, monkeypatch, capsys):
     assert all(f"| {scheme} |" in table.replace("`", "") for scheme in benchmark.SCHEMES)
     if benchmark is weights:
         assert '| `master_weights="remainder"` | 0 | 0 | 0 | 0 |' in table
+
+
+def test_a_table_needs_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- other: begin -->\n<!-- other: end -->\n")
+    with pytest.raises(ValueError, match="has no <!-- drift: begin --> and <!-- drift: end --> to write a table"):
+        writing.write_table(page, "drift", "| a |")
+    assert "|" not in page.read_text()

@@ -53,7 +53,7 @@ def test_zeros(signed):
 
 
 def test_a_round_trip_through_bitsandbytes_costs_what_the_manual_says():
-    """Root mean squares of the errors, relative to those of the values: docs/checkpoints.md."""
+    """Root mean squares of the errors, relative to those of the values: docs/migration.md."""
     p = torch.nn.Parameter(torch.zeros(64, 1024))
     optimizer = AdEMAMix8bit([p], weight_decay=0)
     generator = torch.Generator().manual_seed(0)

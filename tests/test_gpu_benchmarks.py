@@ -106,16 +106,16 @@ def test_model_has_the_parameters_of_gpt2() -> None:
     assert sorted(map(sorted, shapes)) == sorted(map(sorted, gpt2.SHAPES))  # some are transposed
 
 
-def test_requirements_are_of_what_is_measured() -> None:
+def test_targets_are_of_what_is_measured() -> None:
     class Everything(dict[Any, Any]):
         def __missing__(self, run: tuple[str, str]) -> Any:
             case, name = run
             assert case in gpu.COMPETITORS[name].cases
             return SimpleNamespace(share_of_copy=1.0, microseconds=1.0, microseconds_in_a_row=1.0)
 
-    assert [r.value(Everything()) for r in gpu_report.REQUIREMENTS] == [1.0] * len(gpu_report.REQUIREMENTS)
+    assert [r.value(Everything()) for r in gpu_report.TARGETS] == [1.0] * len(gpu_report.TARGETS)
     names = {case.name for case in gpu_training.CASES}
-    assert {r.case for r in training_report.REQUIREMENTS} <= names
+    assert {r.case for r in training_report.TARGETS} <= names
     assert len(names) == len(gpu_training.CASES)
 
 
@@ -149,10 +149,10 @@ def test_speed(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert one["gigabytes_per_second"] == pytest.approx(5900 * 36 / one["microseconds"] / 1e3)
     assert [competitors.PAGED, "failing peer", "failed: RuntimeError: no kernel image"] in numbers["left out"]
     assert "absent peer (not installed: No module named 'peer')" in (tmp_path / "speed.md").read_text()
-    verdicts = {(case, text): verdict for case, text, *_, verdict in numbers["required"]}
+    verdicts = {(case, text): verdict for case, text, *_, verdict in numbers["targets"]}
     assert verdicts[gpu_report.GPT2_124M, "time of fp32 AdEMAMix, over fused AdamW's"] in ("holds", "MISSED")
     assert verdicts[gpu_report.LARGE, "share of the copy, fp32 AdEMAMix"] == "not measured"
-    assert "## Required" in capsys.readouterr().out
+    assert "## Targets" in capsys.readouterr().out
 
 
 def test_failure_of_our_own_is_told_in_the_end(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +210,8 @@ def test_training(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch
     still = rows[training_steps.NO_OPTIMIZER, "eager"]["losses"]
     assert still[0] == ours[0]
     assert still[0] == still[gpu_training.BATCHES]
-    assert {v[-1] for v in numbers["required"][:-1]} == {"holds"}
-    assert numbers["required"][-1][-1] == "MISSED"
+    assert {v[-1] for v in numbers["targets"][:-1]} == {"holds"}
+    assert numbers["targets"][-1][-1] == "MISSED"
     assert "AdEMAMix8bit, compiled" in capsys.readouterr().out
 
 
@@ -220,7 +220,7 @@ def test_training_names_what_it_had_no_time_for(tmp_path: Any) -> None:
     assert gpu_training.main(["--minutes", "0", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "training.md").read_text()
     assert "left out: AdEMAMix8bit, eager (not reached within 0 minutes)" in text
-    assert text.count("not measured") == len(training_report.REQUIREMENTS)
+    assert text.count("not measured") == len(training_report.TARGETS)
 
 
 def test_losses_that_differ_are_a_miss() -> None:
@@ -231,8 +231,8 @@ def test_losses_that_differ_are_a_miss() -> None:
     assert training_report.difference(rows, "AdEMAMix", "compiled") == pytest.approx(0.1)
     rows["AdEMAMix, compiled"] = row(math.nan, 2.0)
     assert math.isnan(training_report.difference(rows, "AdEMAMix", "compiled"))
-    requirement = next(r for r in training_report.REQUIREMENTS if r.case == "AdEMAMix, compiled")
-    assert requirement.verdict(rows)[-1] == "MISSED"
+    target = next(r for r in training_report.TARGETS if r.case == "AdEMAMix, compiled")
+    assert target.verdict(rows)[-1] == "MISSED"
 
 
 # ------------------------------------------------------------------------------------------------ gpu_check
@@ -275,7 +275,7 @@ def test_check_writes_few_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
     assert all(len(path.parts) <= 2 for path in files)
     text = (tmp_path / "gpu_check.md").read_text()
     assert "# CUDA check: a GPU" in text
-    assert "## Required" in text
+    assert "## Targets" in text
     assert "fp32 AdamW, fused" in text
 
 

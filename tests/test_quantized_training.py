@@ -6,7 +6,7 @@ import torch
 from benchmarks import drift
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
-# What the design allows after 20,000 steps of noisy gradients; see docs/drift.md.
+# What the design allows after 20,000 steps of noisy gradients; see docs/choosing.md.
 DRIFT_BOUNDS = drift.Drift(
     exp_avg=0.05,
     exp_avg_slow=0.005,

@@ -184,7 +184,7 @@ def markdown(found: Report, walks: Walks) -> str:
     parts = [
         "# Convergence",
         "Written by `python -m benchmarks.convergence`, which also says what is searched and compared; "
-        "docs/convergence.md says what it shows.",
+        "docs/results.md says what it shows.",
         f"A byte-level GPT of {record['parameters']:,} parameters, {plan.steps:,} steps; losses in nats per byte over "
         f"{plan.final_windows:,} windows of held-out files. With 8-bit state {quantized:,} of the parameters have "
         f"quantized state. {len(found.records)} runs, {minutes:.0f} minutes.",

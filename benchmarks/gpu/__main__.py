@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu import timing
 from benchmarks.gpu.competitors import CASES, COMPETITORS
 from benchmarks.gpu.report import FAILED, RESULTS, Report, Result, attempt, cells, machine
-from benchmarks.shared.requirement import summary
+from benchmarks.shared.target import summary
 
 WARM_UP = 5
 
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"left out: {case}, {name}: {problem}", flush=True)
         report.write()
     report.plot()
-    print(report.markdown(), summary(report.required), sep="\n")
+    print(report.markdown(), summary(report.verdicts), sep="\n")
     return 1 if report.ours_failed else 0
 
 

@@ -39,7 +39,7 @@ from benchmarks.gpu_training.report import COMPARED_STEPS, HEADS, Row, Run, cell
 from benchmarks.gpu_training.steps import CAPTURED, CASES, COMPILED, OPTIMIZERS, OURS, Case, Spans, make_step
 from benchmarks.shared import footprint
 from benchmarks.shared.gpt2 import Size, make_batches, make_model
-from benchmarks.shared.requirement import summary
+from benchmarks.shared.target import summary
 
 BATCHES = 8  # which the steps go through again and again
 PROFILED_STEPS = 3
@@ -127,8 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(" | ".join(cells(row) if row else [case.name, problem]), flush=True)
     if run.rows:
         run.plot()
-    print(run.markdown(), summary(run.required), sep="\n")
-    failed = any(verdict == "MISSED" for *_, verdict in run.required) or any(
+    print(run.markdown(), summary(run.verdicts), sep="\n")
+    failed = any(verdict == "MISSED" for *_, verdict in run.verdicts) or any(
         case.optimizer in OURS and run.left_out.get(case.name, "").startswith(FAILED) for case in CASES
     )
     return 1 if failed else 0

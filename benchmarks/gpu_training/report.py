@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_training.steps import CASES, EAGER, OURS
-from benchmarks.shared import writing
-from benchmarks.shared.requirement import Requirement
+from benchmarks.shared import target, writing
+from benchmarks.shared.target import Target
 
 COMPARED_STEPS = 20  # whose losses are compared; the others are timed
 # Kernels round bfloat16 in other places, and attention's backward pass adds in no fixed order. A step that trains
@@ -40,21 +40,23 @@ def difference(rows: Rows, optimizer: str, mode: str) -> float:
     return max((abs(a - b) for a, b in pairs), key=lambda d: (d != d, d))  # NaN is the largest
 
 
-REQUIREMENTS = (
+TARGETS = (
     *(
-        Requirement(
+        Target(
             f"difference of a loss from the eager run's, the largest of {COMPARED_STEPS} steps (nats)",
             case.name,
             lambda rows, case=case: difference(rows, case.optimizer, case.mode),
+            "a graph trains what the eager loop trains, but sums in another order",
             at_most=TOLERANCE,
         )
         for case in CASES
         if case.optimizer in OURS and case.mode != EAGER
     ),
-    Requirement(
+    Target(
         f"fall of the loss over these {COMPARED_STEPS} steps (nats)",
         f"AdEMAMix8bit, {EAGER}",
         lambda rows: (lambda losses: losses[0] - losses[-1])(rows[f"AdEMAMix8bit, {EAGER}"].losses),
+        "what is timed is training",
         at_least=1.0,
     ),
 )
@@ -90,15 +92,15 @@ class Run:
     left_out: dict[str, str] = field(default_factory=dict)  # why
 
     @property
-    def required(self) -> list[tuple[str, ...]]:
-        return [(r.case, *r.verdict(self.rows)) for r in REQUIREMENTS]
+    def verdicts(self) -> list[tuple[str, ...]]:
+        return [(r.case, *r.verdict(self.rows)) for r in TARGETS]
 
     def write(self) -> None:
         numbers = {
             "setting": self.setting,
             "rows": [asdict(row) for row in self.rows.values()],
             "left out": self.left_out,
-            "required": self.required,
+            "targets": self.verdicts,
         }
         writing.write(self.folder / "training.json", json.dumps(numbers, indent=1) + "\n")
         writing.write(self.folder / "training.md", self.markdown())
@@ -113,7 +115,7 @@ class Run:
         ]
         if self.left_out:
             parts.append("\n".join(f"- left out: {name} ({reason})" for name, reason in self.left_out.items()))
-        parts += ["## Required", writing.markdown_table(("case", "what", "value", "bound", ""), self.required)]
+        parts += ["## Targets", writing.markdown_table(target.HEADS, self.verdicts), target.reasons(TARGETS)]
         return "\n\n".join(parts) + "\n"
 
     def plot(self) -> None:

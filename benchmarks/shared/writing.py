@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
-TABLE_BEGIN, TABLE_END = "<!-- table: begin -->", "<!-- table: end -->"  # in a page, around what a command computes
 OURS, OTHERS = "#08519c", "#9e9e9e"  # bars
 
 
@@ -30,16 +29,30 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def write_table(document: Path, table: str) -> None:
-    """Puts the table between the marks in a document."""
-    before, _, rest = document.read_text().partition(TABLE_BEGIN)
-    after = rest.partition(TABLE_END)[2]
-    document.write_text(f"{before}{TABLE_BEGIN}\n{table}\n{TABLE_END}{after}")
+def marks(name: str) -> tuple[str, str]:
+    """What surrounds a table that a command writes into a page."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
-def read_table(document: Path) -> str:
-    """What stands between the marks."""
-    return document.read_text().partition(TABLE_BEGIN)[2].partition(TABLE_END)[0].strip()
+def _around_table(document: Path, name: str) -> tuple[str, str, str]:
+    """A page before, between and after the marks, which stay with the outer parts."""
+    begin, end = marks(name)
+    before, found, rest = document.read_text().partition(begin)
+    table, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{document} has no {begin} and {end} to write a table between")
+    return before + begin, table, end + after
+
+
+def write_table(document: Path, name: str, table: str) -> None:
+    """Puts a table between its marks in a page."""
+    before, _, after = _around_table(document, name)
+    document.write_text(f"{before}\n{table}\n{after}")
+
+
+def read_table(document: Path, name: str) -> str:
+    """The table between the marks of a page."""
+    return _around_table(document, name)[1].strip()
 
 
 @contextmanager

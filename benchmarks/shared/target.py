@@ -1,17 +1,20 @@
-"""What is required of the figures that a benchmark takes."""
+"""Targets for the figures that a benchmark takes: this project's own, each with the reason for it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+HEADS = ("case", "what", "value", "bound", "")
+
 
 @dataclass(frozen=True)
-class Requirement:
+class Target:
     """A bound on a figure that a report computes from what was measured."""
 
     text: str
     case: str
-    value: Callable[[Any], float]  # raises KeyError where something for it hasn't been measured
+    value: Callable[[Any], float]  # raises KeyError if something for it hasn't been measured
+    why: str  # the reason for the bound
     at_least: float | None = None
     at_most: float | None = None
 
@@ -33,8 +36,13 @@ class Requirement:
         return self.text, f"{value:.3g}", self.bound, "holds" if self.holds(value) else "MISSED"
 
 
+def reasons(targets: Iterable[Target]) -> str:
+    """A list of what the targets are for, to stand below their table."""
+    return "\n".join(dict.fromkeys(f"- {target.text}, {target.bound}: {target.why}" for target in targets))
+
+
 def summary(verdicts: Iterable[Sequence[str]]) -> str:
-    """How many of what is required hold."""
+    """How many targets are met."""
     found = [verdict[-1] for verdict in verdicts]
     counts = (f"{found.count(word)} {text}" for word, text in (("MISSED", "missed"), ("not measured", "not measured")))
-    return f"{found.count('holds')} of {len(found)} requirements hold, {', '.join(counts)}"
+    return f"{found.count('holds')} of {len(found)} targets met, {', '.join(counts)}"
