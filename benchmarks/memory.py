@@ -50,7 +50,6 @@ RECIPES = (
         torch.bfloat16,
         partial(AdEMAMix8bit, slow_ema_bits=12, betas=BETA1_0),
     ),
-    Recipe("AdEMAMix8bit, slow_ema_bits=8", torch.bfloat16, partial(AdEMAMix8bit, slow_ema_bits=8)),
     Recipe("torch.optim.AdamW", torch.float32, torch.optim.AdamW),
     Recipe("torch.optim.AdamW", torch.bfloat16, torch.optim.AdamW),
 )

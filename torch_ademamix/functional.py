@@ -63,7 +63,7 @@ def ademamix(
             may change from step to step without a recompilation.
         beta1, beta2, beta3: in [0, 1).
         alpha: the weight α of the slow EMA.
-        t_alpha, t_beta3: steps over which α and β3 are warmed up; see :mod:`torch_ademamix.numerics.schedules`.
+        t_alpha, t_beta3: steps over which α and β3 are warmed up; see :mod:`torch_ademamix.schedules`.
         schedule_start: steps done before these warm-ups begin; at least 0.
         eps: ε, at least 0.
         weight_decay: λ, decoupled, applied to the parameter's old value.

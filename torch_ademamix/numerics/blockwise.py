@@ -15,7 +15,7 @@ format                 value of a code                         state
 =====================  ======================================  ===================================
 
 absmax is a block's largest magnitude; in the fourth roots that of the elements' square roots. The last two share an
-int16 word with ``linear_int12``: :func:`pack`.
+int16 word with ``linear_int12``: :func:`torch_ademamix.blockwise.pack`.
 """
 
 from collections.abc import Sequence
@@ -316,7 +316,7 @@ def pack(slow: Tensor, other: Tensor) -> Tensor:
 
 
 def unpack(words: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """The two codes of words, of which the second's format is given; see :func:`pack`."""
+    """The two codes of words, of which the second's format is given; see :func:`torch_ademamix.blockwise.pack`."""
     dtype = CODE_DTYPES[format]
     other = words & 15 if dtype == torch.uint8 else (words << 12) >> 12
     return words >> 4, other.to(dtype)

@@ -311,13 +311,13 @@ def _explained(op: Callable[..., Any], check: Callable[..., Any], *args: Any, **
 def quantize_blockwise(
     x: Tensor, format: Format, *, seed: int | None = None, step: int = 0, stream: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """:func:`torch_ademamix.numerics.blockwise.quantize` as an op, with native kernels."""
+    """:func:`torch_ademamix.blockwise.quantize` as an op, with native kernels."""
     quantized = _explained(_quantize, _fake_quantize, x, FORMATS.index(format), seed=seed, step=step, stream=stream)
     return quantized  # type: ignore[no-any-return]
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
-    """:func:`torch_ademamix.numerics.blockwise.dequantize` as an op, with native kernels."""
+    """:func:`torch_ademamix.blockwise.dequantize` as an op, with native kernels."""
     values = _explained(_dequantize, _fake_dequantize, codes, absmax, FORMATS.index(format))
     return values  # type: ignore[no-any-return]
 

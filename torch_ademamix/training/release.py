@@ -50,7 +50,7 @@ def release_gradients(model: nn.Module, optimizer: AdEMAMix) -> "GradientRelease
 
 
 class GradientRelease:
-    """The handle of :func:`release_gradients`."""
+    """The handle of :func:`torch_ademamix.release_gradients`."""
 
     def __init__(self, model: nn.Module, optimizer: AdEMAMix) -> None:
         _expect_no_clipping(optimizer, ValueError)
