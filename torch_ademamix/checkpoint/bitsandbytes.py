@@ -28,7 +28,7 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
     """Makes a state dict for `AdEMAMix` of one of bitsandbytes' AdEMAMix classes (0.50.2), 32-bit, 8-bit or paged.
 
     8-bit codes become the float32 values that they stand for, and the optimizer that loads these stores them in its
-    own formats: docs/checkpoints.md says what that rounding costs.
+    own formats: docs/migration.md says what that rounding costs.
 
     bitsandbytes' CUDA kernel writes the slow average's scales of a tensor whose size isn't a multiple of 256 one entry
     early. Such state is recognized and read as that kernel reads it: the first of these scales is one with the last of

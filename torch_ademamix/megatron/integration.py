@@ -1,6 +1,6 @@
 """AdEMAMix in Megatron-Core: one call before Megatron makes its optimizer, and `--optimizer adam` is AdEMAMix.
 
-Megatron is imported by the call only. docs/large-runs.md has what works with it, and with which checkpoints.
+Megatron is imported by the call only. docs/trainers.md has what works with it, and with which checkpoints.
 """
 
 import importlib
