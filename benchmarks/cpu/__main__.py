@@ -2,8 +2,8 @@
 
 Competitors take turns, in another order each round; times are medians over the rounds, ratios medians of the rounds'
 ratios. With large tensors the memory is the limit, and GB/s counts the traffic that an update can't do without: the
-parameters and the state read and written, the gradients read. With tiny ones the host is. Targets for ratios stand below
-their case. Each case goes into the report as soon as it is measured, in place of an older one.
+parameters and the state read and written, the gradients read. With tiny ones the host is. A table of
+targets ends the report. Each case goes into the report as soon as it is measured, in place of an older one.
 """
 
 import argparse
