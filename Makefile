@@ -20,6 +20,7 @@ UNPACKED := tools/unpacked.txt
 PYTEST := $(PY) -m pytest --numprocesses=logical --maxprocesses=8
 
 OPTIMIZER ?= AdEMAMix
+COMPARE ?=
 STEPS ?=
 SIZE ?=
 OUT ?= out/demo
@@ -27,9 +28,9 @@ SECONDS ?= 600
 
 .PHONY: demo test test-fast test-torch fuzz lint format docs bench convergence drift memory gpu-check gpu-training cuda-load-check aarch64-check wheel wheel-check support build clean
 
-demo: $(BUILD)  ## train a byte-level GPT: OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
+demo: $(BUILD)  ## train a byte-level GPT: COMPARE=1 (AdamW too), OPTIMIZER=, STEPS=, SIZE=, OUT=, ARGS=
 	$(PY) examples/train_gpt.py --optimizer $(OPTIMIZER) --out $(OUT) \
-	    $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
+	    $(if $(COMPARE),--compare) $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 test: $(BUILD) $(CUOBJDUMP) $(NVRTC)  ## all tests
 	$(PYTEST) $(ARGS)

@@ -41,12 +41,9 @@ def main(arguments: list[str] | None = None) -> ByteGPT:
     optimizer_class = getattr(torch_ademamix, args.optimizer)
     optimizer = optimizer_class(
         model.parameters(),
-        lr=4e-3,
-        betas=(0.9, 0.999, 0.999),
-        alpha=2.0,
-        t_alpha=args.steps,  # in updates, as everywhere
-        t_beta3=args.steps,
+        lr=2e-3,
         weight_decay=0.1,
+        **torch_ademamix.recommended(args.steps),  # updates, not batches
     )
     # Accelerate steps the scheduler once per update and process.
     scheduler = CosineAnnealingLR(optimizer, args.steps * accelerator.num_processes)

@@ -63,12 +63,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     data_parallel(model, mesh, args.mode)
     optimizer = getattr(torch_ademamix, args.optimizer)(  # made after the parameters
         model.parameters(),
-        lr=4e-3,
-        betas=(0.9, 0.999, 0.999),
-        alpha=2.0,
-        t_alpha=args.steps,
-        t_beta3=args.steps,
+        lr=2e-3,
         weight_decay=0.1,
+        **torch_ademamix.recommended(args.steps),
         max_grad_norm=1.0,  # of all processes' gradients
     )
     train_step = torch_ademamix.compile_train_step(model, optimizer, loss_fn, backend=args.compiler)

@@ -53,9 +53,8 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         seed=args.seed,
     )
     optimizer_class = getattr(torch_ademamix, args.optimizer)
-    # All but weight_decay stands here: the Trainer's learning_rate is for the optimizers that it makes itself.
-    # The warm-ups are counted in updates, as max_steps is, not in batches.
-    options = dict(lr=4e-3, betas=(0.9, 0.999, 0.999), alpha=2.0, t_alpha=args.steps, t_beta3=args.steps)
+    # The learning rate too: the Trainer's learning_rate is for the optimizers that it creates itself.
+    options = {"lr": 2e-3, **torch_ademamix.recommended(args.steps)}  # steps are updates, as max_steps
     set_seed(args.seed)
     return Trainer(
         make_model(),

@@ -41,12 +41,9 @@ class Training(L.LightningModule):
         updates = int(self.trainer.estimated_stepping_batches)
         optimizer = self.optimizer_class(
             self.parameters(),
-            lr=4e-3,
-            betas=(0.9, 0.999, 0.999),
-            alpha=2.0,
-            t_alpha=updates,
-            t_beta3=updates,
+            lr=2e-3,
             weight_decay=0.1,
+            **torch_ademamix.recommended(updates),
         )
         scheduler = CosineAnnealingLR(optimizer, updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step
+from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step, recommended
 
 VOCABULARY, WIDTH, CONTEXT = 64, 32, 16
 
@@ -27,7 +27,7 @@ def make_optimizers(model: nn.Module, steps: int) -> list[torch.optim.Optimizer]
     """Muon for the matrices of hidden layers; AdEMAMix for embedding, head, biases and norms."""
     matrices = [p for layer in list(model)[1:-1] for p in layer.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    return [torch.optim.Muon(matrices, lr=0.02), AdEMAMix(rest, lr=1e-2, t_alpha=steps, t_beta3=steps)]
+    return [torch.optim.Muon(matrices, lr=0.02), AdEMAMix(rest, lr=1e-2, **recommended(steps))]
 
 
 def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Trains a byte-level GPT on the sources of Python's standard library, with AdEMAMix.
 
     python examples/train_gpt.py
+    python examples/train_gpt.py --compare
     python examples/train_gpt.py --optimizer AdEMAMix8bit --size medium --device cuda
 
-The defaults take two or three minutes on two CPU cores. The output folder then holds the loss curve
-(loss.png), the trained weights (model.pt) and a checkpoint from shortly before the end
-(checkpoint.pt), from which a second run has repeated the remaining steps bit for bit.
+The defaults take two or three minutes on two CPU cores, and twice that with --compare, which trains AdamW too, at its
+own learning rate. The output folder then holds the loss curves (loss.png), the trained weights (model.pt) and a
+checkpoint from shortly before the end (checkpoint.pt), from which a second run has repeated the remaining steps bit
+for bit.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from byte_gpt import SIZES, ByteGPT, loss_fn, standard_library
@@ -36,6 +38,9 @@ WEIGHTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "remainder8": (torch.bfloat16, {"master_weights": "remainder8"}),
     "stochastic": (torch.bfloat16, {"param_rounding": "stochastic"}),
 }
+# Peak learning rates: the best of the searches in docs/results.md, of a model of this kind and half this size.
+LEARNING_RATES = {"AdEMAMix": 2e-3, "AdamW": 4e-3, "ADANA": 1.4e-3}
+COLORS = ("#d94801", "#08519c")
 REPEATED_STEPS = 10
 VALIDATION_POINTS = 10
 VALIDATION_WINDOWS = 512
@@ -43,23 +48,12 @@ SAMPLE_BYTES = 500
 
 
 def make_optimizer(args: argparse.Namespace, model: ByteGPT) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": args.lr, "weight_decay": 0.1}
     if args.optimizer == "AdamW":
-        return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, fused=True)
-    if args.optimizer == "ADANA":  # needs no length of the run
-        return torch_ademamix.ADANA(model.parameters(), lr=args.lr, weight_decay=0.1, **WEIGHTS[args.weights][1])
-    optimizer_class = getattr(torch_ademamix, args.optimizer)
-    return optimizer_class(
-        model.parameters(),
-        lr=args.lr,
-        # A short run wants a short memory: beta3 = 0.9999 is for tens of thousands of steps.
-        betas=(0.9, 0.999, args.beta3),
-        alpha=args.alpha,
-        # Both warmups usually last the whole run (arXiv 2409.03137).
-        t_alpha=args.steps,
-        t_beta3=args.steps,
-        weight_decay=0.1,
-        **WEIGHTS[args.weights][1],
-    )
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    if args.optimizer != "ADANA":  # which needs no length of the run
+        options |= torch_ademamix.recommended(args.steps)
+    return getattr(torch_ademamix, args.optimizer)(model.parameters(), **options, **WEIGHTS[args.weights][1])
 
 
 def make_train_step(model: ByteGPT, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor]:
@@ -128,24 +122,99 @@ def validation_loss(model: ByteGPT, text: Tensor, device: str) -> float:
     return torch.stack([loss_fn(model, part) for part in parts]).mean().item()
 
 
-def plot(path: Path, title: str, losses: Tensor, validation: dict[int, float]) -> None:
-    """Writes the loss curve as a PNG."""
-    window = max(len(losses) // 50, 1)
-    smooth = losses.unfold(0, window, 1).mean(-1)
+class Result(NamedTuple):
+    """What a run has measured."""
+
+    optimizer: str
+    lr: float
+    losses: Tensor  # of each step
+    validation: dict[int, float]  # by step
+    seconds: float
+
+    @property
+    def final(self) -> float:
+        return self.validation[len(self.losses)]
+
+
+def train(args: argparse.Namespace, texts: tuple[Tensor, Tensor], checkpoint: Path) -> tuple[Run, Result]:
+    """Trains with `args.optimizer`, and writes a checkpoint shortly before the end."""
+    training_text, validation_text = texts
+    run = Run(args, training_text, args.seed)
+    tokens = args.batch_size * args.context
+    validation_every = max(args.steps // VALIDATION_POINTS, 1)
+    losses: list[Tensor] = []
+    validation: dict[int, float] = {}
+    started = time.perf_counter()
+    with tqdm(total=args.steps * tokens, unit="tok", unit_scale=True, desc=args.optimizer) as bar:
+        for step in range(1, args.steps + 1):
+            losses.append(run.step())
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{losses[-1].item():.3f}", refresh=False)
+            bar.update(tokens)
+            if (args.steps - step) % validation_every == 0:
+                validation[step] = validation_loss(run.model, validation_text, args.device)
+            if step == args.steps - REPEATED_STEPS:
+                run.save(checkpoint)
+    seconds = time.perf_counter() - started
+    return run, Result(args.optimizer, args.lr, torch.stack(losses).cpu(), validation, seconds)
+
+
+def check_resuming(args: argparse.Namespace, text: Tensor, checkpoint: Path, run: Run, losses: Tensor) -> None:
+    """Raises if a run that goes on from the checkpoint doesn't repeat the last steps bit for bit."""
+    resumed = Run(args, text, args.seed + 1)
+    resumed.load(checkpoint)
+    repeated = torch.stack([resumed.step() for _ in range(REPEATED_STEPS)]).cpu()
+    for actual, expected in (
+        (repeated, losses[-REPEATED_STEPS:]),
+        (resumed.model.state_dict(), run.model.state_dict()),
+        (resumed.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"]),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def mean_of_last(losses: Tensor) -> float:
+    """The mean training loss of the last tenth of the steps."""
+    return losses[-max(len(losses) // 10, 1) :].mean().item()
+
+
+def table(results: list[Result]) -> str:
+    rows = [("optimizer", "lr", "validation loss", "training loss", "seconds")]
+    for r in results:
+        rows.append((r.optimizer, f"{r.lr:g}", f"{r.final:.4f}", f"{mean_of_last(r.losses):.4f}", f"{r.seconds:.0f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def plot(path: Path, title: str, results: list[Result]) -> None:
+    """Writes the loss curves as a PNG."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, color="#9ecae1", linewidth=0.4, label="training")
-    axes.plot(
-        torch.arange(len(smooth)) + (window + 1) / 2,
-        smooth,
-        color="#08519c",
-        linewidth=1.8,
-        label=f"training, mean of {window} steps",
-    )
-    axes.plot(*zip(*validation.items(), strict=True), "o", color="#d94801", label="validation")
-    # The fall from ln 256 = 5.5 takes a few dozen steps and would flatten all that follows.
-    axes.set_xlim(0, len(losses) * 1.01)
-    axes.set_ylim(losses.min().item() - 0.1, 3.5)
+    shown: list[float] = []  # the losses that the figure is to show
+    for result, color in zip(results, COLORS, strict=False):
+        losses = result.losses
+        window = max(len(losses) // 50, 1)
+        smooth = losses.unfold(0, window, 1).mean(-1)
+        shown += [result.final, *smooth[len(smooth) // 15 :].tolist()]
+        if len(results) == 1:
+            axes.plot(range(1, len(losses) + 1), losses, color=color, alpha=0.3, linewidth=0.4, label="training")
+        axes.plot(
+            torch.arange(len(smooth)) + (window + 1) / 2,
+            smooth,
+            color=color,
+            linewidth=1.5,
+            label=f"{result.optimizer}, lr {result.lr:g}: training, mean of {window} steps",
+        )
+        axes.plot(
+            *zip(*result.validation.items(), strict=True),
+            "o--",
+            color=color,
+            linewidth=0.8,
+            markersize=5,
+            label=f"{result.optimizer}: validation, {result.final:.3f} at the end",
+        )
+    axes.set_xlim(0, len(results[0].losses) * 1.01)
+    # Without the first steps, which fall from ln 256 = 5.5 and would flatten all that follows.
+    axes.set_ylim(min(shown) - 0.05, max(shown) + 0.05)
     axes.set(title=title, xlabel="step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -158,44 +227,21 @@ def main(args: argparse.Namespace) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for the same
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
-    training_text, validation_text = standard_library()
-    run = Run(args, training_text, args.seed)
-    size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
-    print(f"{args.optimizer}, {size}, {len(training_text):,} bytes of text; compiling")
+    texts = standard_library()
+    size = f"{sum(p.numel() for p in ByteGPT(args.size, args.context).parameters()):,} parameters"
+    print(f"{args.optimizer}, {size}, {len(texts[0]):,} bytes of text; compiling")
 
-    tokens = args.batch_size * args.context
-    validation_every = max(args.steps // VALIDATION_POINTS, 1)
-    losses: list[Tensor] = []
-    validation: dict[int, float] = {}
-    started = time.perf_counter()
-    with tqdm(total=args.steps * tokens, unit="tok", unit_scale=True) as bar:
-        for step in range(1, args.steps + 1):
-            losses.append(run.step())
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{losses[-1].item():.3f}", refresh=False)
-            bar.update(tokens)
-            if (args.steps - step) % validation_every == 0:
-                validation[step] = validation_loss(run.model, validation_text, args.device)
-            if step == args.steps - REPEATED_STEPS:
-                run.save(checkpoint)
-    seconds = time.perf_counter() - started
-    final = f"validation loss {validation[args.steps]:.3f} nats per byte"
-    print(f"{final} after {seconds:.0f} s")
-
-    resumed = Run(args, training_text, args.seed + 1)
-    resumed.load(checkpoint)
-    repeated = [resumed.step() for _ in range(REPEATED_STEPS)]
-    for actual, expected in (
-        (repeated, losses[-REPEATED_STEPS:]),
-        (resumed.model.state_dict(), run.model.state_dict()),
-        (resumed.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"]),
-    ):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    run, result = train(args, texts, checkpoint)
+    check_resuming(args, texts[0], checkpoint, run, result.losses)
     print(f"resumed from {checkpoint}: the last {REPEATED_STEPS} steps repeat bit for bit")
-
     torch.save(run.model.state_dict(), args.out / "model.pt")
-    title = f"{args.optimizer}, {size}: {final}"
-    plot(args.out / "loss.png", title, torch.stack(losses).cpu(), validation)
+    results = [result]
+    if args.compare:
+        adamw = argparse.Namespace(**{**vars(args), "optimizer": "AdamW", "lr": LEARNING_RATES["AdamW"]})
+        results.append(train(adamw, texts, args.out / "adamw.pt")[1])
+    plot(args.out / "loss.png", f"Byte-level GPT of {size}, seed {args.seed}", results)
+    print(f"\n{table(results)}\n")
+    print("Losses in nats per byte; the training loss is the mean of the last tenth of the steps.")
     print(f"wrote {args.out / 'loss.png'} and model.pt; a sample:\n")
     print(run.model.generate(b"def ", SAMPLE_BYTES, torch.Generator().manual_seed(args.seed)))
 
@@ -204,9 +250,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=[*ADEMAMIX, "ADANA", "AdamW"], default="AdEMAMix")
     parser.add_argument("--weights", choices=list(WEIGHTS), default="float32", help="others than float32 are bfloat16")
-    parser.add_argument("--lr", type=float, help="peak learning rate (AdamW 6e-3, ADANA 2e-3, others 4e-3)")
-    parser.add_argument("--alpha", type=float, default=2.0, help="weight of the slow average")
-    parser.add_argument("--beta3", type=float, default=0.999, help="decay of the slow average")
+    parser.add_argument("--compare", action="store_true", help="train AdamW too, at its own learning rate")
+    parser.add_argument(
+        "--lr", type=float, help="peak learning rate of --optimizer; by default what docs/results.md found"
+    )
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -216,8 +263,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/gpt"), help="output folder")
     args = parser.parse_args()
-    if args.lr is None:  # the best of four at the default size and number of steps; ADANA's is half of AdEMAMix's
-        args.lr = {"AdamW": 6e-3, "ADANA": 2e-3}.get(args.optimizer, 4e-3)
+    if args.lr is None:
+        args.lr = LEARNING_RATES.get(args.optimizer, LEARNING_RATES["AdEMAMix"])
+    if args.compare and args.optimizer == "AdamW":
+        parser.error("--compare trains AdamW in addition to --optimizer, which must be another one")
     if args.optimizer == "AdamW" and WEIGHTS[args.weights][1]:
         parser.error(f"--weights {args.weights} is for AdEMAMix and ADANA")
     if args.steps <= REPEATED_STEPS:
