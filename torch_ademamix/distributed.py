@@ -30,11 +30,11 @@ _HINT = "load it with the optim_bits, slow_ema_bits, min_8bit_size and master_we
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """For ``torch.distributed.checkpoint.load(..., planner=LoadPlanner())``: refuses state of another precision.
+    """For ``torch.distributed.checkpoint.load(..., planner=LoadPlanner())``: raises for state of another precision.
 
     torch's own planner compares shapes only. It would copy the codes of 8-bit state into float32 state as if they
     were values, leave out remainders of master weights, and has then already overwritten the optimizer's state. This
-    one refuses before anything is read.
+    one raises before anything is read.
 
     Raises:
         ValueError: a tensor is saved as integers and loaded into floating-point numbers, or the other way round, or

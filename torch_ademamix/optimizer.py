@@ -452,10 +452,10 @@ class AdEMAMix(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's, but state keeps its dtype, and is checked before anything changes.
 
-        How state is stored (`optim_bits`, `slow_ema_bits`, `min_8bit_size`, `is_paged`, `master_weights`) is this
-        optimizer's own affair: state that was saved in another format is converted. Only the remainders of master
-        weights can't be dropped: without `master_weights` they are refused. From 16 bits to 8 they are rounded to
-        nearest, with a warning.
+        The optimizer's own `optim_bits`, `slow_ema_bits`, `min_8bit_size`, `is_paged` and `master_weights` decide how
+        state is stored. State that was saved in another format is converted. Remainders of master weights are never
+        dropped: loading them without `master_weights` raises. From 16 bits to 8 they are rounded to nearest, with a
+        warning.
 
         Raises:
             ValueError: a state is of another shape or dtype than its parameter calls for, or an option is out of
@@ -473,16 +473,16 @@ class AdEMAMix(Optimizer):
         try:
             with real_or_fake(state_dict, self.param_groups) as loaded:
                 super().load_state_dict(dict(loaded))  # ends in __setstate__, which writes the state
-                if planned:  # or compiled steps would find none, and be compiled anew
+                if planned:  # without a plan, compiled steps would recompile
                     self._make_plan()
         finally:
             handle.remove()
 
     def separate_state(self) -> None:
-        """Gives each state tensor a storage of its own, now and for all state that is made later.
+        """Gives each state tensor a storage of its own, now and for all state that is created later.
 
-        Frameworks that free state for a while by resizing its storages, tensor by tensor, need this: in arenas, tensors
-        share their storages. A step costs what separate tensors cost, and a compiled step is compiled again.
+        Frameworks that free state for a while by resizing the storage of each tensor need this: in arenas, tensors
+        share a storage. A step then takes the time that separate tensors take, and a compiled step recompiles.
 
         Raises:
             RuntimeError: the storage of a state tensor has been resized already.

@@ -57,7 +57,7 @@ def _unmark(optimizer: Any) -> None:
 
 
 def detect_other_leaves(context: Any) -> None:
-    """Tells the training step of that name whether the graph so far has leaves that require a gradient beside `params`.
+    """Tells the training step of that name if the graph so far has leaves besides `params` that require a gradient.
 
     Args:
         context: Dynamo's, where `name` and `params` are local variables.

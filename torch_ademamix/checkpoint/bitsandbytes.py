@@ -30,9 +30,9 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
     8-bit codes become the float32 values that they stand for, and the optimizer that loads these stores them in its
     own formats: docs/migration.md says what that rounding costs.
 
-    bitsandbytes' CUDA kernel writes the slow average's scales of a tensor whose size isn't a multiple of 256 one entry
+    bitsandbytes' CUDA kernel writes the slow EMA's scales of a tensor whose size isn't a multiple of 256 one entry
     early. Such state is recognized and read as that kernel reads it: the first of these scales is one with the last of
-    the fast average's.
+    the fast EMA's.
 
     Args:
         state_dict: what bitsandbytes' ``state_dict()`` returned.

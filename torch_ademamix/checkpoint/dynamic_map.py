@@ -16,7 +16,7 @@ def dynamic_map(signed: bool, device: torch.device | str | None = None) -> Tenso
     """The 256 values of a dynamic map in ascending order, by code.
 
     Of each decade [0.1, 1] * 10^k it has the centres of 2^e equal parts, with e falling by one from decade to decade,
-    and beside these 0 and 1.
+    and also 0 and 1.
 
     Args:
         signed: whether to give the signed map (127 negative values, 0 at code 127, 128 positive)

@@ -23,7 +23,7 @@ STEP = "step"  # the entry of a group
 
 
 class FusedAdamInterface(AdEMAMix):
-    """What the class that Megatron gets has beside AdEMAMix's own; a base class of :func:`make_class`'s classes."""
+    """What the classes of :func:`make_class`, which Megatron gets, have besides AdEMAMix's own."""
 
     # Whether state dicts have float32 moments. DistributedOptimizer takes only the groups of a state dict, and asks
     # for the moments of one parameter after another, so that they aren't all in memory at once.

@@ -79,7 +79,7 @@ def use_ademamix(
     if given := {"params", "lr", "betas", "eps", "weight_decay"} & options.keys():
         raise TypeError(f"{', '.join(sorted(given))} come from Megatron's configuration; set them there")
     made = make_class(cls, beta3, options)
-    made([torch.zeros(1)])  # refuses bad options now
+    made([torch.zeros(1)])  # raises for bad options now
     _install(made, load_from, save_for)
 
 
@@ -150,7 +150,7 @@ def _kwargs(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any
 
 
 def _checking(build: Callable[..., Any], own: bool) -> Callable[..., Any]:
-    """Megatron's function that makes an optimizer, refusing what AdEMAMix doesn't work with; `own`: no conversion."""
+    """Megatron's function that creates an optimizer, which raises for what AdEMAMix can't do; `own`: no conversion."""
 
     def checked_build(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
         if config.optimizer == "adam":

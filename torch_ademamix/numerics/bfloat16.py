@@ -1,7 +1,7 @@
 """bfloat16 parameters that don't lose their updates: what ops/bfloat16.h does, in PyTorch, and its oracle.
 
 Rounded to nearest, an update below half an ulp, which is 0.2 to 0.4% of the weight, leaves a parameter as it is.
-With ``master_weights="remainder"`` what rounding takes away is kept in an int16 beside the parameter, and together
+With ``master_weights="remainder"`` what rounding takes away is kept in an int16 next to the parameter, and together
 they are the float32 weight. ``master_weights="remainder8"`` keeps the upper half of that in an int8, and rounds the
 weight to these 24 bits at random, right on average. So does ``param_rounding="stochastic"`` to the parameter's 16.
 """

@@ -44,7 +44,7 @@ def packed_moment(formats: Formats) -> str | None:
 
 
 def entries(formats: Formats, unquantized: torch.dtype = torch.float32) -> dict[str, torch.dtype]:
-    """The entries of a parameter's state beside its step and remainder, and their dtypes.
+    """The entries of a parameter's state besides its step and remainder, and their dtypes.
 
     >>> list(entries(WITHOUT_EXP_AVG[16]))
     ['exp_avg_slow', 'exp_avg_slow_absmax', 'exp_avg_sq', 'exp_avg_sq_absmax']

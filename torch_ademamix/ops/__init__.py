@@ -139,7 +139,7 @@ def _rows(hyperparameters: Tensor | Sequence[float], lrs: Sequence[Tensor] = ())
 
 
 def _functions(native: ModuleType) -> ctypes.PyDLL:
-    """What the library of CPU kernels has beside its ops."""
+    """The functions of the CPU library that aren't ops."""
     library = ctypes.PyDLL(str(_cpu_library(native)))
     for function in (library.ademamix_unmoved, library.ademamix_unwatch):
         function.argtypes = [ctypes.c_int64]
@@ -150,7 +150,7 @@ def _functions(native: ModuleType) -> ctypes.PyDLL:
 def _warn_of_reference_on_cuda() -> None:
     warnings.warn(
         f"{without_cuda}: CUDA tensors are served by torch_ademamix's reference kernels, which are several times "
-        "slower (`python -m torch_ademamix` shows what serves which device)",
+        "slower (`python -m torch_ademamix` shows which kernels each device uses)",
         stacklevel=2,
     )
 
@@ -173,8 +173,8 @@ def _fake_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
-def _ordinary_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    return beside.new_empty(numel, dtype=dtype)
+def _ordinary_empty(like: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(numel, dtype=dtype)
 
 
 def _reference_quantize(
@@ -215,7 +215,7 @@ _dequantize = _define(
     kernel=_reference_dequantize,
 )
 _paged_empty = _define(
-    "paged_empty(Tensor beside, int numel, ScalarType dtype) -> Tensor",
+    "paged_empty(Tensor like, int numel, ScalarType dtype) -> Tensor",
     fake=_ordinary_empty,
     kernel=_ordinary_empty,
 )
@@ -322,15 +322,15 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, format: Format) -> Tenso
     return values  # type: ignore[no-any-return]
 
 
-def paged_empty(beside: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """A flat tensor of `numel` elements on the device of `beside`: in managed memory, where there is some.
+def paged_empty(like: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor of `numel` elements on the device of `like`, in managed memory if there is some.
 
-    Raises torch.OutOfMemoryError where neither the GPU nor the host has room for it.
+    Raises torch.OutOfMemoryError if neither the GPU nor the host has room for it.
     """
-    if cuda.lacks_managed_memory(beside.device):
-        _warn_of_ordinary_memory(beside.device)
+    if cuda.lacks_managed_memory(like.device):
+        _warn_of_ordinary_memory(like.device)
     try:
-        return _paged_empty(beside, numel, dtype)  # type: ignore[no-any-return]
+        return _paged_empty(like, numel, dtype)  # type: ignore[no-any-return]
     except RuntimeError as error:
         if "CUDA_ERROR_OUT_OF_MEMORY" in str(error):
             raise torch.OutOfMemoryError(str(error)) from None

@@ -1,4 +1,4 @@
-"""What the optimizer keeps per parameter: names, shapes and dtypes, and how it is made."""
+"""How a parameter's state is stored, and its allocation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
@@ -36,7 +36,7 @@ def formats(p: Tensor, group: Mapping[str, Any], has_exp_avg: bool | None = None
 
 
 def remainder_dtype(p: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
-    """In which dtype master weights keep what is rounded away from this parameter; None if they don't."""
+    """The dtype of a parameter's remainder, which makes it a master weight; None if it has none."""
     return REMAINDERS.get(group["master_weights"]) if p.dtype == torch.bfloat16 else None
 
 
@@ -59,7 +59,7 @@ def has_exp_avg(state: ParamState | None) -> bool:
 
 
 def check_exp_avg(state: OptimizerState, groups: Sequence[Options]) -> None:
-    """Refuses a β1 above 0 where state was made at 0.
+    """Checks that state which was created at β1 = 0, and so has no exp_avg, isn't used with a β1 above 0.
 
     Raises:
         ValueError: with the parameter's name.
@@ -80,7 +80,11 @@ def check_exp_avg(state: OptimizerState, groups: Sequence[Options]) -> None:
 def params_needing_state(
     state: OptimizerState, groups: Sequence[Options], include_frozen: bool = False
 ) -> list[tuple[Tensor, StorageSpec]]:
-    """The parameters that are to get state, and how it is stored; refuses those that can't be updated."""
+    """The parameters that need state, and how it will be stored.
+
+    Raises:
+        ValueError: a parameter can't be updated.
+    """
     members = []
     for number, group in enumerate(groups):
         chosen = (p for p in group["params"] if is_trained(p) or (include_frozen and not is_lazy(p)))

@@ -21,7 +21,7 @@ from torch_ademamix.state.plain_options import plain_options
 
 Options = dict[str, Any]
 
-# What an update reads of a group beside hyperparameters(): part of a graph for good.
+# Options that aren't numbers of the update, which a graph has as constants.
 CONSTANT_OPTIONS = ("maximize", "seed", "stochastic_rounding", "param_rounding")
 
 
@@ -37,7 +37,7 @@ class _Seen(NamedTuple):
 
 
 class GroupOptions:
-    """The options of all groups, checked, and as the ops take them; looked at again only where they have changed."""
+    """The options of all groups, checked, in the form in which the ops take them; checked again only after a change."""
 
     def __init__(self) -> None:
         self.rows: list[Hyperparameters] = []  # of each group
@@ -289,14 +289,14 @@ def is_trained(p: Tensor) -> bool:
 
 
 def param_name(group: Mapping[str, Any], number: int, i: int) -> str:
-    """What refusals call a parameter: its place, and its name where the optimizer was given named ones."""
+    """How messages name a parameter: by its indices, and by its name if the optimizer was given named parameters."""
     place = f"param_groups[{number}]['params'][{i}]"
     return f"{place} ({group['param_names'][i]})" if "param_names" in group else place
 
 
 @contextmanager
 def error_context(what: str) -> Iterator[None]:
-    """What is refused within is said to be of a group, or a parameter."""
+    """Prefixes errors that are raised within with the group or parameter that they are about."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -306,7 +306,7 @@ def error_context(what: str) -> Iterator[None]:
 class HyperparameterTables:
     """The rows of all groups in one tensor on each device, for steps that are compiled or captured.
 
-    Such a step reads them anew each time, so that it follows every change without a recompilation or a new capture.
+    Such a step reads them each time, so it follows every change without recompiling or re-capturing.
     """
 
     def __init__(self) -> None:
@@ -345,7 +345,7 @@ def own_lr_tensors(groups: Sequence[Options]) -> None:
 
 
 def _make_lr_tensor(group: Options) -> None:
-    """Turns a group's lr into a tensor on its parameters' device: a compiled or captured step reads it anew."""
+    """Turns a group's lr into a tensor on its parameters' device, which compiled and captured steps read each time."""
     device = group["params"][0].device
     if isinstance(group["lr"], Tensor) and group["lr"].device == device:
         return

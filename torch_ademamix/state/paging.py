@@ -19,7 +19,7 @@ MIN_PAGED_SIZE = 100_000  # elements
 
 
 class Statistics(NamedTuple):
-    """Of the process: tensors in managed memory, their bytes, and the bytes asked to be on a GPU in advance."""
+    """This process's tensors in managed memory, their bytes, and the bytes that were prefetched to a GPU."""
 
     tensors: int
     bytes: int
@@ -27,7 +27,7 @@ class Statistics(NamedTuple):
 
 
 def statistics() -> Statistics:
-    """How much managed memory there is; all 0 where CUDA isn't in use.
+    """How much managed memory this process uses; all 0 if CUDA isn't in use.
 
     >>> statistics()
     Statistics(tensors=0, bytes=0, prefetched_bytes=0)
@@ -36,12 +36,12 @@ def statistics() -> Statistics:
 
 
 def is_paged(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the state of a parameter (of a DTensor, this process' part), in a group of options, is paged."""
+    """Whether the state of a parameter (of a DTensor, its local tensor) is paged with these options."""
     return bool(group["is_paged"]) and p.device.type == "cuda" and local(p.detach()).numel() >= MIN_PAGED_SIZE
 
 
 def page_out(tensor: Tensor) -> None:
-    """Moves a paged state tensor to the host's memory now, for a phase without steps; ordinary ones stay.
+    """Moves a paged state tensor to host memory now, for a phase without steps; does nothing to other tensors.
 
     >>> import torch
     >>> page_out(torch.zeros(3))

@@ -5,7 +5,7 @@ parameter is communicated. State tensors are DTensors placed as their parameter,
 has whole: so torch's distributed checkpoints save, load and reshard them as they do AdamW's.
 
 A quantized parameter's scales have the shape [rows, blocks per row] where no block crosses a row, with a row all that
-follows dimension 0. A shard of whole rows then has its own scales, and codes and scales can be sharded anew for
+follows dimension 0. A shard of whole rows then has its own scales, and codes and scales can be resharded for
 another number of processes exactly. Where a shard would cut a block, the parameter's state is unquantized.
 """
 
@@ -148,7 +148,7 @@ def first_group(p: DTensor) -> int:
 
 
 def whole(p: Tensor) -> Tensor:
-    """What stands for a DTensor parameter as a plain tensor, of its shape, dtype and device, without memory."""
+    """A regular tensor with a DTensor parameter's global shape, dtype and device, without memory."""
     return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
 
 
@@ -182,9 +182,11 @@ def shard(state: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
 def localize(
     p: Tensor, saved: Mapping[str, Any], where: str
 ) -> tuple[Tensor, Mapping[str, Any], Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
-    """A parameter's saved state as regular tensors, what stands for the parameter, and what distributes such state.
+    """Reduces the saved state of a DTensor parameter to regular tensors.
 
-    Of a DTensor parameter these are the local tensors, or, if the state is full, what is full as well.
+    Returns:
+        a regular tensor in place of the parameter, the entries of its state, and a function that turns such entries
+        into DTensors. All are of the local shard, or of the full tensor if the state was saved whole.
     """
     if any(is_dtensor(value) for value in saved.values()):
         return local(p), local_shards(saved, p, where), lambda state: sharded(state, p)
