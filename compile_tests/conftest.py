@@ -18,7 +18,7 @@ def _compile_afresh():
         yield
 
 
-@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def counter(request):
     """A backend that counts the graphs compiled with it."""
     return CompileCounterWithBackend(request.param)

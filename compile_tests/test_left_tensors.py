@@ -55,6 +55,7 @@ def hooked(norm):
     return nn.Sequential(norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 1))
 
 
+@pytest.mark.each_value
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def loss_of(model, **batch):
     return model(**batch).loss
 
 
+@pytest.mark.each_value
 @SINCE_2_13
 @pytest.mark.integrations
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")

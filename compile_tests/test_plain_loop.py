@@ -69,6 +69,7 @@ def test_options_and_scheduler(counter, options):
     assert_same_training(counter, options, prepare)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("average", [True, False])
 def test_micro_batches(counter, options, average):
@@ -259,6 +260,7 @@ def test_what_loss_fn_returns_besides(counter, accumulate):
     assert not any(t.requires_grad for t in (loss, more["predicted"], total))
 
 
+@pytest.mark.nightly
 def test_sweep(counter):
     """Each step has its own budget of recompilations."""
     for _ in range(20):

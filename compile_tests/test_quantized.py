@@ -98,6 +98,7 @@ _set_grad_enabled(
     )
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("stochastic_rounding", [True, False], ids=["stochastic", "nearest"])
 @SLOW_BITS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -114,6 +115,7 @@ def test_generated_code_of_quantized_parameters_alone():
     assert_only_op_calls(code, 1)
 
 
+@pytest.mark.each_value
 @SLOW_BITS
 def test_compiles_once_and_draws_the_bits_of_eager(counter, slow_ema_bits):
     """Over 50 steps with a scheduler, past the warm-ups."""

@@ -227,6 +227,7 @@ def test_a_scheduler_of_lambdas_sees_every_step(make_step):
     assert_identical(model.state_dict(), before)
 
 
+@pytest.mark.nightly
 def test_example(monkeypatch):
     """Eager, compiled and captured, bit for bit."""
     expected, model = muon.train("eager", 12, "cpu")

@@ -138,6 +138,7 @@ _set_grad_enabled(
     )
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"lr": 1e-3}, {"maximize": True, "capturable": True}], ids=repr)
 def test_generated_code(options, dtype):
@@ -158,6 +159,7 @@ def test_generated_code_of_groups_and_dtypes():
 KEEPING_UPDATES = ({"master_weights": "remainder"}, {"master_weights": "remainder8"}, {"param_rounding": "stochastic"})
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
 @pytest.mark.parametrize("options", KEEPING_UPDATES, ids=repr)
 def test_generated_code_of_bfloat16(options, cls):
@@ -167,6 +169,7 @@ def test_generated_code_of_bfloat16(options, cls):
     assert_only_op_calls(code, 1 + (cls is AdEMAMix8bit))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -343,6 +346,7 @@ assert optimizer.state[params[-1]]["step"] == 2
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compile_1000_parameters():
     """The time is printed (-s shows it); without other load it should stay below 60 s on two cores.
@@ -355,6 +359,7 @@ def test_compile_1000_parameters():
     subprocess.run([sys.executable, "-c", COMPILE_1000], env={**os.environ, **caches}, check=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("isolated", [False, True])
 def test_ninth_optimizer(isolated):
     """All optimizers' steps count towards one limit, unless they are isolated."""
@@ -377,6 +382,7 @@ def test_ninth_optimizer(isolated):
         step()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_version_counters(backend, cls):
@@ -402,6 +408,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

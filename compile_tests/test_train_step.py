@@ -105,6 +105,7 @@ def counter():
     return CompileCounterWithBackend("aot_eager")
 
 
+@pytest.mark.each_value
 @pytest.mark.filterwarnings("error:.*lr_scheduler.step")
 @pytest.mark.parametrize("scheduler_first", [True, False])
 @pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
@@ -134,6 +135,7 @@ def lists_of_op_calls(code):
             yield [names.split(", ") if names else [] for names in re.findall(r"(?<!=)\[(.*?)\]", line)]
 
 
+@pytest.mark.nightly
 def test_inductor():
     """As eager but for the last bits, and the ops write to the parameters and state themselves."""
     expected_model, eager = make()
@@ -216,6 +218,7 @@ def test_options_reach_the_compiler():
     assert counter.frame_count == 1
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_other_leaves(backend, accumulate):

@@ -54,6 +54,7 @@ def checkpoint(folder):
     return {"model": load_file(folder / "model.safetensors"), **saved}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", [cls.__name__ for cls in CLASSES])
 def test_example_resumes(name, precision, tmp_path):

@@ -166,6 +166,7 @@ def test_remainders_of_8_bits_are_those_of_the_formula(kernel, kind, grad_dtype)
     assert_identical(list(lists), list(exact))
 
 
+@pytest.mark.nightly
 def test_24_bits_are_right_on_average_and_come_back():
     weights = every_float()
     weights = weights[weights.isfinite()]

@@ -115,6 +115,7 @@ def test_learning_rate_factor():
     assert factors[200] == pytest.approx(0.1)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_short_form(tmp_path, capsys, monkeypatch):
     """Trains, writes everything, and doesn't train again; another text is refused."""

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from kernels import NVRTC, compile_kernels, is_typical, kernels
 from torch_ademamix import ops
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
-CASES = [*((13, capability) for capability in ARCHITECTURES), (12, 75), (12, 90)]  # NVRTC's version, and a GPU's
-WHOLE = (13, 90)  # every variant; of the others, unless ALL, those that stand for all
+ARCHITECTURES_BY_NVRTC = {12: (75, 90), 13: ARCHITECTURES}
 ALL = os.environ.get("ALL_VARIANTS") == "1"
-RECORDED = 13  # whose registers are written down
+RECORDED = 13  # the NVRTC whose registers are written down
 
 # Issue slots that an H200 has per parameter, while its memory moves the 14.1 bytes of one: 33e12 lane instructions
 # and 4.3e12 bytes per second give 109.
@@ -37,23 +35,27 @@ pytestmark = [
 needs_cuobjdump = pytest.mark.skipif(sass.find_cuobjdump() is None, reason="there is no cuobjdump (pip install triton)")
 
 Kernels = dict[str, Path]  # the code of each kernel, by its name
-
-
-def compile_all(folder: Path, nvrtc: int, capability: int) -> Kernels:
-    whole = ALL or (nvrtc, capability) == WHOLE
-    wanted = [name for name in kernels() if whole or is_typical(name)]
-    files = compile_kernels(wanted, NVRTC[nvrtc], capability, folder / f"{nvrtc}-{capability}")
-    for file in files:
-        file.write_bytes(file.read_bytes().partition(b"\n")[2])  # the code alone
-    return dict(zip(wanted, files, strict=True))
+Compiled = Callable[..., Kernels]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Kernels]:
-    """By NVRTC and architecture."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Kernels by the version of NVRTC and the GPU's: every variant, or those that stand for all; each compiled once."""
     folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(CASES, pool.map(lambda case: compile_all(folder, *case), CASES), strict=True))
+
+    @cache
+    def compile_some(nvrtc: int, capability: int, typical: bool) -> Kernels:
+        wanted = [name for name in kernels() if is_typical(name) == typical]
+        files = compile_kernels(wanted, NVRTC[nvrtc], capability, folder / f"{nvrtc}-{capability}-{typical}")
+        for file in files:
+            file.write_bytes(file.read_bytes().partition(b"\n")[2])  # the code alone
+        return dict(zip(wanted, files, strict=True))
+
+    def compile_all(nvrtc: int, capability: int, every_variant: bool = ALL) -> Kernels:
+        others = compile_some(nvrtc, capability, False) if every_variant else {}
+        return {**compile_some(nvrtc, capability, True), **others}
+
+    return compile_all
 
 
 @cache
@@ -65,25 +67,43 @@ def resources(code: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
 
 
+def check_resources(codes: Kernels) -> None:
+    """Nothing spills, and warps only shuffle: there is no shared memory."""
+    for name, code in codes.items():
+        used = resources(code)
+        assert (used["STACK"], used["LOCAL"], used["SHARED"]) == (0, 0, 0), f"{name}: {used}"
+
+
 @needs_cuobjdump
-def test_every_kernel_compiles_and_nothing_spills(
-    compiled: dict[tuple[int, int], Kernels], record_property: Callable[[str, str], None]
+def test_kernels_compile(compiled: Compiled) -> None:
+    check_resources(compiled(RECORDED, 90))
+
+
+@pytest.mark.nightly
+@needs_cuobjdump
+@pytest.mark.parametrize("nvrtc", NVRTC)
+def test_kernels_compile_for_every_architecture(
+    compiled: Compiled, nvrtc: int, record_property: Callable[[str, str], None]
 ) -> None:
-    for version in NVRTC:  # for the support matrix
-        architectures = [f"sm_{capability}" for nvrtc, capability in CASES if nvrtc == version]
-        record_property("compiled", f"{version}, {', '.join(architectures)}")
-    for case, codes in compiled.items():
-        for name, code in codes.items():
-            used = resources(code)
-            assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{name} on {case}: {used}"
+    for capability in ARCHITECTURES_BY_NVRTC[nvrtc]:
+        check_resources(compiled(nvrtc, capability))
+    architectures = ", ".join(f"sm_{capability}" for capability in ARCHITECTURES_BY_NVRTC[nvrtc])
+    record_property("compiled", f"{nvrtc}, {architectures}")  # for the support matrix
 
 
+@pytest.mark.nightly
 @needs_cuobjdump
-def test_registers(compiled: dict[tuple[int, int], Kernels]) -> None:
+def test_every_variant_compiles(compiled: Compiled) -> None:
+    check_resources(compiled(RECORDED, 90, every_variant=True))
+
+
+@pytest.mark.nightly
+@needs_cuobjdump
+def test_registers(compiled: Compiled) -> None:
     """The most that a kernel of a kind takes; more than so many, and fewer threads fit on a multiprocessor."""
     most: dict[str, dict[int, int]] = {}
     for architecture in ARCHITECTURES:
-        for name, code in compiled[RECORDED, architecture].items():
+        for name, code in compiled(RECORDED, architecture).items():
             if not is_typical(name):
                 continue
             kind, types = re.match(r"(\w+)_kernel<(.*)>", name).groups()
@@ -122,11 +142,12 @@ step half                               50      52      52      48      48      
     )
 
 
+@pytest.mark.first_case
 @needs_cuobjdump
-@pytest.mark.parametrize("architecture", ARCHITECTURES if ALL else (75, 90, 120))
-def test_wide_accesses(compiled: dict[tuple[int, int], Kernels], architecture: int) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES if ALL else (90, 75, 120))
+def test_wide_accesses(compiled: Compiled, architecture: int) -> None:
     """16 bytes at a time: unquantized, five tensors are read and four written; of codes some are 8 bytes."""
-    for name, code in compiled[RECORDED, architecture].items():
+    for name, code in compiled(RECORDED, architecture).items():
         if "step_kernel" not in name or not is_typical(name):
             continue
         (kernel,) = sass.kernels(code, name)
@@ -144,12 +165,13 @@ def loop_length(name: str, code: Path) -> int:
     return next(sass.kernels(code, name)).loop_length(r"LDG\.E\.128 ", *stores)
 
 
+@pytest.mark.nightly
 @needs_cuobjdump
-def test_instructions_of_the_blockwise_step(compiled: dict[tuple[int, int], Kernels]) -> None:
+def test_instructions_of_the_blockwise_step(compiled: Compiled) -> None:
     """Of bfloat16 parameters and gradients: fewer than the memory leaves time for."""
     counts = {
         name: loop_length(name, code) / 8
-        for name, code in compiled[RECORDED, 90].items()
+        for name, code in compiled(RECORDED, 90, every_variant=True).items()
         if name.startswith("blockwise_step_kernel<bfloat16, bfloat16")
     }
     print(*counts.items(), sep="\n")
@@ -162,11 +184,3 @@ def test_instructions_of_the_blockwise_step(compiled: dict[tuple[int, int], Kern
         slow = name.split(", ")[3]
         assert count <= INSTRUCTIONS_PER_PARAMETER[rounding] + MORE_INSTRUCTIONS[slow], name
         assert count <= MOST_WITH_12_BITS or slow != "Linear12" or rounding == "REMAINDER8", name
-
-
-@needs_cuobjdump
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_shared_memory(compiled: dict[tuple[int, int], Kernels], architecture: int) -> None:
-    """Nor a reduction by way of it: warps only shuffle."""
-    for name, code in compiled[RECORDED, architecture].items():
-        assert resources(code)["SHARED"] == 0, name

@@ -31,6 +31,7 @@ DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 ELSEWHERE = (README, DOCS / "distributed.md")  # whose code has tests of its own
 OPTIONAL = ("accelerate", "lightning", "transformers")  # of the extra `integrations`
+LONG = ("compile", "models")  # pages whose code compiles for half a minute
 NEEDS = ("# needs a GPU\n", "# needs several processes\n")
 
 
@@ -73,7 +74,15 @@ def _afresh(tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and has_code(page)], ids=by_name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.nightly] if page.stem in LONG else [])
+        for page in PAGES
+        if page not in ELSEWHERE and has_code(page)
+    ],
+    ids=by_name,
+)
 def test_code(page):
     try:
         run_code(page)
@@ -106,6 +115,7 @@ def test_names(page):
             assert token.content in tests
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_build(tmp_path):
     """Without a warning: links in the pages and the README, references in docstrings, pages that no menu has."""

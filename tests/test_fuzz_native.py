@@ -36,6 +36,7 @@ def extension(capability):
     return next(e for e in extensions if e.name.endswith(f"._cpu_{capability}"))
 
 
+@pytest.mark.nightly
 @pytest.mark.fuzz
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")

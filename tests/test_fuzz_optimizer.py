@@ -426,5 +426,6 @@ class Training(RuleBasedStateMachine):
                 assert (state[name].shape, state[name].dtype) == (p.shape, dtype)
 
 
-def test_training():
-    run_state_machine_as_test(Training, settings=effort(250, stateful_step_count=20))
+@pytest.mark.parametrize("examples", [80, pytest.param(250, marks=pytest.mark.nightly)])
+def test_training(examples):
+    run_state_machine_as_test(Training, settings=effort(examples, stateful_step_count=20))

@@ -119,6 +119,7 @@ def test_targets_are_of_what_is_measured() -> None:
     assert len(names) == len(gpu_training.CASES)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_speed(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(params: Any) -> timing.Step:
@@ -184,6 +185,7 @@ def test_bitsandbytes_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------ gpu_training
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_training(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(params: Any) -> Any:
@@ -215,6 +217,7 @@ def test_training(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "AdEMAMix8bit, compiled" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_training_names_what_it_had_no_time_for(tmp_path: Any) -> None:
     assert gpu_training.main(["--minutes", "0", "--out", str(tmp_path)]) == 0

@@ -67,6 +67,7 @@ def checkpoint(folder, updates):
     return {"model": load_file(path / "model.safetensors"), **saved}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", [cls.__name__ for cls in CLASSES])
 def test_example_resumes(name, tmp_path):
     """What goes on from a checkpoint ends as the unbroken run does, bit for bit."""
@@ -84,6 +85,7 @@ def test_example_resumes(name, tmp_path):
     assert is_quantized(checkpoint(resumed, 8)["optimizer"]) == (name == "AdEMAMix8bit")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("given", ["class", "instance"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_equals_a_plain_loop(cls, given, tmp_path):

@@ -89,6 +89,7 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in dropped} | changes
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(ops.native is None, reason="built without native kernels")
 def test_wheel(tmp_path):
     pytest.importorskip("auditwheel", reason="needs auditwheel, which is for Linux")
@@ -135,7 +136,7 @@ def test_source_distribution_has_what_a_build_needs(tmp_path):
     assert not [name for name in names if name.endswith(".so")]
 
 
-@pytest.mark.parametrize("reason", ["switched off", "no compiler"])
+@pytest.mark.parametrize("reason", [pytest.param("switched off", marks=pytest.mark.nightly), "no compiler"])
 def test_without_native_kernels(checkout, tmp_path, reason):
     if reason == "no compiler":
         (tmp_path / "empty").mkdir()

@@ -77,6 +77,7 @@ def make_batches():
     return DataLoader(make_samples(), batch_size=BATCH_SIZE)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", [cls.__name__ for cls in CLASSES])
 def test_example_resumes(name, tmp_path):
     """What goes on from a checkpoint ends as the unbroken run does, bit for bit."""

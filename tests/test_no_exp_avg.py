@@ -253,7 +253,6 @@ def test_conversions() -> None:
     assert sorted(other.state[p]) == ["exp_avg_slow", "exp_avg_sq", "step"]
 
 
-@pytest.mark.inductor
 def test_compiled() -> None:
     results = []
     for compiled in (False, True):

@@ -198,6 +198,7 @@ def capabilities_here():
     return CAPABILITIES[: CAPABILITIES.index(ops.cpu_capability(ops.native)) + 1]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("capability", capabilities_here())
 def test_instruction_sets_agree(capability, tmp_path):
     """Bit for bit: the processor rounds divisions and roots alike in all of them."""

@@ -10,6 +10,7 @@ from torch_ademamix import AdEMAMix, ademamix
 PACKET = torch.ops.torch_ademamix.ademamix_step_
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_options(dtype, options):
@@ -17,6 +18,7 @@ def test_options(dtype, options):
     torch.library.opcheck(*step_call(PACKET, lists, **OPTIONS[options]))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [0, 1, 7])
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
@@ -25,6 +27,7 @@ def test_lengths(lr, length, grad_dtype):
     torch.library.opcheck(*step_call(PACKET, lists, lr))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("hyperparameters", [None, hyperparameter_tensor()], ids=["numbers", "tensor"])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("remainder_dtype", [None, torch.int16, torch.int8], ids=str)

@@ -125,6 +125,7 @@ def test_one_call(monkeypatch):
     assert len(calls(optimizer(torch.optim.AdamW, fused=True))) == 1
 
 
+@pytest.mark.nightly
 def test_8bit_state():
     assert says("8-bit state") == ("✓", "✓, and fp8", "–")
     assert has_8bit_state(optimizer(bitsandbytes.AdEMAMix8bit))
@@ -145,6 +146,7 @@ def test_bfloat16_weights():
     assert found == [[], ["bf16_stochastic_round"], []]
 
 
+@pytest.mark.nightly
 def test_compiled_step(monkeypatch):
     assert says("`torch.compile`, full graph") == ("recompiles", "inside only", "breaks")
     assert compiled_frames(optimizer(torch_ademamix.AdEMAMix, lr=torch.tensor(1e-3))) == 1

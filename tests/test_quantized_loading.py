@@ -70,6 +70,7 @@ torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resume_in_a_new_process(dtype, tmp_path, request):
     params, optimizer = make_optimizer(getattr(torch, dtype))

@@ -18,6 +18,7 @@ DEQUANTIZE = torch.ops.torch_ademamix.dequantize_blockwise.default
 LR = pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("number", "options"), list(enumerate(OPTIONS)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_of_options(dtype, number, options):
@@ -28,6 +29,7 @@ def test_opcheck_of_options(dtype, number, options):
     torch.library.opcheck(*call)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [0, 1, 7])
 @LR
@@ -36,6 +38,7 @@ def test_opcheck_of_lengths(lr, length, grad_dtype):
     torch.library.opcheck(*blockwise_call(lists, lr))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_opcheck_of_400_tensors():
     lists = make_blockwise(MIXED[1:5] * 100)

@@ -22,6 +22,7 @@ BOUNDS_12 = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_drift():
     measured = drift.measure()
@@ -36,6 +37,7 @@ def test_drift():
     assert nearest.displacement > 10 * DRIFT_BOUNDS.displacement
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "beside dense"])
 @pytest.mark.parametrize("smallest", [1.0, 0.01])

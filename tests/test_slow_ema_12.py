@@ -191,7 +191,6 @@ def test_gradient_release(betas: Any) -> None:
     assert_identical(*results)
 
 
-@pytest.mark.inductor
 @betas_of_both
 def test_compiled(betas: Any) -> None:
     results = []

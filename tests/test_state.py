@@ -200,6 +200,7 @@ torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "
 """
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resume_in_a_new_process(dtype, tmp_path, request):
     model, optimizer = make(getattr(torch, dtype))

@@ -38,6 +38,7 @@ STORED = {
     "ADANA, 12": {**ADANA_OPTIONS, "optim_bits": 8, "min_8bit_size": 600, "slow_ema_bits": 12},
     "8 and remainders of 8 bits": {"optim_bits": 8, "min_8bit_size": 600, "master_weights": "remainder8"},
 }
+QUICK = ("32", "8, slow too", "12 without exp_avg", "8 and remainders")  # of the formats, those that every run reshards
 
 
 def make(layout, stored, **options):
@@ -110,7 +111,7 @@ def goes_on(folder, model, optimizer):
     assert_identical(everything(model, optimizer), torch.load(folder / "continued.pt"))
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("stored", [s if s in QUICK else pytest.param(s, marks=pytest.mark.nightly) for s in STORED])
 def test_resharding(workers, tmp_path, stored):
     """From four processes to four, two and one, and to a model that isn't sharded."""
     workers.run(4, save, tmp_path, "fsdp", stored)
@@ -118,6 +119,7 @@ def test_resharding(workers, tmp_path, stored):
         workers.run(world_size, load, tmp_path, layout, stored)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("before", [(1, None), (2, "tp"), (4, "fsdp_tp"), (4, "fsdp")])
 @pytest.mark.parametrize("after", [(4, "fsdp"), (4, "fsdp_tp")])
 def test_resharding_between_layouts(workers, tmp_path, before, after):
@@ -170,6 +172,7 @@ def load_full(folder, layout, stored, ours, broadcast):
     goes_on(folder, model, optimizer)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("stored", "ours", "broadcast"),
     [

@@ -26,6 +26,7 @@ def run_examples(folder):
     assert {state["exp_avg_slow"].dtype for p, state in states.items() if p.dim() > 1} == {torch.int16}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_examples(workers, tmp_path, world_size):
     workers.run(world_size, run_examples, tmp_path)

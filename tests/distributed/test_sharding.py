@@ -91,6 +91,7 @@ def expected_quantized(layout, world_size):
     return ["up.weight", *(["down.weight"] if world_size == 2 else []), "down.bias", "head.weight"]
 
 
+@pytest.mark.each_value
 @EVERY_BITS
 @EVERY_LAYOUT
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -154,6 +155,7 @@ def test_any_placement(workers, dtype, master_weights):
     workers.run(4, steps_of_any_placement, dtype, master_weights)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("world_size", "layout", "backend"), [(2, "fsdp", "inductor"), (4, "fsdp_tp", "aot_eager")])
 def test_compiled_step(workers, world_size, layout, backend):
     """One graph, without a break or a recompilation; inductor makes nothing of it but the op calls."""
@@ -179,6 +181,7 @@ def compiled_training_equals_eager(bits):
     assert_identical(*[full_state(o, m.parameters()) for o, m in zip((eager, optimizer), models, strict=True)])
 
 
+@pytest.mark.first_case
 @EVERY_BITS
 def test_compiled_training(workers, bits):
     workers.run(2, compiled_training_equals_eager, bits)
@@ -212,6 +215,7 @@ def training_equals_plain_training(layout, dtype, eps):
 
 # An element's update is a ratio, in which the rounding of a gradient near 0 is as large as any gradient. With a
 # larger eps, or in float64, only the sharding's own differences are left.
+@pytest.mark.each_value
 @pytest.mark.parametrize(("dtype", "eps", "bound"), [(torch.float32, 1e-3, 1e-6), (torch.float64, 1e-8, 1e-10)])
 @EVERY_LAYOUT
 def test_training(workers, layout, dtype, eps, bound):

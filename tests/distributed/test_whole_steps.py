@@ -171,6 +171,7 @@ CASES = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("case", CASES)
 @EVERY_WAY
 def test_whole_steps(workers, world_size, way, case):
@@ -248,7 +249,7 @@ def inductor():
     assert difference(model.parameters(), single.parameters()) < TOLERANCES["inductor"]
 
 
-ON_TWO = [what_cannot_be_split, reduced_once, gathered_again, inductor]
+ON_TWO = [what_cannot_be_split, reduced_once, gathered_again, pytest.param(inductor, marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("case", ON_TWO, ids=lambda case: case.__name__)
@@ -292,6 +293,7 @@ def run_example():
     return data_parallel.main(["--size", "nano", "--steps", "6", "--compiler", "aot_eager"])
 
 
+@pytest.mark.nightly
 def test_example(workers):
     """The loss of the whole batch, and the same on any number of processes."""
     (single,) = workers.run(1, run_example)
@@ -322,6 +324,6 @@ def one_infinite_gradient(way):
     assert collectives(backend)[REDUCE] == WAYS[way].get(REDUCE, 0) + 1  # whether there was one
 
 
-@pytest.mark.parametrize("way", ["dtensors", "fully_shard"])
+@pytest.mark.parametrize("way", [pytest.param("dtensors", marks=pytest.mark.nightly), "fully_shard"])
 def test_scaler(workers, way):
     workers.run(4, one_infinite_gradient, way)

@@ -7,6 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert (first, second) == (COMPILED, LOADED)
 
 
+@pytest.mark.nightly
 def test_many_processes_at_once(tmp_path: Path) -> None:
     """Each kernel is compiled once, though some processes are killed at that, and one of the others tells of it."""
     killed = [start(tmp_path, compile_ms=300, dies_compiling=True) for _ in range(4)]
+    wait([results.process.sentinel for results in killed], timeout=120)  # for the first to die
     others = [start(tmp_path, compile_ms=100) for _ in range(60)]
     ended = [results.get(timeout=120) for results in others]
     assert all(second == LOADED for _, second, _, _ in ended)
@@ -214,7 +217,7 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     assert sum(said.count("compiling") for _, _, _, said in ended) == 1
     for results in killed:
         results.process.join()
-    assert killed[0].process.exitcode == -signal.SIGKILL
+    assert -signal.SIGKILL in {results.process.exitcode for results in killed}
     assert len(compiled_in(tmp_path)) == 2
     assert len(list(tmp_path.iterdir())) == 3  # and the lock
     assert step(tmp_path)[0] == CACHED

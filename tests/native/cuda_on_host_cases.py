@@ -111,6 +111,7 @@ def contiguous(*sizes: int) -> list[Any]:
 EDGES = contiguous(1, 7, 8, 9, 31, 256, TILE - 1, TILE, TILE + 1, 13 * TILE + 13)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
 def test_dtypes_layouts_and_sizes(param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
@@ -118,6 +119,7 @@ def test_dtypes_layouts_and_sizes(param_dtype: torch.dtype, grad_dtype: torch.dt
     assert launches == 2
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("param_dtype", "grad_dtype", "slow_ema_bits", "stochastic_rounding"),
     [
@@ -135,6 +137,7 @@ def test_blockwise_dtypes_layouts_and_sizes(
     assert check_step(lists, stochastic_rounding=stochastic_rounding) == 2
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("slow_ema_bits", [8, 12, 16, 32])
 @pytest.mark.parametrize(("dtype", "grad_dtype"), COMMON_DTYPES, ids=str)
 def test_without_exp_avg(dtype: torch.dtype, grad_dtype: torch.dtype, slow_ema_bits: int) -> None:
@@ -151,6 +154,7 @@ def test_without_exp_avg(dtype: torch.dtype, grad_dtype: torch.dtype, slow_ema_b
             check_step(lists, beta1=0.0, **rounding(lists))
 
 
+@pytest.mark.each_value
 @KINDS
 @ROUNDINGS
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
@@ -162,6 +166,7 @@ def test_bfloat16_parameters(kind: str, rounding: Any, grad_dtype: torch.dtype) 
         check_step(lists, **options)
 
 
+@pytest.mark.each_value
 @KINDS
 @ROUNDINGS
 def test_misaligned_bfloat16_parameters(kind: str, rounding: Any) -> None:
@@ -177,6 +182,7 @@ def test_misaligned_bfloat16_parameters(kind: str, rounding: Any) -> None:
             check_step(lists, **options)
 
 
+@pytest.mark.each_value
 @KINDS
 @ROUNDINGS
 @pytest.mark.parametrize("value", [torch.inf, torch.nan, 3e38])
@@ -215,6 +221,7 @@ def test_only_empty_tensors(kind: str) -> None:
     assert [step.item() for step in lists.steps] == [1, 2]
 
 
+@pytest.mark.each_value
 @KINDS
 @SAME_DTYPES
 def test_misaligned(kind: str, dtype: torch.dtype) -> None:
@@ -230,6 +237,7 @@ def test_misaligned(kind: str, dtype: torch.dtype) -> None:
             check_step(lists)
 
 
+@pytest.mark.each_value
 @KINDS
 @SAME_DTYPES
 @pytest.mark.parametrize("options", OPTIONS)
@@ -246,6 +254,7 @@ def test_found_inf(kind: str, found_inf: float) -> None:
     assert_identical(list(lists), list(before))
 
 
+@pytest.mark.each_value
 @KINDS
 @SAME_DTYPES
 @pytest.mark.parametrize("value", [torch.inf, torch.nan, 3e38])
@@ -282,6 +291,7 @@ def test_quantize_and_dequantize(format: str) -> None:
             )
 
 
+@pytest.mark.each_value
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [1, 3])
@@ -301,6 +311,7 @@ def test_places(kind: str, dtype: torch.dtype, count: int) -> None:
         arenas.assert_holds(plain, remainders)
 
 
+@pytest.mark.each_value
 @KINDS
 @SAME_DTYPES
 @pytest.mark.parametrize("options", ["plain", "schedules", "schedule_start", "maximize"])
@@ -316,6 +327,7 @@ def test_hyperparameters_in_a_tensor(kind: str, options: str, dtype: torch.dtype
     check_step(tensor, hyperparameters=hyperparameters.float(), **maximize)
 
 
+@pytest.mark.each_value
 @KINDS
 @pytest.mark.parametrize("given", ["numbers", "lrs", "float32 table", "float64 table"])
 @pytest.mark.parametrize("count", [3, "all of a launch", "more than a launch"])
