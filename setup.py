@@ -61,15 +61,16 @@ def cpu_capabilities():
 
 
 def compile_flags():
-    flags = [*CXX_FLAGS, *old_glibc_flags()]
+    flags = [*CXX_FLAGS, *old_system_flags("ops/glibc.h", "ops/libstdcxx.h")]
     if "__clang__" not in compiler_macros():
         # Of the intrinsics headers again, and a note that gcc's calling convention was another one before 4.6.
         flags += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
     return flags
 
 
-def old_glibc_flags():
-    return ["-include", str(Path("ops/glibc.h").resolve())] if "__linux__" in compiler_macros() else []
+def old_system_flags(*headers):
+    is_linux = "__linux__" in compiler_macros()
+    return [flag for header in headers for flag in ("-include", str(Path(header).resolve())) if is_linux]
 
 
 def link_flags():
@@ -118,7 +119,7 @@ def python_module():
         ["ops/python_module.cpp"],
         depends=["setup.py"],
         cxx_std=17,
-        extra_compile_args=old_glibc_flags(),
+        extra_compile_args=old_system_flags("ops/glibc.h"),
         extra_link_args=module_link_flags(),
         define_macros=[
             ("BUILT_WITH_TORCH", f'"{torch.__version__}"'),
