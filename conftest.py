@@ -15,9 +15,9 @@ torch.set_num_threads(1)  # tensors this small: more threads would only wait for
 # Each is run by one process of pytest-xdist.
 TOGETHER = (
     "tests/distributed/",  # whose workers are there for all of them
-    "tests/test_cuda_build.py",  # about one library
-    "tests/test_install.py",  # which build in the same folder
-    *(f"tests/test_{trainer}.py" for trainer in ("accelerate", "hf_trainer", "lightning")),  # slow to import
+    "tests/cuda/test_cuda_build.py",  # about one library
+    "tests/package/test_install.py",  # which build in the same folder
+    *(f"tests/trainers/test_{trainer}.py" for trainer in ("accelerate", "hf_trainer", "lightning")),  # slow to import
 )
 
 

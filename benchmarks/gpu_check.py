@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     built = check.run("build", [python, "setup.py", "build_ext", "--inplace"], check.limit(240))
     if built.outcome == "passed":
         tests = [python, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", *pytest_options()]
-        check.run("tests", [*tests, "tests/test_cuda.py"], check.limit(240, leave=150))
+        check.run("tests", [*tests, "tests/cuda/test_cuda.py"], check.limit(240, leave=150))
         for tool in ("memcheck", "racecheck"):
             sanitize(check, tool)
         limit = check.limit(240)

@@ -6,10 +6,10 @@ from collections import UserDict, namedtuple
 
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import stand_in
 from torch import nn
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import stand_in
 from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step
 
 Pair = namedtuple("Pair", "x y")

@@ -1,4 +1,4 @@
-"""capture_train_step on a stand-in for CUDA's graphs; tests/test_cuda.py has real ones."""
+"""capture_train_step on a stand-in for CUDA's graphs; tests/cuda/test_cuda.py has real ones."""
 
 import copy
 import gc
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import CUDAGraph, Graphs, stand_in
-from loops import OPTIONS, batch, loss_fn, plain
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import CUDAGraph, Graphs, stand_in
+from tests.helpers.loops import OPTIONS, batch, loss_fn, plain
 from torch_ademamix import AdEMAMix, capture_train_step
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import stand_in
-from loops import plain
-from spectral import Spectral, inputs, loss_fn
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import stand_in
+from tests.helpers.loops import plain
+from tests.helpers.spectral import Spectral, inputs, loss_fn
 from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step
 
 

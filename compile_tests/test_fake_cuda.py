@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from graphs import describe
-from kernels import compile_kernels, is_typical, kernels
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_ademamix
+from tests.helpers.graphs import describe
+from tests.helpers.kernels import compile_kernels, is_typical, kernels
 from torch_ademamix.ops import cuda
 from torch_ademamix.state import paging
 
@@ -44,7 +44,7 @@ def graph_of(name: str, device: str) -> str:
 
 
 def test_kernels_compile(tmp_path: Path) -> None:
-    """By the NVRTC of this torch; tests/test_cuda_build.py does it by others, for every architecture."""
+    """By the NVRTC of this torch; tests/cuda/test_cuda_build.py does it by others, for every architecture."""
     every = os.environ.get("ALL_VARIANTS") == "1"
     wanted = [name for name in kernels() if every or is_typical(name)]
     assert len(compile_kernels(wanted, cuda.find_nvrtc(), 90, tmp_path)) == len(wanted)

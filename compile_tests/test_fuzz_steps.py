@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import stand_in
-from fuzzing import SEED, effort, fuzz
 from hypothesis import Phase, example, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,6 +16,9 @@ from torch.nn.utils import prune
 from torch.optim import SGD, AdamW, Muon
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import stand_in
+from tests.helpers.fuzzing import SEED, effort, fuzz
 from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step
 
 pytestmark = fuzz

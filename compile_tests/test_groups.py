@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import stand_in
-from graphs import op_calls
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import stand_in
+from tests.helpers.graphs import op_calls
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, capture_train_step, compile_train_step
 
 CLASSES = pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])

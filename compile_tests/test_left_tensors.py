@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from config import assert_identical
-from loops import batch, plain
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
+from tests.helpers.config import assert_identical
+from tests.helpers.loops import batch, plain
 from torch_ademamix import AdEMAMix, compile_train_step
 
 

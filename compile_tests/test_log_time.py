@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import stand_in
-from loops import batch, loss_fn, plain
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import stand_in
+from tests.helpers.loops import batch, loss_fn, plain
 from torch_ademamix import ADANA, AdEMAMix, capture_train_step, compile_train_step
 
 STEPS = 20

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from config import assert_identical
-from loops import OPTIONS, ROWS, batch, loss_fn, plain
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.loops import OPTIONS, ROWS, batch, loss_fn, plain
 from torch_ademamix import AdEMAMix, compile_train_step, release_gradients
 
 

@@ -5,15 +5,15 @@ import re
 
 import pytest
 import torch
-from config import assert_identical
 from expecttest import assert_expected_inline
-from graphs import assert_only_op_calls, describe, op_calls
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch._dynamo.utils import ReinplaceCounters
 from torch._inductor.utils import run_and_get_code
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.graphs import assert_only_op_calls, describe, op_calls
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, compile_train_step
 from torch_ademamix.numerics.blockwise import CODE_DTYPES
 from torch_ademamix.ops import dequantize_blockwise, quantize_blockwise

@@ -6,13 +6,13 @@ import warnings
 import muon
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import stand_in
-from loops import batch, loss_fn
 from torch import nn
 from torch.optim import SGD, AdamW, Muon
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import stand_in
+from tests.helpers.loops import batch, loss_fn
 from torch_ademamix import AdEMAMix, capture_train_step, compile_train_step
 
 

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from config import assert_identical
 from expecttest import assert_expected_inline
-from graphs import assert_only_op_calls, describe
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._inductor.utils import run_and_get_code
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.graphs import assert_only_op_calls, describe
 from torch_ademamix import AdEMAMix, AdEMAMix8bit
 
 SCHEDULES = dict(t_alpha=20, t_beta3=20)

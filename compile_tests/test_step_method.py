@@ -5,12 +5,12 @@ import types
 
 import pytest
 import torch
-from config import assert_identical
-from cuda_graphs import stand_in
-from loops import batch, loss_fn, plain
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from tests.helpers.config import assert_identical
+from tests.helpers.cuda_graphs import stand_in
+from tests.helpers.loops import batch, loss_fn, plain
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, capture_train_step, compile_train_step, release_gradients
 
 

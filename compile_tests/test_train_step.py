@@ -6,15 +6,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from config import TOLERANCES, assert_identical
-from graphs import OP_CALL
-from loops import plain
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch._dynamo.utils import ReinplaceCounters
 from torch._inductor.utils import run_and_get_code
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
+from tests.helpers.config import TOLERANCES, assert_identical
+from tests.helpers.graphs import OP_CALL
+from tests.helpers.loops import plain
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, compile_train_step
 
 VOCABULARY, WIDTH, CONTEXT = 17, 16, 8

@@ -1,5 +1,5 @@
 // Which arguments the ops accept. A call is valid or not: why not is said by torch_ademamix/ops/check.py, which has the
-// same conditions and is asked after a native kernel has raised (tests/test_fuzz_arguments.py compares the two).
+// same conditions and is asked after a native kernel has raised (tests/ops/test_fuzz_arguments.py compares the two).
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 import sys
 
 import pytest
-from config import KERNELS, native_built
 
+from tests.helpers.config import KERNELS, native_built
 from torch_ademamix.ops import compiled_reference
 
 # The oracle runs operation by operation; test_compiled_reference.py compiles it.

@@ -1,7 +1,8 @@
-"""Shows a race in torch's gloo groups, which `tests/workers.py` avoids: `python -m tools.gloo_race [--one-thread]`.
+"""Shows a race in torch's gloo groups: `python -m tools.gloo_race [--one-thread]`.
 
-Two processes have eight all-gathers at a time in flight, with torch alone. The two threads that end them race, and
-most runs crash within 20,000 rounds (some minutes); with one thread, none has.
+The tests avoid it (`tests/helpers/workers.py`). Two processes have eight all-gathers at a time in flight, with torch
+alone. The two threads that end them race, and most runs crash within 20,000 rounds (some minutes); with one thread,
+none has.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import torch.multiprocessing
 from torch.distributed._functional_collectives import all_gather_tensor
 from tqdm import trange
 
-from tests.workers import end_collectives_on_one_thread
+from tests.helpers.workers import end_collectives_on_one_thread
 
 SIZE = 2
 IN_FLIGHT = 8

@@ -1,7 +1,8 @@
 from collections.abc import Iterator
 
 import pytest
-from workers import Workers
+
+from tests.helpers.workers import Workers
 
 SIZE = 4
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from config import assert_identical
-from sharded import OPTIONS, full, full_state, make_model
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers.config import assert_identical
+from tests.helpers.sharded import OPTIONS, full, full_state, make_model
 from torch_ademamix import AdEMAMix
 from torch_ademamix.distributed import LoadPlanner, get_full_optimizer_state_dict, set_full_optimizer_state_dict
 from torch_ademamix.numerics.blockwise import dequantize

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from config import assert_identical
-from sharded import OPTIONS, backward, make_model
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.helpers.config import assert_identical
+from tests.helpers.sharded import OPTIONS, backward, make_model
 from torch_ademamix import AdEMAMix, compile_train_step, release_gradients
 
 pytestmark = pytest.mark.distributed

@@ -5,9 +5,6 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from config import assert_identical
-from graphs import op_calls
-from sharded import BITS, LAYOUTS, OPTIONS, backward, full, full_state, make_model, quantizable, rounding_of_part
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -16,6 +13,19 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.helpers.config import assert_identical
+from tests.helpers.graphs import op_calls
+from tests.helpers.sharded import (
+    BITS,
+    LAYOUTS,
+    OPTIONS,
+    backward,
+    full,
+    full_state,
+    make_model,
+    quantizable,
+    rounding_of_part,
+)
 from torch_ademamix import AdEMAMix, compile_train_step, release_gradients
 from torch_ademamix.state.sharding import first_group
 from torch_ademamix.variants import ADANA_OPTIONS

@@ -1,10 +1,10 @@
 """torchtitan's way with DTensors: make_fx traces a step on their shards, with parameters and state swapped in."""
 
 import pytest
-from config import assert_identical
-from sharded import BITS, OPTIONS, backward, full, full_state, make_model
-from tracers import CAN_SWAP, step_nodes, trace
 
+from tests.helpers.config import assert_identical
+from tests.helpers.sharded import BITS, OPTIONS, backward, full, full_state, make_model
+from tests.helpers.tracers import CAN_SWAP, step_nodes, trace
 from torch_ademamix import AdEMAMix
 
 pytestmark = [

@@ -8,9 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from config import TOLERANCES, assert_identical
-from graphs import op_calls
-from sharded import BITS, OPTIONS, full, full_state, make_model
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._dynamo.utils import ReinplaceCounters
@@ -30,6 +27,9 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.config import TOLERANCES, assert_identical
+from tests.helpers.graphs import op_calls
+from tests.helpers.sharded import BITS, OPTIONS, full, full_state, make_model
 from torch_ademamix import AdEMAMix, compile_train_step
 from torch_ademamix.distributed import LoadPlanner
 

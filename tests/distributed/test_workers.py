@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from workers import Workers
+
+from tests.helpers.workers import Workers
 
 pytestmark = pytest.mark.distributed
 

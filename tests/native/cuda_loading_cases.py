@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from config import StepLists, make_lists, step_call
-from host import DRIVER, FOLDER, driver, host, set_up, take_log
 
+from tests.helpers.config import StepLists, make_lists, step_call
+from tests.native.host import DRIVER, FOLDER, driver, host, set_up, take_log
 from torch_ademamix import AdEMAMix, ops, precompile
 from torch_ademamix.ops import cuda
 from torch_ademamix.ops.cuda import PRECOMPILED_VARIABLE

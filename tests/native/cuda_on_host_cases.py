@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from config import (
+from torch import Tensor
+
+from tests.helpers.config import (
     DTYPES,
     MIXED,
     OPTIONS,
@@ -19,9 +21,8 @@ from config import (
     row_of,
     step_call,
 )
-from host import driver, managed_memory, take_log
-from places import in_arenas
-from quantized import (
+from tests.helpers.offsets import in_arenas
+from tests.helpers.quantized import (
     SEED,
     BlockwiseLists,
     boundaries,
@@ -30,8 +31,7 @@ from quantized import (
     with_absmax_one,
     without_exp_avg,
 )
-from torch import Tensor
-
+from tests.native.host import driver, managed_memory, take_log
 from torch_ademamix import ops
 from torch_ademamix.numerics.blockwise import CODE_DTYPES
 
