@@ -204,10 +204,10 @@ def expected_step(lists: StepLists, lr: Tensor | float = 1e-2, **options: Any) -
     for p, g, *moments, t in zip(*lists, strict=True):
         p64, g64, m1, m2, nu = (x.double() for x in (p, g, *moments))
         g64 = g64 * factor
-        values = ademamix_update(p64, g64, m1, m2, nu, t + 1, lr, **options)
+        values = ademamix_update(p64, g64, m1, m2, nu, t + 1, Hyperparameters(lr, **options))
         # With these signs nothing cancels: the sums of the absolute values of what is added.
         decay = {**options, "weight_decay": -options["weight_decay"]}
-        sums = ademamix_update(p64.abs(), -g64.abs(), -m1.abs(), -m2.abs(), nu, t + 1, lr, **decay)
+        sums = ademamix_update(p64.abs(), -g64.abs(), -m1.abs(), -m2.abs(), nu, t + 1, Hyperparameters(lr, **decay))
         dtype = compute_dtype(p.dtype)
         relative = TOLERANCES["step", dtype] * torch.finfo(dtype).eps
         errors = [x.abs() * relative for x in sums]

@@ -34,42 +34,28 @@ def next_step(step: Tensor) -> Tensor:
     return torch.where(step + 1 > step, step + 1, torch.nextafter(step, torch.full_like(step, torch.inf)))
 
 
-def step_scalars(
-    step: Tensor,
-    lr: Number,
-    *,
-    beta1: Number,
-    beta2: Number,
-    beta3: Number,
-    alpha: Number,
-    t_alpha: Number | None,
-    t_beta3: Number | None,
-    schedule_start: Number,
-    weight_decay: Number,
-    delta: Number,
-    log_time_beta2: Number,
-    kappa: Number,
-    t_weight_decay: Number,
-) -> dict[str, Number]:
+def step_scalars(step: Tensor, h: Hyperparameters) -> dict[str, Number]:
     """What one step's update needs, in float64; `step` counts from 1."""
     t = step.double().reshape(())
-    schedule_t = (t - schedule_start).clamp(min=0)
-    beta3_t = beta3_schedule(schedule_t, beta1, beta3, t_beta3)
-    rate3 = _given(delta, lambda: log_time_rate(schedule_t, delta), 1 - beta3_t)
-    alpha_t = alpha_schedule(schedule_t, alpha, t_alpha)
-    rate2 = _given(log_time_beta2, lambda: log_time_rate(t, delta), 1 - beta2)
+    schedule_t = (t - h.schedule_start).clamp(min=0)
+    beta3 = beta3_schedule(schedule_t, h.beta1, h.beta3, h.t_beta3)
+    rate3 = _given(h.delta, lambda: log_time_rate(schedule_t, h.delta), 1 - beta3)
+    alpha = alpha_schedule(schedule_t, h.alpha, h.t_alpha)
+    rate2 = _given(h.log_time_beta2, lambda: log_time_rate(t, h.delta), 1 - h.beta2)
+    decay = _given(h.t_weight_decay, lambda: log_time_decay(t, h.weight_decay, h.t_weight_decay), h.weight_decay)
     return {
-        "lr": torch.as_tensor(lr, dtype=torch.float64, device=t.device).reshape(()),
-        "alpha": _given(kappa, lambda: alpha_t + growth(schedule_t, kappa), alpha_t),
-        "beta1": beta1,
-        "one_minus_beta1": 1 - beta1,
-        "beta2": _given(log_time_beta2, lambda: 1 - rate2, beta2),
+        "lr": torch.as_tensor(h.lr, dtype=torch.float64, device=t.device).reshape(()),
+        "alpha": _given(h.kappa, lambda: alpha + growth(schedule_t, h.kappa), alpha),
+        "beta1": h.beta1,
+        "one_minus_beta1": 1 - h.beta1,
+        "beta2": _given(h.log_time_beta2, lambda: 1 - rate2, h.beta2),
         "one_minus_beta2": rate2,
-        "beta3": _given(delta, lambda: 1 - rate3, beta3_t),
+        "beta3": _given(h.delta, lambda: 1 - rate3, beta3),
         "one_minus_beta3": rate3,
-        "bias1": 1 - beta1**t,
-        "sqrt_bias2": _given(log_time_beta2, lambda: torch.ones_like(t), (1 - beta2**t).sqrt()),
-        "weight_decay": _given(t_weight_decay, lambda: log_time_decay(t, weight_decay, t_weight_decay), weight_decay),
+        "bias1": 1 - h.beta1**t,
+        "sqrt_bias2": _given(h.log_time_beta2, lambda: torch.ones_like(t), (1 - h.beta2**t).sqrt()),
+        "eps": h.eps,
+        "weight_decay": decay,
     }
 
 
@@ -87,43 +73,13 @@ def ademamix_update(
     exp_avg_slow: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    lr: Number,
-    *,
-    beta1: Number,
-    beta2: Number,
-    beta3: Number,
-    alpha: Number,
-    t_alpha: Number | None,
-    t_beta3: Number | None,
-    schedule_start: Number,
-    eps: Number,
-    weight_decay: Number,
-    delta: Number = 0,
-    log_time_beta2: Number = 0,
-    kappa: Number = 0,
-    t_weight_decay: Number = 0,
+    hyperparameters: Hyperparameters,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of one parameter, as in the papers; returns the new values and changes nothing.
 
     param and grad are already in the dtype of the arithmetic; `step` counts from 1.
     """
-    numbers = step_scalars(
-        step,
-        lr,
-        beta1=beta1,
-        beta2=beta2,
-        beta3=beta3,
-        alpha=alpha,
-        t_alpha=t_alpha,
-        t_beta3=t_beta3,
-        schedule_start=schedule_start,
-        weight_decay=weight_decay,
-        delta=delta,
-        log_time_beta2=log_time_beta2,
-        kappa=kappa,
-        t_weight_decay=t_weight_decay,
-    )
-    numbers["eps"] = eps
+    numbers = step_scalars(step, hyperparameters)
     s = {name: x.to(param.dtype) if isinstance(x, Tensor) else x for name, x in numbers.items()}
     m1 = grad if exp_avg is None else s["beta1"] * exp_avg + s["one_minus_beta1"] * grad
     m2 = s["beta3"] * exp_avg_slow + s["one_minus_beta3"] * grad
@@ -168,7 +124,7 @@ def ademamix_step_(
             g = (g / grad_scale.reshape(())).to(p.dtype)  # of no dimensions both, g would become float64
         if maximize:
             g = -g
-        weight, *moments = ademamix_update(p, g, m1, m2, nu, t, **row._asdict())
+        weight, *moments = ademamix_update(p, g, m1, m2, nu, t, row)
         rounded = [weight]
         random = None
         if stochastic_param_rounding or bfloat16.draws(remainders):
