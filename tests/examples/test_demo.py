@@ -23,7 +23,7 @@ def test_comparison(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the last 10 steps repeat bit for bit" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("AdEMAMix ", "AdamW "))]
-    assert [row[:2] for row in rows] == [["AdEMAMix", "0.002"], ["AdamW", "0.004"]]
+    assert [row[:2] for row in rows] == [["AdEMAMix", "0.0028"], ["AdamW", "0.004"]]
     assert all(3 < float(loss) < 6 for row in rows for loss in row[2:4])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
