@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.config import CONTIGUOUS, DTYPES, HYPERPARAMETERS, OPTIONS, assert_identical, native_built
+from tests.helpers.config import CONTIGUOUS, DTYPES, FORMULA, OPTIONS, assert_identical, native_built
 from tests.helpers.quantized import (
     SEED,
     SMALL,
@@ -131,14 +131,14 @@ def test_instruction_sets_agree(capability, tmp_path):
     calls = [
         (
             list(make_blockwise(SMALL, param_dtype, grad_dtype, slow_ema_bits=8 + 4 * (i % 3))),
-            {"lr": 1e-2, **HYPERPARAMETERS, **options, "stochastic_rounding": i < 6, "seed": SEED},
+            {"lr": 1e-2, **FORMULA, **options, "stochastic_rounding": i < 6, "seed": SEED},
         )
         for param_dtype in DTYPES
         for i, (grad_dtype, options) in enumerate(zip(DTYPES * 2, list(OPTIONS.values()) * 2, strict=False))
     ]
     for dtype in DTYPES:
         lists = make_blockwise(SMALL, dtype, slow_ema_bits=12, has_exp_avg=False)
-        calls.append((list(lists), {"lr": 1e-2, **HYPERPARAMETERS, "beta1": 0.0, "seed": SEED}))
+        calls.append((list(lists), {"lr": 1e-2, **FORMULA, "beta1": 0.0, "seed": SEED}))
     values = values_of_every_kind()
     torch.save((calls, values), tmp_path / "calls.pt")
     subprocess.run(
