@@ -163,3 +163,33 @@ def test_every_dtype_of_gradients():
         p.grad = torch.full_like(p, 2.0)
     optimizer.step()
     assert optimizer.grad_norm.item() == pytest.approx(160**0.5)
+
+
+def test_an_empty_first_group_with_clipping():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = AdEMAMix([{"params": []}, {"params": [p]}], max_grad_norm=1.0)
+    p.grad = torch.full((4,), 3.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_norm_is_float32_whatever_the_default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = AdEMAMix([nn.Parameter(torch.ones(4))], max_grad_norm=1.0)
+    finally:
+        torch.set_default_dtype(before)
+    assert optimizer.grad_norm.dtype == torch.float32
+
+
+def test_the_norm_is_on_the_parameters_device():
+    """That of the construction, or of the first step, where the model was moved in between; torch's default is none."""
+    with torch.device("meta"):
+        optimizer = AdEMAMix([nn.Parameter(torch.ones(4, device="cpu"))], max_grad_norm=1.0)
+    assert optimizer.grad_norm.device.type == "cpu"
+    optimizer.param_groups[0]["params"][0] = moved = nn.Parameter(torch.ones(4, device="meta"))
+    moved.grad = torch.ones_like(moved)
+    optimizer.step()
+    assert optimizer.grad_norm.device.type == "meta"

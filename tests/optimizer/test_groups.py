@@ -6,9 +6,19 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from tests.helpers.config import assert_identical
 from torch_ademamix import AdEMAMix, AdEMAMix8bit, ops
+
+FROZEN = {
+    "uint8": lambda: torch.arange(8, dtype=torch.uint8),
+    "int8": lambda: torch.arange(8, dtype=torch.int8),
+    "float8": lambda: torch.ones(8).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.ones(8, dtype=torch.complex64),
+    "expanded": lambda: torch.ones(1).expand(8),
+    "sparse": lambda: torch.ones(8).to_sparse(),
+}
 
 CLASSES = pytest.mark.parametrize("cls", [AdEMAMix, AdEMAMix8bit])
 
@@ -166,3 +176,55 @@ def test_options_that_change_in_place():
     betas[1] = 1.5
     with pytest.raises(ValueError, match=r"param_groups\[4\]: betas"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_frozen_parameters(kind):
+    """Of any kind, as QLoRA has them: they are neither refused nor touched, and saved and loaded around."""
+    frozen = nn.Parameter(FROZEN[kind](), requires_grad=False)
+    p = nn.Parameter(torch.ones(8))
+    optimizer = AdEMAMix([frozen, p])
+    optimizer.add_param_group({"params": [nn.Parameter(FROZEN[kind](), requires_grad=False)]})
+    optimizer.init_state()
+    p.grad = torch.ones(8)
+    optimizer.step()
+    assert p.max() < 1
+    assert list(optimizer.state) == [p]
+    assert_identical(frozen.to_dense().detach(), FROZEN[kind]().to_dense())
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+def groups_of_two():
+    return [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(2)]
+
+
+def loaded(optimizer):
+    """Another optimizer, with a state dict in which the groups have one tensor."""
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for group in state_dict["param_groups"]:
+        group["lr"] = state_dict["param_groups"][0]["lr"]
+    new = AdEMAMix(groups_of_two())
+    new.load_state_dict(state_dict)
+    return new
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("way", ["construction", "add_param_group", "copy", "load_state_dict"])
+def test_one_lr_tensor_for_all_groups(way, capturable):
+    """Each group has its own rate all the same: schedulers write to the tensors in place."""
+    lr = torch.tensor(0.5)
+    if way == "add_param_group":
+        first, second = groups_of_two()
+        optimizer = AdEMAMix([first], lr=lr, capturable=capturable)
+        optimizer.add_param_group({**second, "lr": lr})
+    else:
+        optimizer = AdEMAMix(groups_of_two(), lr=lr, capturable=capturable)
+    assert optimizer.param_groups[0]["lr"] is lr  # a tensor of the user's stays the group's
+    if way == "copy":
+        optimizer = copy.deepcopy(optimizer)
+    if way == "load_state_dict":
+        optimizer = loaded(optimizer)
+    LambdaLR(optimizer, [lambda t: 1.0, lambda t: 0.1])
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.5, 0.05])

@@ -4,6 +4,7 @@ import copy
 import inspect
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -345,3 +346,31 @@ def test_repr():
     assert text.startswith("AdEMAMix (\nParameter Group 0\n")
     for line in ("alpha: 5.0", "betas: (0.9, 0.999, 0.9999)", "lr: 0.25", "t_alpha: 7", "maximize: False"):
         assert f"    {line}\n" in text
+
+
+def test_warm_ups_of_0_steps_are_none():
+    """As bitsandbytes means them; also from a checkpoint, and set by hand."""
+    params = [nn.Parameter(torch.ones(5)) for _ in range(3)]
+    zero, none, set_later = (
+        AdEMAMix([p], t_alpha=steps, t_beta3=steps) for p, steps in zip(params, (0, None, 9), strict=True)
+    )
+    set_later.param_groups[0].update(t_alpha=0, t_beta3=0)
+    for _ in range(3):
+        for p, optimizer in zip(params, (zero, none, set_later), strict=True):
+            p.grad = torch.linspace(0, 1, 5)
+            optimizer.step()
+    assert_identical(params[0].data, params[1].data)
+    assert_identical(params[2].data, params[1].data)
+    zero.load_state_dict(copy.deepcopy(zero.state_dict()))
+    zero.step()
+
+
+def test_seeds_of_numpy():
+    results = []
+    for seed in (np.int64(4), 4):
+        p = nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
+        optimizer = AdEMAMix([p], seed=seed, param_rounding="stochastic")
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append(p.data)
+    assert_identical(*results)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.helpers.config import DTYPES, assert_identical
-from torch_ademamix import AdEMAMix, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix32bit
+from torch_ademamix import AdEMAMix, AdEMAMix8bit, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix32bit
 from torch_ademamix.numerics.reference_step import compute_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
@@ -211,3 +211,60 @@ def test_resume_in_a_new_process(dtype, tmp_path, request):
     subprocess.run(arguments, cwd=tmp_path, check=True)
     resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
     assert_identical((resumed["model"], resumed["optimizer"]), everything(model, optimizer))
+
+
+class Lookahead:
+    """As timm has it: a wrapper that keeps a copy of the weights in the optimizer's own state."""
+
+    def __init__(self, optimizer, k=2):
+        self.optimizer, self.k, self.steps = optimizer, k, 0
+
+    def step(self):
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % self.k:
+            return
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                state = self.optimizer.state[p]
+                slow = state.setdefault("lookahead_slow_buff", p.detach().clone())
+                p.data.copy_(slow.lerp_(p.data, 0.5))
+
+
+@pytest.mark.parametrize("options", [{}, dict(optim_bits=8, min_8bit_size=0)], ids=["32-bit", "8-bit"])
+def test_state_of_others(options, tmp_path):
+    """It is saved and loaded as torch does, and a resumed run repeats the unbroken one."""
+    (model, optimizer), (other, resumed) = make(**options), make(**options)
+    wrapper = Lookahead(optimizer)
+    x = torch.ones(2, 4)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        wrapper.step()
+    torch.save(everything(model, optimizer), tmp_path / "checkpoint.pt")
+    weights, state_dict = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state_dict)
+    assert all("lookahead_slow_buff" in state for state in resumed.state.values())
+    again = Lookahead(resumed)
+    again.steps = wrapper.steps
+    for model_, wrapper_ in ((model, wrapper), (other, again)):
+        model_.zero_grad()
+        model_(x).square().mean().backward()
+        wrapper_.step()
+    assert_identical(everything(other, resumed), everything(model, optimizer))
+
+
+@pytest.mark.parametrize("slow_ema_bits", [8, 16])
+def test_state_set_to_zero(slow_ema_bits):
+    """In place, as ReLoRA and pruning do it: code 0 is 0 in every format."""
+    p = nn.Parameter(torch.ones(512))
+    optimizer = AdEMAMix8bit([p], lr=1e-3, weight_decay=0, min_8bit_size=0, slow_ema_bits=slow_ema_bits)
+    p.grad = torch.linspace(1, 2, 512)
+    for _ in range(3):
+        optimizer.step()
+    for name in ("exp_avg", "exp_avg_slow"):
+        optimizer.state[p][name].zero_()
+    p.grad = torch.zeros(512)
+    before = p.detach().clone()
+    optimizer.step()
+    assert_identical(p.data, before)
