@@ -16,6 +16,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, DEMO, *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_comparison(tmp_path):
     """It trains both optimizers, writes one figure, and prints a row for each."""
