@@ -8,8 +8,8 @@
 
 namespace ademamix {
 
-// The numbers of one parameter group. An op call has one or more rows of them, as numbers or in a tensor, in this order
-// (torch_ademamix/numerics/reference_step.py has the same).
+// The hyperparameters of one parameter group. An op call has one or more rows of them, as numbers or in a tensor, in
+// this order (which torch_ademamix/numerics/reference_step.py shares).
 struct Hyperparameters {
   double lr, beta1, beta2, beta3, alpha;
   double t_alpha, t_beta3;  // steps of warm-up of alpha and beta3; 0 for none
@@ -31,7 +31,7 @@ ADEMAMIX_INLINE Hyperparameters read_hyperparameters(const S* row) {
           number(7), number(8), number(9), number(10), number(11), number(12), number(13)};
 }
 
-// The schedules' t. A tensor that has done fewer steps than schedule_start waits at 0.
+// Returns the schedules' t, which stays 0 until a tensor has done schedule_start steps.
 ADEMAMIX_INLINE double schedule_step(double step, const Hyperparameters& h) {
   return ::fmax(step - h.schedule_start, 0.0);
 }
@@ -50,9 +50,9 @@ ADEMAMIX_INLINE double weight_decay_schedule(double step, const Hyperparameters&
   return h.t_weight_decay > 0 ? h.weight_decay / (1 + step / h.t_weight_decay) : h.weight_decay;
 }
 
-// beta3(t): from beta1 to beta3 over t_beta3 steps, linear in the half-life of the average, which is proportional to
-// 1 / ln(beta). This form of the paper's equation also holds at beta1 = 0, where 1 / ln(beta1) is -0: so that before
-// the warm-up's first step, where nothing is added to it, exp(1 / -0) is that beta1.
+// beta3(t): from beta1 to beta3 over t_beta3 steps, linear in the half-life of the EMA, which is proportional to
+// 1 / ln(beta). This form of the paper's equation also works at beta1 = 0, where 1 / ln(beta1) is -0: before the
+// warm-up's first step, s is 0 and exp(1 / -0) is that beta1.
 ADEMAMIX_INLINE double beta3_schedule(double step, const Hyperparameters& h) {
   if (!(step < h.t_beta3)) return h.beta3;
   const double s = step / h.t_beta3;
@@ -61,17 +61,17 @@ ADEMAMIX_INLINE double beta3_schedule(double step, const Hyperparameters& h) {
   return ::fmin(::exp(1 / ((1 - s) * start + s * end)), h.beta3);
 }
 
-// The step after one. float32 has every integer up to 2^24 only; from there on it is the next number that there is, so
-// that warm-ups go on, if faster, and random bits are others.
+// Returns the count after a step. float32 has every integer only up to 2^24. From there on the count advances to the
+// next float32, so that warm-ups continue, though faster, and each step draws other random bits.
 ADEMAMIX_INLINE float next_step(float step) {
   const float next = step + 1;
   return next > step ? next : float_from_bits(float_bits(step) + 1);
 }
 
-// What gradients are multiplied with: -1 to maximize, and the inverse of GradScaler's scale.
+// Returns the factor of gradients: -1 to maximize, times the inverse of GradScaler's scale.
 ADEMAMIX_INLINE double grad_factor(bool maximize, double grad_scale) { return (maximize ? -1 : 1) / grad_scale; }
 
-// What the update of a tensor's elements needs, fixed for one step.
+// The scalars of one tensor's update, which are the same for all its elements.
 template <class V>
 struct StepScalars {
   V grad_factor;
@@ -134,9 +134,8 @@ struct Element {
   V param, exp_avg, exp_avg_slow, exp_avg_sq;
 };
 
-// One step of one element, as in the paper: m1, m2 and nu are exp_avg, exp_avg_slow and exp_avg_sq;
-//   param -= lr * ((m1 / (1 - beta1^t) + alpha * m2) / (sqrt(nu) / sqrt(1 - beta2^t) + eps) + weight_decay * param)
-// Without EXP_AVG, beta1 is 0: m1 is the gradient, and its bias correction is 1. The moments first,
+// Updates the moments of one element: exp_avg, exp_avg_slow and exp_avg_sq are the paper's m1, m2 and nu. Without
+// EXP_AVG, beta1 is 0: m1 is the gradient, and its bias correction is 1.
 template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE void update_moments(Element<V>& e, V grad, const StepScalars<V>& s) {
   grad = grad * s.grad_factor;
@@ -145,7 +144,8 @@ ADEMAMIX_INLINE void update_moments(Element<V>& e, V grad, const StepScalars<V>&
   e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, s.one_minus_beta2 * grad * grad);
 }
 
-// then the parameter, from them and from root = scaled_sqrt(nu),
+// Updates the parameter of one element by its new moments, where root = scaled_sqrt(nu):
+//   param -= lr * ((m1 / (1 - beta1^t) + alpha * m2) / (sqrt(nu) / sqrt(1 - beta2^t) + eps) + weight_decay * param)
 template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE void update_param(Element<V>& e, V root, const StepScalars<V>& s) {
   const V numerator = fma(s.alpha, e.exp_avg_slow, EXP_AVG ? e.exp_avg * s.inv_bias1 : e.exp_avg);
@@ -153,7 +153,7 @@ ADEMAMIX_INLINE void update_param(Element<V>& e, V root, const StepScalars<V>& s
   e.param = fma(s.minus_lr, fma(s.weight_decay, e.param, numerator / denominator), e.param);
 }
 
-// or both. Returns the root, of which quantized state is made.
+// Does one step of one element, moments and parameter. Returns the root, from which quantized state is made.
 template <bool EXP_AVG = true, class V>
 ADEMAMIX_INLINE V update(Element<V>& e, V grad, const StepScalars<V>& s) {
   update_moments<EXP_AVG>(e, grad, s);

@@ -1,7 +1,7 @@
 """Writes the kernels' sources as one C++ string: `python ops/embed_sources.py TARGET`.
 
-The library then compiles, whatever lies on disk beside it, the sources that it was built with, by whose layouts it
-fills the kernels' arguments.
+So the library compiles the sources that it was built with, whose layouts it uses for the kernels' arguments, and not
+what happens to be on disk.
 """
 
 import re
@@ -35,12 +35,12 @@ def device_source() -> str:
 
 
 def line_mark(path: Path, number: int) -> str:
-    """Whence the lines after it are, for the compiler's messages."""
+    """Tells the compiler which file and line the next line is, for its messages."""
     return f'#line {number} "{path.relative_to(FOLDER)}"\n'
 
 
 def embed(target: Path) -> None:
-    """Leaves the file alone where it is as it should be, for the sake of build tools."""
+    """Writes the file, unless it is up to date: build tools go by its time."""
     text = f'namespace ademamix {{\nextern const char DEVICE_SOURCE[] = R"source({device_source()})source";\n}}\n'
     if not target.is_file() or target.read_text() != text:
         target.parent.mkdir(parents=True, exist_ok=True)

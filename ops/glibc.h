@@ -1,5 +1,5 @@
 // Included before every source, for wheels that run on older systems than the one that builds them: manylinux_2_28 has
-// glibc 2.28. These functions got a new version with the one named, and the linker takes the newest.
+// glibc 2.28. These functions have a new version since the release that is named, and the linker takes the newest one.
 #pragma once
 
 #include <features.h>
@@ -18,7 +18,7 @@ __asm__(ADEMAMIX_FIRST_VERSION(exp) ADEMAMIX_FIRST_VERSION(log) ADEMAMIX_FIRST_V
         ADEMAMIX_FIRST_VERSION(dlopen) ADEMAMIX_FIRST_VERSION(dladdr) ADEMAMIX_FIRST_VERSION(dlsym)
             ADEMAMIX_FIRST_VERSION(dlerror));
 
-// 2.32: std::shared_ptr asks it whether it may count without atomic operations. This one always says no.
+// 2.32: std::shared_ptr counts without atomic operations if this is true. Here it is always false.
 #if __has_include(<sys/single_threaded.h>)
 #include <sys/single_threaded.h>
 extern "C" {

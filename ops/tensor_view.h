@@ -1,5 +1,5 @@
-// What the ops need to know of a tensor, read through the stable ABI once: with hundreds of small tensors in a call,
-// it is such reads that a step's time goes to.
+// Reads the properties of a tensor through the stable ABI, once per call: with hundreds of small tensors, most of a
+// step's time goes to such reads.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace ademamix {
 
 inline ScalarType scalar_type_of(int32_t dtype) {
   static const int32_t float32 = aoti_torch_dtype_float32();
-  // Tensor::scalar_type() asks for every dtype's number anew.
+  // Tensor::scalar_type() looks up the number of every dtype at each call.
   return dtype == float32 ? ScalarType::Float
                           : torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
 }

@@ -1,5 +1,5 @@
-// LibTorch's stable ABI, for files that speak to torch: one build serves every torch from 2.11 on. (ATen/cpu/vec
-// refuses to be included beside it, so the SIMD kernels are files of their own.)
+// LibTorch's stable ABI, for files that use torch: one build works with every torch from 2.11 on. (ATen/cpu/vec can't
+// be included together with it, so the SIMD kernels are in separate files.)
 #pragma once
 
 #ifdef TORCH_FEATURE_VERSION

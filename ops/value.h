@@ -1,6 +1,6 @@
-// What the shared formulas need of a value type. A formula written with these names compiles for float and double
+// The functions of a value type that the shared formulas use. A formula written with them compiles for float and double
 // (CUDA threads, scalar host code) and, with the overloads of cpu/simd.h, for SIMD vectors. Every product that is
-// added is an explicit fused multiply-add, and all is built without contraction, so that every build rounds alike.
+// added is an explicit fused multiply-add, and everything is built without contraction, so that all builds round alike.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ namespace ademamix {
 ADEMAMIX_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 ADEMAMIX_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
-// The same of a product that may be too large by what its factor is approximate; others round to nearest.
+// fma() for a factor that may be approximate and too large: value types with such factors round toward zero.
 template <class V>
 ADEMAMIX_INLINE V fma_down(V a, V b, V c) {
   return fma(a, b, c);
@@ -28,7 +28,7 @@ ADEMAMIX_INLINE V fma_down(V a, V b, V c) {
 ADEMAMIX_INLINE float sqrt(float a) { return ::sqrtf(a); }
 ADEMAMIX_INLINE double sqrt(double a) { return ::sqrt(a); }
 
-// A root that is ROOT_SCALE times too large, where it takes an instruction to make it right.
+// scaled_sqrt() returns the root times ROOT_SCALE, which saves an instruction in value types with a scale.
 template <class V>
 constexpr float ROOT_SCALE = 1;
 
@@ -37,7 +37,7 @@ ADEMAMIX_INLINE V scaled_sqrt(V a) {
   return sqrt(a);
 }
 
-// Of a number in [0, 1]; a denormal one may count as 0.
+// The root of a number in [0, 1]; a denormal number may count as 0.
 template <class V>
 ADEMAMIX_INLINE V unit_sqrt(V a) {
   return sqrt(a);
@@ -45,13 +45,13 @@ ADEMAMIX_INLINE V unit_sqrt(V a) {
 
 ADEMAMIX_INLINE float abs(float a) { return ::fabsf(a); }
 
-// Of magnitude, which isn't negative, with the sign of `sign`.
+// Returns `magnitude`, which isn't negative, with the sign of `sign`.
 ADEMAMIX_INLINE float copysign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
 
-// Of two numbers; neither is NaN.
+// Requires that neither number is NaN.
 ADEMAMIX_INLINE float larger(float a, float b) { return a > b ? a : b; }
 
-// Of a number that is at most 1.
+// Requires a number that is at most 1.
 template <class V>
 ADEMAMIX_INLINE V at_least_zero(V a) {
   return larger(a, V(0));

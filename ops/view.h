@@ -10,7 +10,7 @@ using torch::headeronly::ScalarType;
 
 enum class Device : int8_t { CPU, CUDA, OTHER };
 
-// A tensor as the checks and kernels see it. sizes and strides (in elements) belong to the tensor.
+// The properties of a tensor that the checks and kernels use. `sizes` and `strides`, in elements, belong to the tensor.
 struct TensorView {
   void* data;
   const int64_t* sizes;
@@ -20,10 +20,10 @@ struct TensorView {
   ScalarType dtype;
   Device device;
   int32_t device_index;
-  bool contiguous;  // the elements lie in memory one after another, in row-major order
+  bool contiguous;  // whether the elements are one after another in memory, in row-major order
 };
 
-// Whether the elements lie in memory one after another, in whatever order of the dimensions.
+// Whether the elements are one after another in memory, in any order of the dimensions.
 inline bool fills_memory(const TensorView& t) {
   int64_t filled = 1;  // elements, by the dimensions of smaller strides
   while (filled < t.numel) {
@@ -35,7 +35,7 @@ inline bool fills_memory(const TensorView& t) {
   return true;
 }
 
-// Of two tensors of one shape.
+// Requires equal shapes.
 inline bool same_strides(const TensorView& a, const TensorView& b) {
   for (int64_t d = 0; d < a.dims; ++d)
     if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;

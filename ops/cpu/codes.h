@@ -1,4 +1,4 @@
-// Codes and random bits as vectors, from which compilers don't make the instructions that there are for them.
+// Loads and stores of codes and random bits as vectors, with instructions that compilers don't find by themselves.
 #pragma once
 
 #include "simd.h"
@@ -11,7 +11,7 @@
 
 namespace ademamix {
 
-// As many as there are floats in a vector. Codes are stored from the lowest bits.
+// As many integers as a vector has floats. The lowest bits are what is stored as codes.
 using Ints = at::vec::Vectorized<int32_t>;
 
 template <class V>
@@ -19,8 +19,8 @@ Simd<float> to_float(V codes) {
   return at::vec::convert_to_fp_of_same_size<float>(codes);
 }
 
-// load_ints(p) are numbers of 8 or 16 bits. load_bits<ELEMENT>(random, i) are the bits of the elements from i on, or of
-// their groups' elements i ^ ELEMENT.
+// load_ints(p) loads integers of 8 or 16 bits. load_bits<ELEMENT>(random, i) loads the random bits of the elements from
+// i on, with each element i replaced by i ^ ELEMENT.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
 constexpr int SWAPPED_HALVES = 0x4e;  // of 16 bytes, a group's bits: elements i ^ 4

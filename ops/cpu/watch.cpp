@@ -1,5 +1,5 @@
-// Whether tensors still lie where they did when a step was planned. Asked at every step, of all tensors of state: in
-// Python, that takes longer than the rest of a step of many small parameters.
+// Checks whether tensors are still at the addresses that they had when a step was planned. Each step does this for all
+// tensors of state; in Python, it would take longer than the rest of a step of many small parameters.
 #include <utility>
 #include <vector>
 
@@ -10,7 +10,7 @@
 namespace ademamix {
 namespace {
 
-using Watched = std::vector<std::pair<Tensor, void*>>;  // and their addresses at first
+using Watched = std::vector<std::pair<Tensor, void*>>;  // with their addresses at first
 
 void* address_of(const Tensor& t) {
   void* data;
@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CompositeExplicitAutograd, m) {
   m.impl("_watch", TORCH_BOX(&ademamix::watch));
 }
 
-// 1 if each tensor lies where it did.
+// Returns 1 if no tensor has moved.
 EXPORTED int ademamix_unmoved(int64_t handle) {
   for (const auto& [t, address] : *reinterpret_cast<const ademamix::Watched*>(handle))
     if (ademamix::address_of(t) != address) return 0;

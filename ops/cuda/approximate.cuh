@@ -1,5 +1,5 @@
-// A float whose roots and quotients are approximate, right to an ulp or two, for one instruction each where the exact
-// ones take about ten. A value type of the shared formulas (../value.h).
+// A float whose roots and quotients are approximate, to within an ulp or two: one instruction each, while exact ones
+// take about ten. A value type of the shared formulas (../value.h).
 #pragma once
 
 #include "../value.h"
@@ -21,8 +21,8 @@ __device__ __forceinline__ Approximate fma(Approximate a, Approximate b, Approxi
   return Approximate(fma(a.value, b.value, c.value));
 }
 
-// Toward zero: a root that should be 1 may be 1 + 2^-23 (PTX ISA, sqrt.approx), and MAX times that, with a random
-// number added, one more than MAX, which would be code 0.
+// Rounds toward zero: a root that should be 1 may be 1 + 2^-23 (PTX ISA, sqrt.approx); MAX times that, plus a random
+// number, could be MAX + 1, which would be stored as code 0.
 __device__ __forceinline__ Approximate fma_down(Approximate a, Approximate b, Approximate c) {
   return Approximate(__fmaf_rz(a.value, b.value, c.value));
 }
@@ -37,8 +37,8 @@ __device__ __forceinline__ Approximate unit_sqrt(Approximate a) {
 #endif
 }
 
-// Scaled, so that the instruction, which takes denormal numbers for 0, finds none; above 2^104 the root is infinite,
-// which stores such an element as the largest of its block.
+// The root is scaled, because the instruction treats denormal numbers as 0. Above 2^104 the root is infinite, and such
+// an element is stored as the largest of its block.
 template <>
 constexpr float ROOT_SCALE<Approximate> = 4096;
 
@@ -56,7 +56,7 @@ __device__ __forceinline__ Approximate larger(Approximate a, Approximate b) {
   return Approximate(::fmaxf(a.value, b.value));
 }
 
-// Free, as modifiers of the instruction before; 0 if NaN.
+// These two cost nothing: they are modifiers of the instruction before. NaN becomes 0.
 __device__ __forceinline__ Approximate at_most_one(Approximate a) { return Approximate(__saturatef(a.value)); }
 __device__ __forceinline__ Approximate at_least_zero(Approximate a) { return at_most_one(a); }
 
@@ -64,7 +64,7 @@ __device__ __forceinline__ Approximate if_positive(Approximate condition, Approx
   return condition.value > 0 ? a : b;
 }
 
-// The divisor of the update is never denormal, except where eps is: a root of a float isn't, unless it is 0.
+// The update's divisor is never denormal unless eps is: the root of a float is 0 or normal.
 __device__ __forceinline__ Approximate operator/(Approximate a, Approximate b) {
 #if defined(__CUDA_ARCH__)
   float inverse;

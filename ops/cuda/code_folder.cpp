@@ -15,8 +15,8 @@
 
 #include "file_status.h"
 
-// By C's functions. Of C++'s files, streams and locales libtorch, or this library, may have copies of another
-// compiler's, and the loader mixes them.
+// Files are accessed by C functions: libtorch and this library may have C++ files, streams and locales of different
+// compilers, which the loader mixes up.
 
 namespace ademamix {
 namespace {
@@ -52,7 +52,7 @@ bool write_all(const Descriptor& file, const std::string& text) {
   return true;
 }
 
-// That nobody else has, nor can guess: on other machines processes may have the same number.
+// Returns a name that no other process has or can guess: processes on other machines may have the same id.
 std::string unique_name(const std::string& name) {
   uint64_t random[2];
   if (getrandom(random, sizeof random, 0) != sizeof random) return "";
@@ -62,8 +62,8 @@ std::string unique_name(const std::string& name) {
   return name + text + UNFINISHED;
 }
 
-// A lock on one byte of a file, by the number of what it stands for; released when the file is closed, also of a
-// process that is killed.
+// A lock on one byte of a file, which stands for something else. It is released when the file is closed, also if the
+// process is killed.
 bool try_lock(const Descriptor& file, off_t byte, bool& supported) {
   struct flock lock{};
   lock.l_type = F_WRLCK;
@@ -152,7 +152,7 @@ void CodeFolder::write(const std::string& name, const DeviceCode& code) const {
     unlinkat(folder.get(), unfinished.c_str(), 0);
 }
 
-// What writers that were killed have left.
+// Removes the files that killed writers have left.
 void CodeFolder::remove_leftovers(const Descriptor& folder) const {
   const std::unique_ptr<DIR, int (*)(DIR*)> open(opendir(path_.c_str()), closedir);
   while (const dirent* entry = open ? readdir(open.get()) : nullptr) {
@@ -166,7 +166,7 @@ void CodeFolder::remove_leftovers(const Descriptor& folder) const {
 
 bool CodeFolder::speaks() const {
   static const bool speaks = [&] {
-    static const Descriptor file = open_lock_file();  // for good, and so the lock
+    static const Descriptor file = open_lock_file();  // never closed, so the lock is kept
     bool supported = true;
     if (file && try_lock(file, SPEAKER, supported)) return true;
     if (file && supported) return false;

@@ -1,4 +1,4 @@
-// Folders of compiled kernels, which many processes on many machines may share.
+// Folders of compiled kernels, which processes on several machines may share.
 #pragma once
 
 #include <sys/types.h>
@@ -27,23 +27,23 @@ class Descriptor {
 
 class CodeFolder {
  public:
-  // Code runs with the user's rights: what is read must belong to this user or to root, or, if `trusts_owner`, to
-  // whoever the folder belongs to; and nobody else may be able to write to it.
+  // Code runs with the user's rights: files must belong to this user or to root, or, if `trusts_owner`, to the owner of
+  // the folder, and nobody else may be able to write to them.
   CodeFolder(const std::string& path, bool trusts_owner) : path_(path), trusts_owner_(trusts_owner) {}
 
   const std::string& path() const { return path_; }
 
-  // False if there is no such file, if it is damaged, or if it isn't trusted, which is said once.
+  // Returns false if there is no such file, if it is damaged, or if it isn't trusted, of which one warning is given.
   bool read(const std::string& name, DeviceCode& code) const;
 
-  // Readers see the whole file or none. A folder that can't be written to costs a compilation per process.
+  // Readers see the whole file or none. If the folder can't be written to, each process compiles for itself.
   void write(const std::string& name, const DeviceCode& code) const;
 
-  // Whether this process is the one that tells of the folder: of all that use it at a time, the first to ask.
+  // Whether this process prints messages about the folder: the first to ask, of all that use it at a time.
   bool speaks() const;
 
-  // Calls `compile` while no other process does so for a file of that name, or calls nothing once `there()`. If that
-  // takes very long, or there are no locks, it doesn't wait.
+  // Calls `compile` while no other process does so for a file of that name, or calls nothing if `there()`. Doesn't wait
+  // if another process takes very long, or if there are no locks.
   void alone(const std::string& name, const std::function<bool()>& there, const std::function<void()>& compile) const;
 
  private:

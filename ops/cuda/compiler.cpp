@@ -10,7 +10,7 @@
 namespace ademamix {
 namespace {
 
-// For debugging: to print each kernel and what it took, and a folder for the sources and the machine code.
+// For debugging: whether each kernel and its compile time are printed, and a folder for sources and machine code.
 constexpr char VERBOSE[] = "TORCH_ADEMAMIX_VERBOSE", DUMP[] = "TORCH_ADEMAMIX_DUMP";
 
 struct {

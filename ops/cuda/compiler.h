@@ -1,4 +1,4 @@
-// Device code for the GPU at hand, compiled by NVRTC when it is first needed and kept on disk.
+// Device code for the GPUs of this machine, compiled by NVRTC when it is first needed and kept on disk.
 #pragma once
 
 #include <string>
@@ -12,21 +12,22 @@ struct CompiledKernel {
   bool from_disk;
 };
 
-// A variant of a kernel, "step_kernel<float, half, true, ParamRounding::NEAREST, SHORT_LIST>", for a GPU of a compute
-// capability, 90, say. Throws the compiler's log. Safe with many threads and processes.
+// Returns the code of a kernel, "step_kernel<float, half, true, ParamRounding::NEAREST, SHORT_LIST>" for example, for a
+// GPU of a compute capability, such as 90. Throws an error with the compiler's log. Safe with several threads and
+// processes.
 CompiledKernel compile(const std::string& kernel, int compute_capability);
 
-// The same whatever is on disk, and kept there.
+// Compiles the kernel even if it is on disk, and stores it there.
 CompiledKernel compile_again(const std::string& kernel, int compute_capability);
 
 }  // namespace ademamix
 
-// Before the first compilation: the folder in which compiled code is kept, which need not exist; one that is only read,
-// or ""; and NVRTC's file or name.
+// To be called before the first compilation, with the folder for compiled code, which need not exist; a folder that is
+// only read, or ""; and NVRTC's file or name.
 extern "C" void ademamix_set_up(const char* cache, const char* precompiled, const char* nvrtc);
 
-// Another folder for what is compiled from now on, and none that is only read.
+// Changes the folder for code that is compiled from now on; no other folder is read.
 extern "C" void ademamix_set_cache(const char* cache);
 
-// Compiles a kernel into the cache; nullptr, or what went wrong.
+// Compiles a kernel into the cache. Returns nullptr, or an error text.
 extern "C" const char* ademamix_compile(const char* kernel, int compute_capability);

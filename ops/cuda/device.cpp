@@ -72,14 +72,14 @@ Kernel Gpu::load(const DeviceCode& code, int threads) const {
   Kernel kernel;
   check_cuda(driver().cuModuleLoadData(&module, code.image.data()), "loading a kernel");
   check_cuda(driver().cuModuleGetFunction(&kernel.function, module, code.entry.c_str()), "finding a kernel");
-  // Which also loads a kernel that the driver would otherwise load at its first launch.
+  // This also loads a kernel that the driver would otherwise load at its first launch.
   check_cuda(driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&kernel.ctas_per_multiprocessor, kernel.function,
                                                                   threads, 0),
              "occupancy");
   return kernel;
 }
 
-// In libtorch_cuda, which a torch without CUDA doesn't have.
+// A function of libtorch_cuda, which a torch without CUDA doesn't have.
 CUstream torch_stream(int32_t device_index) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {

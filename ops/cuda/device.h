@@ -1,4 +1,4 @@
-// A GPU as the ops use it: its kernels, torch's stream on it, launches.
+// The ops' view of a GPU: its kernels, torch's current stream, launches.
 #pragma once
 
 #include <cstdint>
@@ -13,27 +13,27 @@ namespace ademamix {
 
 struct Kernel {
   CUfunction function;
-  int ctas_per_multiprocessor;  // that it has room for at once
+  int ctas_per_multiprocessor;  // that fit at once
 };
 
-// One for each of the process' GPUs, for good.
+// One object for each of the process' GPUs, which is never destroyed.
 class Gpu {
  public:
-  static Gpu& at(int32_t index);  // torch's
+  static Gpu& at(int32_t index);  // torch's index
 
-  // From now on any device is taken for a GPU of that compute capability that isn't there: kernels are compiled, not
-  // loaded. 0 ends it.
+  // Treats every device as a GPU of that compute capability that is absent: kernels are compiled, but not loaded. 0
+  // ends this.
   static void only_compile_for(int compute_capability);
 
   int32_t index;
   CUdevice device;
-  CUcontext context;  // the one that torch, and CUDA's runtime, use; of a GPU that isn't there, nullptr
+  CUcontext context;  // that torch and the CUDA runtime use; nullptr for an absent GPU
   int multiprocessors;
-  int compute_capability;  // 90, say
+  int compute_capability;  // 90, for example
   bool has_managed_memory;
   bool can_prefetch;  // managed memory; not under Windows, for example
 
-  // Compiles and loads it where that hasn't been done; while the stream is captured, refuses to.
+  // Compiles and loads the kernel if necessary; throws if that would be while the stream is captured.
   Kernel kernel(const std::string& name, int threads, CUstream stream);
 
  private:
@@ -66,7 +66,7 @@ class CurrentContext {
 
 CUstream torch_stream(int32_t device_index);
 
-// The device of a call's tensors made current, and torch's current stream of it.
+// Makes the device of a call's tensors current; has torch's current stream on it.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device_index)

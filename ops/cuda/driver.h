@@ -1,5 +1,5 @@
-// libcuda, opened when it is first needed, so that this library loads on every machine and beside every torch. Its
-// functions are declared as in cuda.h; under these names, drivers of CUDA 12 and 13 alike have them.
+// libcuda, opened when it is first needed, so that this library loads on every machine and with every torch. Its
+// functions are declared as in cuda.h; drivers of CUDA 12 and 13 have them under these names.
 #pragma once
 
 #include <cstddef>
@@ -66,7 +66,7 @@ struct Driver {
 
 const Driver& driver();
 
-// `what` was asked for; an error becomes an exception that says so.
+// Raises an exception for an error; `what` is what was tried.
 void check_cuda(CUresult result, const char* what);
 
 }  // namespace ademamix

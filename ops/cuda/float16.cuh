@@ -1,4 +1,4 @@
-// The 16-bit floats as they lie in memory: read as float32, and rounded from it to nearest.
+// 16-bit floats in memory: converted to float32, and rounded from it to nearest.
 #pragma once
 
 #include "../value.h"

@@ -1,5 +1,5 @@
-// N elements of a tensor, read and written by one thread in accesses of up to 16 bytes. They stay as they lie in
-// memory until they are used, so that all of a thread's loads are under way before the first conversion.
+// N elements of a tensor, read and written by one thread in accesses of up to 16 bytes. They keep the format that they
+// have in memory until they are used, so that all loads of a thread are issued before the first conversion.
 #pragma once
 
 #include <cstring>
@@ -11,7 +11,7 @@
 
 namespace ademamix {
 
-// In the place of lanes that a kernel hasn't.
+// Replaces lanes that a kernel doesn't have.
 struct Nothing {};
 
 template <class S, int N>
@@ -45,7 +45,7 @@ class Lanes {
     }
   }
 
-  // By intrinsics: plain stores may be split into their words.
+  // Uses intrinsics, because the compiler may split plain stores into words.
   __device__ __forceinline__ void store(S* p) const {
     if constexpr (BYTES < 16) {
       using Access = std::conditional_t<BYTES == 4, uint32_t, uint2>;
@@ -64,7 +64,7 @@ class Lanes {
     }
   }
 
-  // The first `count` elements, one by one; the others become `absent`.
+  // Loads the first `count` elements, one by one; the others become `absent`.
   __device__ __forceinline__ void load(const S* p, int count, S absent) {
 #pragma unroll
     for (int i = 0; i < N; ++i) set(i, i < count ? p[i] : absent);
@@ -86,7 +86,7 @@ class Lanes {
     return static_cast<T>(element);
   }
 
-  // The same as a float; of bytes taken out at once.
+  // Returns element i as a float; bytes are extracted by one instruction.
   __device__ __forceinline__ float get_float(int i) const {
     if constexpr (std::is_same_v<S, uint8_t>) return static_cast<float>(__byte_perm(words_[i / 4], 0, 0x4440 + i % 4));
     return static_cast<float>(get<S>(i));
@@ -103,10 +103,10 @@ class Lanes {
     word = (word & ~(mask << shift)) | static_cast<Word>(bits) << shift;
   }
 
-  // What element i is a part of: the first in the lowest bits.
+  // Returns the word that contains element i; the first element of a word is in its lowest bits.
   __device__ __forceinline__ Word word(int i) const { return words_[i / PER_WORD]; }
 
-  // Shifts each element to the left, and puts the lowest COUNT bits of the other lanes' below.
+  // Shifts each element to the left by COUNT bits, and puts the lowest COUNT bits of the other lanes' elements there.
   template <int COUNT>
   __device__ __forceinline__ void append(const Lanes& low) {
     static_assert(sizeof(S) == 2);
@@ -115,7 +115,7 @@ class Lanes {
     for (int i = 0; i < N / 2; ++i) words_[i] = (words_[i] << COUNT & ~MASK) | (low.words_[i] & MASK);
   }
 
-  // All elements; of whole numbers the lowest bits from SHIFT, in whole bytes, on.
+  // Sets all elements; integers get the lowest bits of the values from SHIFT on, a multiple of 8.
   template <int SHIFT = 0, class T>
   __device__ __forceinline__ void set_all(const T (&values)[N]) {
     if constexpr (std::is_integral_v<S> && sizeof(S) == 1) {
@@ -145,7 +145,7 @@ class Lanes {
     }
   }
 
-  // All elements, of which each is the upper half of a word.
+  // Sets each element to the upper half of a word.
   __device__ __forceinline__ void set_upper_halves(const uint32_t (&words)[N]) {
     static_assert(sizeof(S) == 2);
 #pragma unroll

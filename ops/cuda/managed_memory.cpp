@@ -4,10 +4,10 @@
 
 namespace ademamix {
 
-constexpr size_t PLENTY_BYTES = size_t{1} << 30;  // so much is free only where nothing had to make room
+constexpr size_t PLENTY_BYTES = size_t{1} << 30;  // if so much is free, nothing was moved to the host
 
 ManagedMemory& ManagedMemory::instance() {
-  static ManagedMemory& memory = *new ManagedMemory;  // for good: tensors may outlive every static object
+  static ManagedMemory& memory = *new ManagedMemory;  // never destroyed: tensors may outlive static objects
   return memory;
 }
 
@@ -16,7 +16,7 @@ void* ManagedMemory::allocate(size_t bytes, Gpu& gpu) {
   const RelaxedCapture relaxed;
   CUdeviceptr begin;
   check_cuda(driver().cuMemAllocManaged(&begin, bytes, CU_MEM_ATTACH_GLOBAL), "managed memory");
-  // A hint: where it isn't taken, the memory serves all the same.
+  // Only a hint: the memory works without it.
   if (gpu.can_prefetch) driver().cuMemAdvise(begin, bytes, CU_MEM_ADVISE_SET_PREFERRED_LOCATION, gpu.device);
   const std::lock_guard<std::mutex> lock(mutex_);
   blocks_[begin] = {begin, bytes, &gpu, false, getpid()};
@@ -28,7 +28,7 @@ void* ManagedMemory::allocate(size_t bytes, Gpu& gpu) {
 void ManagedMemory::release(void* data) {
   Block block;
   {
-    // First: once it is freed, another thread may be given the same address.
+    // Erased first: once the memory is freed, another thread may be given the same address.
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto entry = blocks_.find(reinterpret_cast<CUdeviceptr>(data));
     block = entry->second;

@@ -13,7 +13,7 @@
 
 namespace ademamix {
 
-extern const char DEVICE_SOURCE[];  // by ../embed_sources.py
+extern const char DEVICE_SOURCE[];  // written by ../embed_sources.py
 
 namespace {
 
@@ -45,7 +45,7 @@ struct Nvrtc {
 #undef ADEMAMIX_DECLARE
 };
 
-// NVRTC opens a second library by its name alone; if that isn't on the loader's path, it has to be open already.
+// NVRTC opens a second library by its name. If that isn't on the loader's path, it has to be open already.
 void open_builtins() {
   const size_t end = file.rfind('/');
   if (end == std::string::npos) return;
@@ -82,13 +82,13 @@ void check_nvrtc(int result, const char* what) {
     throw std::runtime_error(std::string("torch_ademamix: ") + what + " failed: NVRTC error " + std::to_string(result));
 }
 
-// No contraction, as for the host's code (../value.h).
+// No contraction, as in host code (../value.h).
 std::vector<std::string> options(const std::string& architecture) {
   return {"--gpu-architecture=" + architecture, "--std=c++17", "--fmad=false", "-default-device"};
 }
 
-// Its version lacks the patch number: so also the beginning of its file, where a linker puts the build's id and the
-// addresses of all functions, and the file's size.
+// Identifies the build of NVRTC. Its version lacks the patch number, so this adds the size of its file and the file's
+// beginning, where linkers put the build id and the addresses of all functions.
 uint64_t nvrtc_hash() {
   int major, minor;
   check_nvrtc(nvrtc().nvrtcVersion(&major, &minor), "nvrtcVersion");

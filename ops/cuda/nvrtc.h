@@ -1,4 +1,4 @@
-// NVRTC, opened when it is first needed, from the file that Python has found.
+// NVRTC, opened when it is first needed, from the file that Python found.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +17,13 @@ void set_nvrtc(const std::string& path);
 // driver translates. Throws for GPUs that no kernel can be compiled for.
 std::string architecture(int compute_capability);
 
-// What a compiled kernel depends on: the source, the options, and this very build of NVRTC.
+// Returns everything that a compiled kernel depends on: the source, the options, and this very build of NVRTC.
 uint64_t compiler_hash(const std::string& architecture);
 
-// The whole program that a kernel is an instantiation in.
+// Returns the whole program, of which kernels are instantiations.
 std::string program_source();
 
-// Throws the compiler's log.
+// Compiles a kernel; throws an error with the compiler's log.
 DeviceCode compile_now(const std::string& kernel, const std::string& architecture);
 
 // FNV-1a.

@@ -1,5 +1,5 @@
-// The first kernel of a step: advances each tensor's step and computes its scalars, on the device, so that a replayed
-// CUDA graph goes on with its schedules.
+// The first kernel of a step: increments each tensor's step and computes its scalars on the device, so that schedules
+// continue when a CUDA graph is replayed.
 #pragma once
 
 #include <cstring>
@@ -19,7 +19,7 @@ __device__ __forceinline__ TensorScalars<T> load(const TensorScalars<T>* scalars
   return loaded;
 }
 
-// GradScaler's flag: a step that it forbids changes nothing.
+// Whether GradScaler skips this step, which then changes nothing.
 __device__ inline bool skipped(const float* found_inf) { return found_inf && *found_inf != 0; }
 
 template <class T, int CAPACITY, int ROWS>

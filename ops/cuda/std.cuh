@@ -1,4 +1,4 @@
-// What device code uses of the standard headers, which NVRTC doesn't have.
+// The parts of the standard headers that device code uses; NVRTC doesn't have these headers.
 #pragma once
 
 using int8_t = signed char;
