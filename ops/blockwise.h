@@ -7,8 +7,8 @@
 //   signed_sqrt_int4     sign(code) * (code / 7)^2 * absmax
 //   fourth_root_uint4    ((code / 15)^2 * absmax)^2
 //
-// torch_ademamix/numerics/blockwise.py defines the same formats in PyTorch and is their oracle: codes and scales agree bit for
-// bit on every processor. So every operation below is one IEEE float32 operation, and all is built without
+// torch_ademamix/numerics/blockwise.py defines the same formats in PyTorch and is their oracle: codes and scales agree
+// bit for bit on every processor. So every operation below is one IEEE float32 operation, and all is built without
 // contraction; on CUDA, roots within the step are approximate (cuda/approximate.cuh). V is float or a vector of it.
 #pragma once
 
@@ -23,7 +23,7 @@ constexpr int BLOCK_SIZE = 256;
 
 constexpr int64_t block_count(int64_t numel) { return (numel + BLOCK_SIZE - 1) / BLOCK_SIZE; }
 
-// In the order of torch_ademamix/numerics/blockwise.py's.
+// In the order of CODE_DTYPES in torch_ademamix/numerics/blockwise.py.
 enum class BlockFormat : int8_t {
   SIGNED_SQRT_INT8,
   FOURTH_ROOT_UINT8,
@@ -65,8 +65,8 @@ struct SignedSqrt : SignedSqrtFormat<int8_t, 127> {};
 struct SignedSqrt4 : SignedSqrtFormat<int8_t, 7> {
   static constexpr int POSITION_ZERO = 192, POSITION_BITS = 16, BITS = 4;
 
-  // What a magnitude would gain on average, relative to the scale, where its root is rounded stochastically: with a
-  // fraction f of a code, its square gains f (1 - f) / MAX^2. It is taken away before, but for the largest magnitude.
+  // Rounding a root stochastically adds f (1 - f) / MAX^2 to its square on average, relative to the scale, for a
+  // fraction f of a code. That gain is subtracted before, except from the largest magnitude.
   static constexpr float GAIN = 1 / 256.0f;
 
   template <int ZERO = ROUNDING_MAGIC, class V>
@@ -97,11 +97,11 @@ struct LinearFormat {
 struct Linear : LinearFormat<32767> {};
 struct Linear12 : LinearFormat<2047> {};
 
-// Of values that aren't negative. The optimizer needs their square root anyway; and a root's scale is never denormal.
+// For values that aren't negative. The optimizer needs their square root anyway, and a root's scale is never denormal.
 //
-// SMALLEST_CODE is a positive value's. The next step divides by its root, so it may neither become 0 nor, by chance,
-// much smaller than it is: of 255, codes 1 to 3 are as far from each other as from 0, and what is below 4 goes up to
-// it.
+// SMALLEST_CODE is the smallest code of a positive value. The next step divides by its root, so the value may neither
+// become 0 nor, by chance, much smaller than it is: of 255, codes 1 to 3 are as far from each other as from 0, so that
+// smaller codes are raised to 4.
 template <int LARGEST, int SMALLEST_CODE>
 struct FourthRootFormat {
   using Code = uint8_t;
@@ -155,13 +155,13 @@ ADEMAMIX_INLINE int32_t word_with_code(int32_t word, int32_t code) {
   return (word & ~15) | (code & 15);
 }
 
-// Two codes of an element are rounded independently, with the bits of one Philox call: exp_avg's takes those that
-// exp_avg_sq's of another element takes. Element i of a group has those of element i ^ RANDOM_ELEMENT.
+// Two codes of an element are rounded independently with the bits of one Philox call: the code of exp_avg uses the bits
+// that the code of exp_avg_sq uses in another element of the group, i ^ RANDOM_ELEMENT for element i.
 template <class Format>
 constexpr int RANDOM_ELEMENT = std::is_same_v<Format, SignedSqrt4> ? 4 : 0;
 
-// Up with the probability of the fraction, right to 2e-5, by the bits of a position and 16 random ones. The code is the
-// Format::BITS from STOCHASTIC_SHIFT on; above them may be garbage.
+// Rounds up with the probability of the fraction, to within 2e-5, from the bits of a position and 16 random bits. The
+// code is the Format::BITS from STOCHASTIC_SHIFT on; the bits above them may be garbage.
 constexpr int STOCHASTIC_SHIFT = 16;
 
 template <class Format, class Bits>
@@ -170,7 +170,7 @@ ADEMAMIX_INLINE Bits round_position(Bits position, Bits random) {
   return Format::POSITION_BITS == 15 ? position + position + random : position + random;
 }
 
-// The format of an exp_avg that isn't kept: at beta1 = 0 it is the gradient.
+// The format of exp_avg if there is none: at beta1 = 0 it is the gradient.
 struct NoCodes {
   using Code = int8_t;
   static constexpr float UNIT = 0;
@@ -192,7 +192,7 @@ auto with_format(BlockFormat format, F&& f) {
   }
 }
 
-// What values are multiplied by before they are encoded: 1 / absmax, but finite.
+// Returns the factor of values before they are encoded: 1 / absmax, but finite.
 ADEMAMIX_INLINE float inverse_absmax(float absmax) {
 #if defined(__CUDA_ARCH__)
   return ::fminf(__frcp_rn(absmax), FLT_MAX);
@@ -206,9 +206,9 @@ ADEMAMIX_INLINE float inverse_absmax(float absmax) {
 ADEMAMIX_INLINE float finite_or_zero(float value) { return ::fabsf(value) <= FLT_MAX ? value : 0.0f; }
 
 // Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: passes BigCrush).
-// Key: the seed. Counter: the number of the group of 8 elements in two words, low first; the step; the stream, which
-// is the tensor's own number. The four words are 8 times 16 bits: element i of the group has the low half of word
-// i / 2 if i is even, else the high half.
+// Key: the seed. Counter: the index of the group of 8 elements in two words, low first; the step; the tensor's own
+// subsequence. The four words are 8 times 16 bits: element i of the group has the low half of word i / 2 if i is even,
+// else the high half.
 constexpr int PHILOX_ROUNDS = 7;
 constexpr uint32_t PHILOX_MULTIPLIER[2] = {0xD2511F53, 0xCD9E8D57};
 constexpr uint32_t PHILOX_KEY_STEP[2] = {0x9E3779B9, 0xBB67AE85};
@@ -217,14 +217,14 @@ constexpr int RANDOM_GROUP = 8;
 struct RandomKey {
   uint64_t seed;
   uint32_t step;
-  uint32_t stream;
+  uint32_t subsequence;
   uint64_t first_group;
 };
 
-// `stream` has the tensor's number in its lower half. In the upper half is the number of the tensor's first group where
-// it is a part of a larger one: so that its elements draw what they would draw in the whole.
-ADEMAMIX_INLINE RandomKey random_key(uint64_t seed, uint32_t step, int64_t stream) {
-  return {seed, step, static_cast<uint32_t>(stream), static_cast<uint64_t>(stream) >> 32};
+// `subsequence` has the tensor's subsequence in its lower half. The upper half is the index of the tensor's first group
+// in a larger tensor that it is a shard of, so that its elements draw the bits that they would draw there; else 0.
+ADEMAMIX_INLINE RandomKey random_key(uint64_t seed, uint32_t step, int64_t subsequence) {
+  return {seed, step, static_cast<uint32_t>(subsequence), static_cast<uint64_t>(subsequence) >> 32};
 }
 
 struct RandomWords {
@@ -241,12 +241,13 @@ ADEMAMIX_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// `group`: its number within the tensor. `purpose` sets bits that no group's number has.
+// `group` is the group's index within the tensor. `purpose` sets bits that no group's index has.
 ADEMAMIX_INLINE RandomWords random_words(const RandomKey& key, uint64_t group, uint64_t purpose = 0) {
   constexpr uint32_t multiplier0 = PHILOX_MULTIPLIER[0], multiplier1 = PHILOX_MULTIPLIER[1];
   constexpr uint32_t key_step0 = PHILOX_KEY_STEP[0], key_step1 = PHILOX_KEY_STEP[1];
   group = (group + key.first_group) ^ purpose;
-  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = key.step, c3 = key.stream;
+  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = key.step,
+           c3 = key.subsequence;
   uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
 #if defined(__CUDACC__)
 #pragma unroll

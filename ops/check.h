@@ -11,7 +11,7 @@
 #include "ademamix.h"
 #include "bfloat16.h"
 #include "blockwise.h"
-#include "place.h"
+#include "offsets.h"
 #include "tensor_view.h"
 
 namespace ademamix {
@@ -50,8 +50,8 @@ inline bool overlaps_itself(const TensorView& t) {
 
 // The rows of hyperparameters of a call as numbers.
 struct NumberRows {
-  std::vector<double> numbers;  // HYPERPARAMETERS of each row
-  TensorList lrs;               // of each row, in place of its lr; or none
+  std::vector<double> numbers;  // HYPERPARAMETERS for each row
+  TensorList lrs;               // one for each row, which replaces its lr; or none
 
   size_t count() const { return numbers.size() / HYPERPARAMETERS; }
   Hyperparameters row(size_t i) const { return read_hyperparameters(numbers.data() + i * HYPERPARAMETERS); }
@@ -61,12 +61,12 @@ struct NumberRows {
 // one tensor for each parameter, else flat ones, the arenas, that the parameters share.
 class Checker {
  public:
-  Checker(const char* op, const Views& params, const std::vector<int64_t>& places)
-      : op_(op), params_(params), places_(places) {
+  Checker(const char* op, const Views& params, const std::vector<int64_t>& offsets)
+      : op_(op), params_(params), offsets_(offsets) {
     for (const TensorView& param : params)
       require(is_parameter_dtype(param.dtype) && param.dtype == params[0].dtype && same_device(param, params[0]) &&
               !overlaps_itself(param));
-    require(places.empty() || places.size() == PLACE_NUMBERS * params.size());
+    require(offsets.empty() || offsets.size() == OFFSETS_PER_PARAM * params.size());
   }
 
   // A list with one entry for each parameter.
@@ -123,10 +123,10 @@ class Checker {
   }
 
   // To be called after all lists of state.
-  void places(const Views& steps) const {
-    const std::vector<Place> places = places_of(places_);
-    for (size_t i = 0; i < places.size(); ++i) {
-      const auto& [arena, first, step] = places[i];
+  void offsets(const Views& steps) const {
+    const std::vector<StateOffsets> offsets = read_offsets(offsets_);
+    for (size_t i = 0; i < offsets.size(); ++i) {
+      const auto& [arena, first, step] = offsets[i];
       require(arena < capacities_.size());
       require(first >= 0 && first % BLOCK_SIZE == 0 && first <= capacities_[arena] - params_[i].numel);
       require(step >= 0 && step < steps[arena].numel);
@@ -172,22 +172,22 @@ class Checker {
   void list_of_state(const Views& list, ScalarType dtype, const Valid& valid) {
     length_of_state(list.size());
     for (size_t i = 0; i < list.size(); ++i) {
-      const TensorView &t = list[i], &param = params_[places_.empty() ? i : 0];
+      const TensorView &t = list[i], &param = params_[offsets_.empty() ? i : 0];
       require(t.dtype == dtype && same_device(t, param));
-      require(places_.empty() ? valid(t, param) : t.dims == 1 && t.contiguous);
+      require(offsets_.empty() ? valid(t, param) : t.dims == 1 && t.contiguous);
     }
   }
 
   // All lists of state have as many arenas.
   void length_of_state(size_t n) {
-    if (places_.empty()) return length(n);
+    if (offsets_.empty()) return length(n);
     if (!arenas_) arenas_ = n;
     require(n == *arenas_);
   }
 
   // An element of these arenas is for `scale` elements of a parameter.
   void add_capacity(const Views& list, int64_t scale) {
-    if (places_.empty()) return;
+    if (offsets_.empty()) return;
     capacities_.resize(list.size(), INT64_MAX);
     for (size_t i = 0; i < list.size(); ++i) capacities_[i] = std::min(capacities_[i], list[i].numel * scale);
   }
@@ -217,7 +217,7 @@ class Checker {
 
   const char* op_;
   const Views& params_;
-  const std::vector<int64_t>& places_;
+  const std::vector<int64_t>& offsets_;
   bool has_exp_avg_ = true;
   std::optional<size_t> arenas_;     // in each list of state
   std::vector<int64_t> capacities_;  // elements of parameters for which each arena has state

@@ -1,15 +1,15 @@
-// From an op's arguments to what the CPU kernels take.
+// Turns an op's arguments into those of the CPU kernels.
 #pragma once
 
 #include <vector>
 
 #include "../ademamix.h"
 #include "../step_arguments.h"
-#include "param.h"
+#include "kernels.h"
 
 namespace ademamix {
 
-// The first element.
+// Reads the first element.
 inline double read_scalar(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(t.const_data_ptr())
                                                : *static_cast<const float*>(t.const_data_ptr());
@@ -38,8 +38,8 @@ inline bool skipped(const StepOptions& options) {
   return options.dry_run || (options.found_inf && read_scalar(*options.found_inf) != 0);
 }
 
-// Where the tensors of one parameter fill their memory without gaps and in one order, as a transposed weight and its
-// state do, that order serves as well as the row-major one: marks them contiguous.
+// If the tensors of one parameter fill their memory without gaps and in one order, as a transposed weight and its state
+// do, that order is as good as the row-major one: marks them contiguous.
 inline void use_common_order(std::initializer_list<TensorView*> tensors) {
   const TensorView& first = **tensors.begin();
   if (!fills_memory(first)) return;
@@ -48,9 +48,10 @@ inline void use_common_order(std::initializer_list<TensorView*> tensors) {
   for (TensorView* t : tensors) t->contiguous = true;
 }
 
-// The random bits of one parameter's step, after its increment.
-inline RandomKey random_key(int64_t seed, const TensorView& step, int64_t stream) {
-  return random_key(static_cast<uint64_t>(seed), static_cast<uint32_t>(*static_cast<const float*>(step.data)), stream);
+// The key of one parameter's random bits; `step` has been incremented.
+inline RandomKey random_key(int64_t seed, const TensorView& step, int64_t subsequence) {
+  const auto count = static_cast<uint32_t>(*static_cast<const float*>(step.data));
+  return random_key(static_cast<uint64_t>(seed), count, subsequence);
 }
 
 // Advances each parameter's step and computes its scalars. Parameters of one row and step share them.

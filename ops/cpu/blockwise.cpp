@@ -2,21 +2,19 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "blockwise_kernel.h"
-#include "work.h"
+#include "kernels.h"
+#include "parallel.h"
 
 namespace ademamix {
 namespace {
 
-static_assert(BLOCK_SIZE == UNIT, "no two threads may share a quantization block");
-
-// Of codes, or of words in which codes of a format are.
+// `codes` has codes that fill their dtype, or words that have codes of the format `in_words`.
 Quantized quantized(const TensorView& codes, const TensorView& absmax, std::optional<BlockFormat> in_words = {}) {
   const BlockFormat format = in_words ? *in_words : format_of(codes.dtype);
   return {codes.data, static_cast<float*>(absmax.data), format, in_words.has_value()};
 }
 
-// The moments of one parameter of a call.
+// Sets the moments of parameter i.
 template <class T>
 void set_moments(BlockwiseTensor<T>& t, const BlockwiseLists& lists, size_t i) {
   const TensorView& slow = lists.exp_avg_slows[i];
@@ -40,7 +38,7 @@ void run(const BlockwiseLists& lists, const StepOptions& options) {
   tensors.reserve(lists.params.size());
   numels.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
-    const RandomKey random = random_key(options.seed, lists.steps[i], options.streams[i]);
+    const RandomKey random = random_key(options.seed, lists.steps[i], options.subsequences[i]);
     tensors.push_back(
         {{lists.params[i], rounding, has_remainder(rounding) ? lists.remainders[i] : TensorView{}, random},
          lists.grads[i],
@@ -64,14 +62,15 @@ void blockwise_step(const BlockwiseLists& lists, const StepOptions& options) {
 }
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::optional<int64_t> seed, int64_t step,
-                                              int64_t stream) {
+                                              int64_t subsequence) {
   const BlockFormat block_format = check_quantize(view_of(x), format, seed.has_value());
   const Tensor values = torch::stable::contiguous(x);
   const int64_t numel = values.numel(), blocks = block_count(numel);
   Tensor codes = torch::stable::new_empty(values, values.sizes(), code_dtype(block_format));
   Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
   const Quantized target{codes.data_ptr(), static_cast<float*>(absmax.data_ptr()), block_format, false};
-  const RandomKey random = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
+  const RandomKey random =
+      random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), subsequence);
   parallel_over_elements({numel}, [&](size_t, int64_t begin, int64_t end) {
     quantize_elements(static_cast<const float*>(values.const_data_ptr()), target, seed ? &random : nullptr, begin, end);
   });
@@ -93,7 +92,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
 }  // namespace ademamix
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CPU, m) {
-  ademamix::register_blockwise_step<ademamix::blockwise_step>(m);
+  ademamix::register_step<ademamix::BlockwiseLists, ademamix::blockwise_step>(m);
   m.impl("quantize_blockwise", TORCH_BOX(&ademamix::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&ademamix::dequantize_blockwise));
 }

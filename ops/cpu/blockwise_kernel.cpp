@@ -1,22 +1,22 @@
-#include "blockwise_kernel.h"
-
+// The step with quantized state, and quantization alone, on the CPU.
+#include "chunk.h"
 #include "codes.h"
+#include "kernels.h"
 #include "random_block.h"
-#include "step_run.h"
 #include "weights.h"
 
 namespace ademamix {
 namespace {
 
-// The loops below are over at most one block, and written with torch's vectors, unless compilers make them of their own
-// accord.
+// The loops below are over at most one block. They are written with torch's vectors, unless compilers vectorize them
+// by themselves.
 using V = Simd<float>;
 
-// A block's values. Loops over vectors may go on to the end of the last vector.
+// A block's values. Loops over vectors may continue to the end of the last vector.
 template <class T>
 using Block = T[BLOCK_SIZE];
 
-// `first` is the number of the block's first element.
+// `first` is the index of the block's first element.
 template <class T>
 void decode(const Quantized& source, int64_t first, int count, T* values) {
   const float absmax = source.absmax[first / BLOCK_SIZE];
@@ -31,7 +31,7 @@ void decode(const Quantized& source, int64_t first, int count, T* values) {
   });
 }
 
-// NaN is the largest of all: magnitudes and their bits are in the same order.
+// NaN counts as the largest value: magnitudes and their bits are in the same order.
 float absmax_of(const float* values, int count) {
   uint32_t most = 0;
   for (int i = 0; i < count; ++i) most = std::max(most, float_bits(values[i]) & INT32_MAX);
@@ -44,8 +44,9 @@ void replace_by_roots(Block<float>& values, int count) {
 
 Ints bits_of(V values) { return at::vec::cast<int32_t>(values.v); }
 
-// The codes of a vector of a block's finite values (for fourth roots, of their roots) in their lowest bits; above may
-// be garbage. `random` has the block's random bits, or is null to round to nearest; `i` is the first value's number.
+// Returns the codes of a vector of a block's finite values (for fourth-root formats, of their square roots) in the
+// lowest bits; the bits above may be garbage. `random` has the block's random bits, or is null to round to nearest; `i`
+// is the index of the first value in the block.
 template <class Format>
 Ints codes_of(V values, V inverse, const uint16_t* random, int i) {
   if constexpr (Format::POSITION_ZERO != 0)
@@ -57,10 +58,10 @@ Ints codes_of(V values, V inverse, const uint16_t* random, int i) {
   return bits_of(Format::encode(values, inverse));
 }
 
-// Words of Linear12's codes and others, in their lowest 16 bits; the codes in their own lowest bits.
+// Returns words of codes of Linear12 and others, in the lowest 16 bits; the codes are in their lowest bits.
 Ints words_of(Ints slow, Ints others) { return slow << Ints(4) | (others & Ints(15)); }
 
-// A block's values, of which `absmax` is the scale.
+// Quantizes a block's values, whose scale is `absmax`.
 void encode_block(const Block<float>& values, float absmax, int64_t first, int count, const RandomKey* random,
                   const Quantized& target) {
   target.absmax[first / BLOCK_SIZE] = absmax;
@@ -85,7 +86,7 @@ void encode_block(const Block<float>& values, float absmax, int64_t first, int c
   });
 }
 
-// The moments of a block; after the step with the roots of nu in its place.
+// The moments of a block. After the step, nu has its square roots.
 struct Moments {
   alignas(64) Block<float> m1, m2, nu;
   float m1_absmax, m2_absmax, nu_absmax;  // not finite if an element isn't
@@ -96,7 +97,7 @@ struct Moments {
     nu_absmax = absmax_of(nu, count);
   }
 
-  // An element of which one moment isn't finite loses all three, and its neighbours nothing.
+  // If a moment of an element isn't finite, the element loses all three; its neighbours lose nothing.
   void drop_infinite(int count) {
     for (int i = 0; i < count; ++i)
       if (!(std::isfinite(m1[i]) && std::isfinite(m2[i]) && std::isfinite(nu[i]))) m1[i] = m2[i] = nu[i] = 0;
@@ -106,7 +107,7 @@ struct Moments {
   bool finite() const { return std::isfinite(m1_absmax) && std::isfinite(m2_absmax) && std::isfinite(nu_absmax); }
 };
 
-// absmax_of, while vectors pass by.
+// Computes absmax_of the vectors that are added.
 class Largest {
  public:
   void add(V values) { most_ = at::vec::maximum(most_, bits_of(values) & Ints(INT32_MAX)); }
@@ -122,15 +123,16 @@ class Largest {
   Ints most_{0};
 };
 
-// A whole block. Returns false, and has written nothing, where a moment isn't finite.
+// Updates a whole block. Returns false, without having written anything, if a moment isn't finite.
 //
-// In one loop over the elements each would wait for a root and then for a quotient, and a processor has room for few
-// that wait. So the moments and their roots come first; the second loop has the quotients beside the codes' roots.
+// In a single loop, each element would wait for a root and then for a quotient, and a processor can keep only few of
+// them waiting. So the first loop computes the moments and their roots, and the second one overlaps the quotients with
+// the codes' roots.
 template <class Fast, class Slow, class Sq>
 bool step_whole_block(float* param, const float* grad, const BlockwiseTensor<float>& t, int64_t first, Moments& m) {
   constexpr bool EXP_AVG = IS_KEPT<Fast>, IN_WORDS = std::is_same_v<Slow, Linear12>;
   constexpr bool SQ_IN_WORDS = std::is_same_v<Sq, FourthRoot4>;
-  using Other = std::conditional_t<SQ_IN_WORDS, Sq, Fast>;  // of the words' other codes
+  using Other = std::conditional_t<SQ_IN_WORDS, Sq, Fast>;  // the format of the other codes in the words
   const StepScalars<V> scalars(t.scalars);
   auto* m1_codes = EXP_AVG ? static_cast<int8_t*>(t.exp_avg.codes) + first : nullptr;
   auto* m2_codes = static_cast<typename Slow::Code*>(t.exp_avg_slow.codes) + first;
@@ -213,8 +215,8 @@ void step_moments(T* param, const T* grad, const BlockwiseTensor<T>& t, int64_t 
   if (t.exp_avg.codes) decode(t.exp_avg, first, count, m1);
   decode(t.exp_avg_slow, first, count, m2);
   decode(t.exp_avg_sq, first, count, nu);
-  t.exp_avg.codes ? step_run<true>(param, grad, m1, m2, nu, count, t.scalars)
-                  : step_run<false>(param, grad, m1, m2, nu, count, t.scalars);
+  t.exp_avg.codes ? step_chunk<true>(param, grad, m1, m2, nu, count, t.scalars)
+                  : step_chunk<false>(param, grad, m1, m2, nu, count, t.scalars);
   at::vec::convert(m1, m.m1, count);
   at::vec::convert(m2, m.m2, count);
   at::vec::convert(nu, m.nu, count);
@@ -230,7 +232,7 @@ void blockwise_step_elements(const BlockwiseTensor<T>& t, int64_t begin, int64_t
   for (int64_t first = begin; first < end; first += BLOCK_SIZE) {
     const int count = static_cast<int>(std::min<int64_t>(BLOCK_SIZE, end - first));
     Weights<T> param(t.param, first, count);
-    Run<T> grad(t.grad, first, count);
+    Chunk<T> grad(t.grad, first, count);
     if (count < BLOCK_SIZE || !step_whole_block(param.data(), grad.data(), t, first, m)) {
       step_moments(param.data(), grad.data(), t, first, count, m);
       if (!m.finite()) m.drop_infinite(count);

@@ -11,8 +11,8 @@
 
 namespace ademamix {
 
-// A word of several groups, and the halves of a product of two. Compilers don't find the instructions that multiply 32
-// bits to 64, and multiply whole lanes instead.
+// One word of several groups, and the halves of the product of two. Compilers don't find the instructions that multiply
+// 32 bits to 64, and multiply whole lanes instead.
 #if defined(__aarch64__)
 
 typedef uint32_t Words __attribute__((vector_size(16)));
@@ -25,7 +25,7 @@ ADEMAMIX_INLINE void multiply(Words a, Words b, Words& low, Words& high) {
   high = reinterpret_cast<Words>(vuzp2q_u32(lower, upper));
 }
 
-#else  // each word in the lower half of a lane; in the upper half is garbage
+#else  // each word is in the lower half of a lane; the upper half is garbage
 
 #if defined(CPU_CAPABILITY_AVX512)
 typedef uint64_t Words __attribute__((vector_size(64)));
@@ -49,14 +49,14 @@ ADEMAMIX_INLINE void multiply(Words a, Words b, Words& low, Words& high) {
 
 #endif
 
-// The rounds of random_words, for the groups of CHAINS vectors of each word.
+// Does the rounds of random_words for the groups of CHAINS vectors of each word.
 template <int CHAINS>
 ADEMAMIX_INLINE void philox(const RandomKey& key, Words (&c0)[CHAINS], Words (&c1)[CHAINS], Words (&c2)[CHAINS],
                             Words (&c3)[CHAINS]) {
   const Words zero{}, multiplier0 = zero + PHILOX_MULTIPLIER[0], multiplier1 = zero + PHILOX_MULTIPLIER[1];
   for (int i = 0; i < CHAINS; ++i) {
     c2[i] = zero + key.step;
-    c3[i] = zero + key.stream;
+    c3[i] = zero + key.subsequence;
   }
   uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
@@ -74,7 +74,7 @@ ADEMAMIX_INLINE void philox(const RandomKey& key, Words (&c0)[CHAINS], Words (&c
   }
 }
 
-// random_words for the groups of a block, from the group `first` on, as the bits of its elements.
+// Computes the random bits of a block's elements: random_words for its groups, from group `first` on.
 inline void random_block(const RandomKey& key, uint64_t first, uint16_t (&random)[BLOCK_SIZE]) {
   constexpr int GROUPS = BLOCK_SIZE / RANDOM_GROUP;
   uint64_t group[GROUPS];

@@ -1,7 +1,7 @@
 // ademamix_step_ on the CPU.
 #include "arguments.h"
-#include "step_kernel.h"
-#include "work.h"
+#include "kernels.h"
+#include "parallel.h"
 
 namespace ademamix {
 namespace {
@@ -25,8 +25,8 @@ void run(const StepLists& lists, const StepOptions& options) {
                     has_exp_avg};
     t.param.remainder = has_remainder(rounding) ? lists.remainders[i] : t.param.tensor;
     if (draws(rounding)) {
-      // Of the elements in row-major order.
-      t.param.random = random_key(options.seed, lists.steps[i], options.streams[i]);
+      // Random bits belong to the elements in row-major order.
+      t.param.random = random_key(options.seed, lists.steps[i], options.subsequences[i]);
     } else {
       use_common_order({&t.param.tensor, &t.param.remainder, &t.grad, &t.exp_avg, &t.exp_avg_slow, &t.exp_avg_sq});
     }
@@ -45,4 +45,4 @@ void step(const StepLists& lists, const StepOptions& options) {
 }  // namespace
 }  // namespace ademamix
 
-STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CPU, m) { ademamix::register_step<ademamix::step>(m); }
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CPU, m) { ademamix::register_step<ademamix::StepLists, ademamix::step>(m); }

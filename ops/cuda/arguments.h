@@ -1,4 +1,4 @@
-// From an op's arguments to what the CUDA kernels take.
+// Turns an op's arguments into those of the CUDA kernels.
 #pragma once
 
 #include <map>
@@ -15,7 +15,7 @@ namespace ademamix {
 
 inline Scalar scalar_of(double value) { return {value, nullptr, nullptr}; }
 
-// The first element.
+// Takes the first element.
 inline Scalar scalar_of(const Tensor& t) {
   const bool is_double = t.scalar_type() == ScalarType::Double;
   const void* data = t.const_data_ptr();
@@ -40,26 +40,26 @@ inline StepNumbers numbers_of(const StepOptions& options) {
   return numbers;
 }
 
-// The rows of hyperparameters that one launch of the prologue has in its arguments.
+// Collects the rows of hyperparameters that one launch of the prologue has in its arguments.
 template <int ROWS>
 class RowsOfTable {
  public:
   RowsOfTable(const StepOptions& options, HyperparameterRow (&table)[ROWS])
       : given_(std::get_if<NumberRows>(&options.hyperparameters)), table_(table) {}
 
-  // Whether there is room for a row of the call's; last() is where it is.
+  // Adds a row of the call, whose index in the table is then last(). Returns false if there is no room for it.
   bool add(size_t row) {
     if (!given_) {  // in device memory
       last_ = static_cast<int32_t>(row);
       return true;
     }
-    const auto [at, is_new] = places_.try_emplace(row, static_cast<int32_t>(places_.size()));
-    if (is_new && at->second == ROWS) return false;
+    const auto [entry, is_new] = indices_.try_emplace(row, static_cast<int32_t>(indices_.size()));
+    if (is_new && entry->second == ROWS) return false;
     if (is_new) {
       const Hyperparameters numbers = given_->row(row);
-      table_[at->second] = {numbers, given_->lrs.empty() ? scalar_of(numbers.lr) : scalar_of(given_->lrs[row])};
+      table_[entry->second] = {numbers, given_->lrs.empty() ? scalar_of(numbers.lr) : scalar_of(given_->lrs[row])};
     }
-    last_ = at->second;
+    last_ = entry->second;
     return true;
   }
 
@@ -68,11 +68,11 @@ class RowsOfTable {
  private:
   const NumberRows* given_;
   HyperparameterRow (&table_)[ROWS];
-  std::map<size_t, int32_t> places_;  // in the table, by the call's rows
+  std::map<size_t, int32_t> indices_;  // in the table, by the call's rows
   int32_t last_ = 0;
 };
 
-// As device code names them.
+// Returns the name of the type in device code.
 inline const char* type_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return "double";
@@ -93,7 +93,7 @@ inline const char* rounding_name(ParamRounding rounding) {
   }
 }
 
-// Of the argument tables, whose names are LONG_LIST... for long lists.
+// Returns the name, in device code, of the capacity of the argument table for so many tensors.
 inline const char* capacity_name(size_t tensors, const char* long_list) {
   return tensors <= SHORT_LIST ? "SHORT_LIST" : long_list;
 }
@@ -111,7 +111,7 @@ inline int element_bytes(ScalarType dtype) {
 
 inline int remainder_bytes(ParamRounding rounding) { return rounding == ParamRounding::REMAINDER8 ? 1 : 2; }
 
-// Whether accesses of so many elements may start there.
+// Whether vector accesses of so many elements may start at the address.
 inline bool aligned(const void* data, int element_bytes, int elements) {
   return reinterpret_cast<uintptr_t>(data) % access_alignment(element_bytes, elements) == 0;
 }
@@ -127,7 +127,7 @@ inline Tensor tensor_of(const TensorView& view) {
   return torch::stable::from_blob(view.data, {view.sizes, dims}, {view.strides, dims}, device_of(view), view.dtype);
 }
 
-// On the device of `like`.
+// Allocates a tensor on the device of `like`.
 inline Tensor empty_tensor(const TensorView& like, const std::vector<int64_t>& sizes,
                            const std::vector<int64_t>& strides, ScalarType dtype) {
   const torch::stable::Device device = device_of(like);
@@ -155,11 +155,10 @@ inline Kernel prologue_kernel(const CurrentDevice& device, ScalarType param_dtyp
   return device.gpu().kernel(expression, PROLOGUE_THREADS, device.stream());
 }
 
-// The scalars of each tensor, in device memory that torch's allocator reuses in the order of the stream, also within
-// a captured graph.
+// The scalars of each tensor, in device memory that torch's allocator reuses in stream order, also in captured graphs.
 class StepScalarsOnDevice {
  public:
-  // Launches what advances the steps and computes the scalars.
+  // Launches the kernel that increments the steps and computes the scalars.
   StepScalarsOnDevice(const CurrentDevice& device, const TensorView& param, const Views& steps,
                       const StepOptions& options)
       : bytes_(param.dtype == ScalarType::Double ? sizeof(TensorScalars<double>) : sizeof(TensorScalars<float>)),
@@ -194,21 +193,21 @@ class StepScalarsOnDevice {
     }
   }
 
-  size_t bytes_;  // of a tensor's
+  size_t bytes_;  // of one tensor's scalars
   Tensor memory_;
 };
 
-// The kernels take the tensors of a parameter as so many elements, one after another, in one order: the row-major one,
-// or any that the parameter has. Where a tensor lies otherwise, a copy takes its place.
+// The kernels need the elements of a parameter's tensors one after another, in the same order: the row-major one, or
+// the parameter's own. Tensors in another order are replaced by copies.
 class CommonOrder {
  public:
-  // One list of a call; views of copies replace its own. `written` is what the kernels change.
+  // One list of a call, in which views of copies replace views. `written`: whether the kernels write to the tensors.
   struct List {
     Views& views;
     bool written;
   };
 
-  // lists[0] has the parameters; others may be empty.
+  // lists[0] has the parameters; the others may be empty.
   CommonOrder(std::initializer_list<List> lists, bool any_order) {
     const Views params = lists.begin()->views;
     for (size_t i = 0; i < params.size(); ++i) {
@@ -227,7 +226,7 @@ class CommonOrder {
   }
 
  private:
-  // By a copy in row-major order or in the order of `first`.
+  // Replaces a view by a copy, in row-major order or in the order of `first`.
   void replace(TensorView& view, const TensorView& first, bool row_major, bool written) {
     const std::vector<int64_t> sizes(first.sizes, first.sizes + first.dims);
     std::vector<int64_t> strides(first.strides, first.strides + first.dims);

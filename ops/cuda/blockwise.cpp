@@ -6,8 +6,8 @@
 namespace ademamix {
 namespace {
 
-// As many CTAs go through a launch's blocks as the GPU holds at once, times so many: each loads a tensor's scalars once
-// for several blocks, and what is left at the end is little.
+// A launch has WAVES times as many CTAs as the GPU holds at once: each CTA loads a tensor's scalars once for several
+// blocks, and the GPU is still evenly loaded at the end.
 #if !defined(ADEMAMIX_BLOCKWISE_WAVES)  // tests have few blocks
 #define ADEMAMIX_BLOCKWISE_WAVES 32
 #endif
@@ -15,7 +15,7 @@ constexpr int WAVES = ADEMAMIX_BLOCKWISE_WAVES;
 
 uint32_t tiles_of(int64_t blocks) { return static_cast<uint32_t>((blocks + TILE_BLOCKS - 1) / TILE_BLOCKS); }
 
-// As device code names them.
+// Returns the name of the format in device code.
 const char* struct_name(BlockFormat format) {
   switch (format) {
     case BlockFormat::SIGNED_SQRT_INT8: return "SignedSqrt";
@@ -50,7 +50,7 @@ struct BlockwiseKernel {
     return device.gpu().kernel(expression, BLOCKWISE_THREADS, device.stream());
   }
 
-  // Whether all that the kernel reads and writes is aligned, but the gradient.
+  // Whether all pointers but the gradient's are aligned.
   bool is_wide(const BlockwiseRecord& r) const {
     return aligned(r.param, element_bytes(param), LANE_ELEMENTS) && aligned(r.exp_avg, 1, LANE_ELEMENTS) &&
            aligned(r.exp_avg_slow, slow_bytes(), LANE_ELEMENTS) && aligned(r.exp_avg_sq, 1, LANE_ELEMENTS) &&
@@ -83,7 +83,7 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
          lists.has_exp_avg() ? static_cast<float*>(lists.exp_avg_absmaxs[i].data) : nullptr}};
     if (has_remainder(kernel.rounding)) r.remainder = lists.remainders[i].data;
     r.numel = lists.params[i].numel;
-    r.stream = options.streams[i];
+    r.subsequence = options.subsequences[i];
     r.blocks = static_cast<uint32_t>(block_count(r.numel));
     r.wide_blocks = kernel.is_wide(r) ? static_cast<uint32_t>(r.numel / BLOCK_SIZE) : 0;
     r.wide_grads = aligned(r.grad, element_bytes(kernel.grad), LANE_ELEMENTS) ? r.wide_blocks : 0;
@@ -112,7 +112,7 @@ void blockwise_step(BlockwiseLists& lists, const StepOptions& options) {
 }
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::optional<int64_t> seed, int64_t step,
-                                              int64_t stream) {
+                                              int64_t subsequence) {
   const BlockFormat block_format = check_quantize(view_of(x), format, seed.has_value());
   const CurrentDevice device(x.get_device_index());
   const Tensor values = torch::stable::contiguous(x);
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t format, std::opt
   Tensor codes = torch::stable::new_empty(values, values.sizes(), code_dtype(block_format));
   Tensor absmax = torch::stable::new_empty(values, {blocks}, ScalarType::Float);
   if (numel == 0) return {codes, absmax};
-  const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), stream);
+  const RandomKey key = random_key(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), subsequence);
   const auto name = kernel_expression("quantize_kernel", struct_name(block_format), bool_name(seed.has_value()));
   launch(device.gpu().kernel(name, BLOCKWISE_THREADS, device.stream()), device.stream(), tiles_of(blocks),
          BLOCKWISE_THREADS, values.const_data_ptr(), codes.mutable_data_ptr(), absmax.mutable_data_ptr(), numel, key);
@@ -145,7 +145,7 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t format) {
 }  // namespace ademamix
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) {
-  ademamix::register_blockwise_step<ademamix::blockwise_step>(m);
+  ademamix::register_step<ademamix::BlockwiseLists, ademamix::blockwise_step>(m);
   m.impl("quantize_blockwise", TORCH_BOX(&ademamix::quantize_blockwise));
   m.impl("dequantize_blockwise", TORCH_BOX(&ademamix::dequantize_blockwise));
 }

@@ -12,7 +12,7 @@
 
 namespace ademamix {
 
-// ------------------------------------------------------------------------------------------------------- a lane's part
+// --------------------------------------------------------------------------------------------------- a lane's elements
 
 using LaneFloats = float[LANE_ELEMENTS];
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ float largest(const LaneFloats& values) {
   return result;
 }
 
-// Over the warp; of magnitudes, whose bits are in their own order, NaN above all.
+// Returns the largest magnitude of the warp. The bits of magnitudes are in the order of their values, NaN above all.
 __device__ __forceinline__ float warp_largest(float magnitude) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   return float_from_bits(__reduce_max_sync(0xffffffff, float_bits(magnitude)));
@@ -69,8 +69,8 @@ __device__ __forceinline__ float to_float(float a) { return a; }
 __device__ __forceinline__ float to_float(double a) { return static_cast<float>(a); }
 __device__ __forceinline__ float to_float(Approximate a) { return a.value; }
 
-// Of finite values, for fourth roots of their roots. V is the type of the arithmetic; without `random`, to nearest.
-// The codes are an element's lowest bits; of Code's bits those above may be garbage.
+// Encodes finite values, for fourth-root formats their square roots: stochastically with the bits of `random`, or to
+// nearest. V is the type of the arithmetic. The codes are an element's lowest bits; Code's bits above may be garbage.
 template <class Format, bool STOCHASTIC, class V, class Code>
 __device__ __forceinline__ void encode(const LaneFloats& values, float inverse, const RandomWords& random,
                                        Lanes<Code, LANE_ELEMENTS>& result) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void encode(const LaneFloats& values, float inverse, 
   result.template set_all<STOCHASTIC ? STOCHASTIC_SHIFT : 0>(codes);
 }
 
-// Words of Linear12's codes and others.
+// Words with a code of Linear12 and another one.
 using LaneWords = Lanes<int16_t, LANE_ELEMENTS>;
 
 template <class Other, bool STOCHASTIC>
@@ -102,14 +102,14 @@ __device__ __forceinline__ void encode_words(const LaneFloats& slow, float slow_
 
 // ------------------------------------------------------------------------------------------------------------ the step
 
-// For parameters of dtype P: the type of the scalars, and that of the arithmetic.
+// For parameters of type P, T is the type of the scalars and V the type of the arithmetic.
 template <class P>
 struct BlockwiseTypes {
   using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
   using V = std::conditional_t<std::is_same_v<P, double>, double, Approximate>;
 };
 
-// The CTAs that an SM's registers hold: the more, the more loads are under way.
+// The CTAs that fit into an SM's registers: with more of them, more loads are in flight.
 template <class P, class G, ParamRounding ROUNDING>
 constexpr int blockwise_ctas_per_sm() {
   if (std::is_same_v<P, double>) return 3;
@@ -124,7 +124,7 @@ constexpr int blockwise_ctas_per_sm() {
 __device__ __forceinline__ double to_param(double a) { return a; }
 __device__ __forceinline__ float to_param(Approximate a) { return a.value; }
 
-// A lane's part of a block as it lies in memory.
+// A lane's elements of a block, as they are in memory.
 template <class P, class G, class Fast, class Slow, class Sq, ParamRounding ROUNDING>
 class BlockLanes {
  public:
@@ -152,7 +152,7 @@ class BlockLanes {
 
   // `block` may be past the tensor's end.
   __device__ __forceinline__ void load(const BlockwiseRecord& r, uint32_t block, int lane) {
-    const Place at(r, block, lane);
+    const Pointers at(r, block, lane);
     if (block < r.wide_blocks) {
       p.load(at.param, at.remainder);
       if constexpr (OWN_M1) m1.load(at.m1);
@@ -160,7 +160,7 @@ class BlockLanes {
       if constexpr (OWN_NU) nu.load(at.nu);
       absmax = *at.absmax;
     } else {  // zeros after the end change no scale
-      const int count = Place::count(r, block, lane);
+      const int count = Pointers::count(r, block, lane);
       p.load(at.param, at.remainder, count);
       if constexpr (OWN_M1) m1.load(at.m1, count, 0);
       m2.load(at.m2, count, 0);
@@ -170,11 +170,11 @@ class BlockLanes {
     if (block < r.wide_grads)
       g.load(at.grad);
     else
-      g.load(at.grad, Place::count(r, block, lane), G(0));
+      g.load(at.grad, Pointers::count(r, block, lane), G(0));
   }
 
   __device__ __forceinline__ void store(const BlockwiseRecord& r, uint32_t block, int lane) const {
-    const Place at(r, block, lane);
+    const Pointers at(r, block, lane);
     if (block < r.wide_blocks) {
       p.store(at.param, at.remainder);
       if constexpr (OWN_M1) m1.store(at.m1);
@@ -182,7 +182,7 @@ class BlockLanes {
       if constexpr (OWN_NU) nu.store(at.nu);
       if (lane < SCALES) *at.absmax = absmax;
     } else {
-      const int count = Place::count(r, block, lane);
+      const int count = Pointers::count(r, block, lane);
       p.store(at.param, at.remainder, count);
       if constexpr (OWN_M1) m1.store(at.m1, count);
       m2.store(at.m2, count);
@@ -192,7 +192,7 @@ class BlockLanes {
   }
 
  private:
-  struct Place {
+  struct Pointers {
     P* param;
     const G* grad;
     Remainder<ROUNDING>* remainder;
@@ -201,7 +201,7 @@ class BlockLanes {
     uint8_t* nu;
     float* absmax;
 
-    __device__ __forceinline__ Place(const BlockwiseRecord& r, uint32_t block, int lane) {
+    __device__ __forceinline__ Pointers(const BlockwiseRecord& r, uint32_t block, int lane) {
       const int64_t first = first_element(block, lane);
       param = static_cast<P*>(r.param) + first;
       grad = static_cast<const G*>(r.grad) + first;
@@ -212,9 +212,9 @@ class BlockLanes {
       absmax = r.absmaxs[lane < SCALES ? lane : SCALES - 1] + block;
     }
 
-    // The lane's elements, where they aren't accessed at once; below 0 past the tensor's end.
+    // The number of the lane's elements, if they aren't accessed as vectors; below 0 past the tensor's end.
     __device__ __forceinline__ static int count(const BlockwiseRecord& r, uint32_t block, int lane) {
-      asm volatile("" : "+r"(block));  // else it is computed of every block, and seldom needed
+      asm volatile("" : "+r"(block));  // else this is computed for every block, and rarely needed
       const int64_t rest = r.numel - first_element(block, lane);
       return rest < LANE_ELEMENTS ? static_cast<int>(rest) : LANE_ELEMENTS;
     }
@@ -244,13 +244,13 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
   RandomKey key{};
   for (uint32_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     if (tile >= end_tile) {
-      const auto place = table.find(tile);
-      tensor = place.tensor;
-      first_tile = tile - place.tile;
+      const auto position = table.find(tile);
+      tensor = position.tensor;
+      first_tile = tile - position.tile;
       end_tile = table.end_tile[tensor];
       const TensorScalars<T> loaded = load(scalars + table.first + tensor);
       s = StepScalars<V>(loaded.scalars);
-      key = random_key(seed, loaded.step, table.records[tensor].stream);
+      key = random_key(seed, loaded.step, table.records[tensor].subsequence);
     }
     const BlockwiseRecord& r = table.records[tensor];
     const uint32_t block = (tile - first_tile) * TILE_BLOCKS + warp;  // or past the tensor's end
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
       m1[i] = to_float(e.exp_avg);
       m2[i] = to_float(e.exp_avg_slow);
       nu[i] = to_float(e.exp_avg_sq);
-      // Codes are made of the root of the float32 value.
+      // The root of the float32 value is what is encoded.
       root[i] = std::is_same_v<V, double> ? sqrt(nu[i]) : to_float(scaled_root);
     }
     const uint64_t group = static_cast<uint64_t>(block) * WARP + static_cast<uint32_t>(lane);
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
     float m1_absmax = EXP_AVG ? warp_largest(largest(m1)) : 0, m2_absmax = warp_largest(largest(m2)),
           nu_absmax = warp_largest(largest(nu));
     if (!(is_finite(m1_absmax) && is_finite(m2_absmax) && is_finite(nu_absmax))) {
-      // An element of which one moment isn't finite loses all three, and no more than that.
+      // If a moment of an element isn't finite, the element loses all three; its neighbours lose nothing.
 #pragma unroll
       for (int i = 0; i < LANE_ELEMENTS; ++i) {
         const bool keep = is_finite(::fabsf(m1[i])) && is_finite(::fabsf(m2[i])) && is_finite(::fabsf(nu[i]));
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS, blockwise_ctas_per_sm<P, G,
 
 // ------------------------------------------------------------------------------------------------------- quantization
 
-// To float32 and back, a block per warp.
+// Quantizes float32 values and back, a block per warp.
 
 template <class Format, bool STOCHASTIC>
 __global__ void __launch_bounds__(BLOCKWISE_THREADS)
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(BLOCKWISE_THREADS)
       STOCHASTIC ? random_words(key, static_cast<uint64_t>(first / RANDOM_GROUP)) : RandomWords{};
   LaneCodes<Format> lanes;
   encode<Format, STOCHASTIC, float>(x, inverse_absmax(scale), random, lanes);
-  if constexpr (std::is_same_v<Format, SignedSqrt4>) {  // without what is above their 4 bits
+  if constexpr (std::is_same_v<Format, SignedSqrt4>) {  // removes the garbage above their 4 bits
 #pragma unroll
     for (int i = 0; i < LANE_ELEMENTS; ++i) lanes.set(i, code_in_word<Format>(lanes.template get<int8_t>(i)));
   }

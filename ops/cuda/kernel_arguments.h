@@ -1,6 +1,6 @@
-// What the host hands to the kernels, for both sides. Lists of tensors go as arguments by value: hundreds of tensors
-// are updated by one launch, and nothing is copied to the device beforehand, which a captured CUDA graph would replay
-// from host memory that is gone by then.
+// The kernels' arguments, for host and device. Lists of tensors are passed by value: one launch updates hundreds of
+// tensors, and nothing is copied to the device beforehand, which a captured CUDA graph would replay from host memory
+// that is gone by then.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace ademamix {
 
-// What a kernel's arguments may take, from driver 530 on (CUDA programming guide, "Function Parameters").
+// The most that a kernel's arguments may take, from driver 530 on (CUDA programming guide, "Function Parameters").
 #if !defined(ADEMAMIX_ARGUMENT_BYTES)  // tests take fewer
 #define ADEMAMIX_ARGUMENT_BYTES 32764
 #endif
@@ -19,26 +19,26 @@ constexpr int ARGUMENT_BYTES = ADEMAMIX_ARGUMENT_BYTES;
 constexpr int OTHER_ARGUMENT_BYTES = 256;  // kept for a kernel's other arguments
 constexpr int TABLE_BYTES = ARGUMENT_BYTES - OTHER_ARGUMENT_BYTES;
 
-constexpr int SHORT_LIST = 16;  // tensors, of a table that spares each launch its 32 KB
+constexpr int SHORT_LIST = 16;  // tensors in a small table, which makes a launch cheaper than 32 KB of arguments
 
 // The tensors of one launch. Record is what the kernel needs of a tensor: its pointers and its size. Each tensor has a
 // number of tiles, pieces of work for one CTA or warp; tiles are counted through all tensors.
 template <class Record, int CAPACITY>
 struct TensorTable {
   Record records[CAPACITY];
-  uint32_t end_tile[CAPACITY];  // the tiles of the tensors up to and with this one
+  uint32_t end_tile[CAPACITY];  // the number of tiles of the tensors up to and including this one
   int32_t count;
-  int32_t first;  // of the tensors, its number in the call's lists
+  int32_t first;  // the index of the first of the tensors in the call's lists
 
-  struct Place {
+  struct Position {
     int32_t tensor;
     uint32_t tile;  // of this tensor
   };
 
   ADEMAMIX_INLINE uint32_t tiles() const { return end_tile[count - 1]; }
 
-  // The tensor that a tile lies in.
-  ADEMAMIX_INLINE Place find(uint32_t tile) const {
+  // Finds the tensor that a tile belongs to.
+  ADEMAMIX_INLINE Position find(uint32_t tile) const {
     int low = 0, high = count - 1;
     while (low < high) {
       const int middle = (low + high) / 2;
@@ -56,7 +56,7 @@ constexpr int LONG_LIST = (TABLE_BYTES - 8) / static_cast<int>(sizeof(Record) + 
 
 // ----------------------------------------------------------------------------------------------------------- prologue
 
-// A number of the host, or one in device memory that is read when the kernel runs.
+// A number that the host knows, or one in device memory that is read when the kernel runs.
 struct Scalar {
   double value;
   const float* float32;
@@ -68,7 +68,7 @@ struct Scalar {
 // A row of hyperparameters in the arguments.
 struct HyperparameterRow {
   Hyperparameters numbers;
-  Scalar lr;  // in place of theirs
+  Scalar lr;  // replaces numbers.lr
 
   ADEMAMIX_INLINE Hyperparameters get() const {
     Hyperparameters h = numbers;
@@ -87,16 +87,16 @@ struct StepTable {
   int32_t count;
 };
 
-// Where not all tensors have the same: half of the arguments.
+// The rows of a launch whose tensors don't all have the same: half of the arguments.
 constexpr int MANY_ROWS = TABLE_BYTES / 2 / static_cast<int>(sizeof(HyperparameterRow));
 
 template <int ROWS>
 constexpr int LONG_STEP_LIST = (TABLE_BYTES - 8 - ROWS * static_cast<int>(sizeof(HyperparameterRow))) /
                                static_cast<int>(sizeof(float*) + sizeof(int32_t));
 
-// What else a step's scalars are computed from.
+// The other numbers that a step's scalars are computed from.
 struct StepNumbers {
-  const float* float32_rows;  // of hyperparameters in device memory, where there are some
+  const float* float32_rows;  // of hyperparameters in device memory, or null
   const double* float64_rows;
   Scalar grad_scale;
   const float* found_inf;
@@ -122,7 +122,7 @@ constexpr int PROLOGUE_THREADS = 32;  // few per CTA: the float64 units of some 
 
 // ------------------------------------------------------------------------------------------------------ vector access
 
-// What the address of `elements` elements must be a multiple of, for accesses of up to 16 bytes.
+// The alignment, in bytes, of the address of `elements` elements that are accessed by up to 16 bytes at a time.
 constexpr int access_alignment(int element_bytes, int elements) {
   return element_bytes * elements < 16 ? element_bytes * elements : 16;
 }
@@ -143,14 +143,14 @@ constexpr int step_width(int param_bytes, int grad_bytes) {
 struct StepRecord {
   void* param;
   const void* grad;
-  void* exp_avg;  // or none
+  void* exp_avg;  // or null
   void* exp_avg_slow;
   void* exp_avg_sq;
   void* remainder;  // if has_remainder(rounding)
   int64_t numel;
-  int64_t stream;     // of random bits, if draws(rounding)
-  int32_t head;       // elements before the first aligned ones; NO_ALIGNMENT where the pointers never are at once
-  int32_t wide_grad;  // whether the gradient is aligned there too
+  int64_t subsequence;  // of random bits, if draws(rounding)
+  int32_t head;         // elements before the first aligned ones; NO_ALIGNMENT if the pointers are never all aligned
+  int32_t wide_grad;    // whether the gradient is aligned there too
 };
 
 constexpr int NO_ALIGNMENT = -1;
@@ -168,13 +168,13 @@ constexpr uint32_t TILE_BLOCKS = BLOCKWISE_THREADS / WARP;  // of one tensor, on
 struct BlockwiseRecord {
   void* param;
   const void* grad;
-  int8_t* exp_avg;  // or none: it isn't kept, or in exp_avg_slow's words
+  int8_t* exp_avg;  // or null: there is none, or it is in exp_avg_slow's words
   void* exp_avg_slow;
-  uint8_t* exp_avg_sq;  // or none, in the same way
+  uint8_t* exp_avg_sq;  // or null: it is in exp_avg_slow's words
   float* absmaxs[3];    // of exp_avg_slow, exp_avg_sq and exp_avg
   void* remainder;      // if has_remainder(rounding)
   int64_t numel;
-  int64_t stream;  // of random bits
+  int64_t subsequence;  // of random bits
   uint32_t blocks;
   uint32_t wide_blocks;  // the first blocks, of 256 elements and aligned for vector accesses
   uint32_t wide_grads;   // as many where the gradient is aligned too, else 0

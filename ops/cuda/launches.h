@@ -1,4 +1,4 @@
-// From a list of tensors to launches, and to the moves of paged state ahead of them.
+// Turns a list of tensors into launches, and fetches paged state ahead of them.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +18,10 @@ struct Range {
   size_t bytes;
 };
 
-// Calls run(table, tiles) for tables of a capacity that together hold the records [begin, end); a table without tiles
-// is left out.
-template <int CAPACITY, class Record, class Tiles, class Run>
-void for_each_table(const std::vector<Record>& records, size_t begin, size_t end, const Tiles& tiles_of,
-                    const Run& run) {
+// Calls f(table, tiles) for tables of a capacity that together have the records [begin, end); a table without tiles is
+// left out.
+template <int CAPACITY, class Record, class Tiles, class F>
+void for_each_table(const std::vector<Record>& records, size_t begin, size_t end, const Tiles& tiles_of, const F& f) {
   for (size_t first = begin; first < end; first += CAPACITY) {
     TensorTable<Record, CAPACITY> table;
     table.first = static_cast<int32_t>(first);
@@ -32,24 +31,24 @@ void for_each_table(const std::vector<Record>& records, size_t begin, size_t end
       table.records[i] = records[first + i];
       table.end_tile[i] = tiles += static_cast<uint32_t>(tiles_of(records[first + i]));
     }
-    if (tiles > 0) run(table, tiles);
+    if (tiles > 0) f(table, tiles);
   }
 }
 
 #if !defined(ADEMAMIX_FETCH_BYTES)  // tests take few
 #define ADEMAMIX_FETCH_BYTES size_t{256} << 20
 #endif
-constexpr size_t FETCH_BYTES = ADEMAMIX_FETCH_BYTES;  // at a time; two of them are wanted on the GPU at once
-constexpr size_t GAP_BYTES = FETCH_BYTES / 128;       // 2 MB, a page: less than that between two pieces comes anyway
+constexpr size_t FETCH_BYTES = ADEMAMIX_FETCH_BYTES;  // fetched at a time; the GPU has two of them at once
+constexpr size_t GAP_BYTES = FETCH_BYTES / 128;  // 2 MB, a page: smaller gaps between two pieces are fetched anyway
 
-// The second stream of a device, on which memory is moved, and the events between it and the computing stream. Steps
-// of one device follow one another, also those of several host threads: an event is waited for as it is recorded.
+// A device's second stream, on which memory is moved, and the events between it and the computing stream. The steps of
+// a device, also of several host threads, come one after another: each event is waited for as soon as it is recorded.
 class Prefetcher {
  public:
-  // The managed memory that some tensors need, in as few pieces as fetch little beside it.
+  // The managed memory of some tensors, in few pieces that contain little else.
   class Pieces {
    public:
-    // The bytes of it that are managed memory.
+    // Returns how many of the bytes are managed memory.
     size_t add(const Range& range) {
       const auto block = ManagedMemory::instance().block_with(range.data);
       if (block.begin == 0) return 0;
@@ -58,7 +57,7 @@ class Prefetcher {
       return range.bytes;
     }
 
-    // To be called after the last.
+    // To be called after the last add().
     void join() {
       std::sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
       size_t joined = 0;
@@ -92,14 +91,14 @@ class Prefetcher {
 
   std::mutex& in_use() { return in_use_; }
 
-  // Begins to fetch, once the computing stream is where it is now.
+  // Starts to fetch when the computing stream has done all its present work.
   void fetch(const Pieces& pieces, CUstream computing) {
     order(computed_, computing, stream_);
     for (const Pieces::Piece& piece : pieces.pieces_)
       ManagedMemory::instance().fetch(piece.block, piece.begin, piece.end - piece.begin, stream_);
   }
 
-  // Lets the computing stream wait for what has been fetched.
+  // Makes the computing stream wait until the pieces are fetched.
   void join(CUstream computing) { order(fetched_, stream_, computing); }
 
  private:
@@ -109,7 +108,7 @@ class Prefetcher {
     check_cuda(driver().cuEventCreate(&fetched_, CU_EVENT_DISABLE_TIMING), "event");
   }
 
-  // What comes in `later` waits for what is in `earlier` now.
+  // Makes later work of the stream `later` wait for the present work of the stream `earlier`.
   static void order(CUevent event, CUstream earlier, CUstream later) {
     check_cuda(driver().cuEventRecord(event, earlier), "event");
     check_cuda(driver().cuStreamWaitEvent(later, event, 0), "event");
@@ -120,17 +119,17 @@ class Prefetcher {
   std::mutex in_use_;
 };
 
-// Calls run(table, tiles) for all records. Where their state (state_of(record) has its ranges) is in managed memory of
-// which some may have been moved to the host, in chunks: while one is computed, the next is fetched. In a captured
-// graph it isn't: there the kernels' accesses do it, page by page.
-template <class Record, class Tiles, class State, class Run>
+// Calls f(table, tiles) for all records. If their state, whose ranges state_of(record) returns, is in managed memory of
+// which some may be on the host, this is done in chunks: while one is computed, the next is fetched. Nothing is fetched
+// in a captured graph: there, the kernels' accesses move the memory, page by page.
+template <class Record, class Tiles, class State, class F>
 void for_each_launch(const CurrentDevice& device, const std::vector<Record>& records, const Tiles& tiles_of,
-                     const State& state_of, const Run& run) {
+                     const State& state_of, const F& f) {
   const auto run_all = [&](size_t begin, size_t end) {
     if (records.size() <= SHORT_LIST)
-      for_each_table<SHORT_LIST>(records, begin, end, tiles_of, run);
+      for_each_table<SHORT_LIST>(records, begin, end, tiles_of, f);
     else
-      for_each_table<LONG_LIST<Record>>(records, begin, end, tiles_of, run);
+      for_each_table<LONG_LIST<Record>>(records, begin, end, tiles_of, f);
   };
   if (!ManagedMemory::instance().may_be_moved(device.gpu()) || is_capturing(device.stream()))
     return run_all(0, records.size());
@@ -153,7 +152,7 @@ void for_each_launch(const CurrentDevice& device, const std::vector<Record>& rec
   prefetcher.fetch(chunks[0].pieces, device.stream());
   for (size_t i = 0; i < chunks.size(); ++i) {
     prefetcher.join(device.stream());
-    // The next chunk takes the place of the one before this, which has been computed by then.
+    // The next chunk replaces the one before this, which has been computed by then.
     if (i + 1 < chunks.size()) prefetcher.fetch(chunks[i + 1].pieces, device.stream());
     run_all(chunks[i].begin, chunks[i].end);
   }

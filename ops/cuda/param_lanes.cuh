@@ -9,7 +9,7 @@ namespace ademamix {
 template <ParamRounding ROUNDING>
 using Remainder = std::conditional_t<ROUNDING == ParamRounding::REMAINDER8, int8_t, int16_t>;
 
-// Element i's, or nothing where there are no remainders to count from.
+// Returns the address of element i's remainder, or null if there are no remainders.
 template <ParamRounding ROUNDING>
 __device__ __forceinline__ Remainder<ROUNDING>* remainder_at(void* remainders, int64_t i) {
   return has_remainder(ROUNDING) ? static_cast<Remainder<ROUNDING>*>(remainders) + i : nullptr;
@@ -17,7 +17,7 @@ __device__ __forceinline__ Remainder<ROUNDING>* remainder_at(void* remainders, i
 
 template <class Remainder>
 __device__ __forceinline__ float join(uint32_t param, Remainder remainder) {
-  return join_weight(param, sizeof(Remainder) == 1 ? remainder * REMAINDER8_UNIT : remainder);
+  return join_weight(param, sizeof(Remainder) == 1 ? remainder * REMAINDER8_SCALE : remainder);
 }
 
 template <class P, ParamRounding ROUNDING, int N>
@@ -54,7 +54,7 @@ class ParamLanes {
       return param_.template get<T>(i);
   }
 
-  // `group` is the number of the group of elements that these are, for random bits.
+  // `group` is the index of the group that these elements are, for random bits.
   template <class T>
   __device__ __forceinline__ void set_all(const T (&weights)[N], const RandomKey& key, uint64_t group) {
     if constexpr (ROUNDING == ParamRounding::NEAREST) {
@@ -87,7 +87,7 @@ class ParamLanes {
   std::conditional_t<has_remainder(ROUNDING), Lanes<Remainder<ROUNDING>, N>, Nothing> remainder_;
 };
 
-// One element, where vectors don't fit.
+// Loads one element, for those that vectors don't cover.
 template <ParamRounding ROUNDING, class T, class P>
 __device__ __forceinline__ T load_weight(const P* param, const Remainder<ROUNDING>* remainder) {
   if constexpr (has_remainder(ROUNDING))
@@ -96,28 +96,28 @@ __device__ __forceinline__ T load_weight(const P* param, const Remainder<ROUNDIN
     return static_cast<T>(*param);
 }
 
-// The random bits of one element.
-__device__ __forceinline__ uint32_t param_random(const RandomKey& key, int64_t number) {
-  const RandomWords words = random_words(key, static_cast<uint64_t>(number) / RANDOM_GROUP, FIRST_PARAM_GROUP);
-  const int i = static_cast<int>(number % RANDOM_GROUP);
-  // By comparisons: an array that is indexed by a variable would have to lie in memory.
+// Returns the random bits of one element.
+__device__ __forceinline__ uint32_t param_random(const RandomKey& key, int64_t element) {
+  const RandomWords words = random_words(key, static_cast<uint64_t>(element) / RANDOM_GROUP, FIRST_PARAM_GROUP);
+  const int i = static_cast<int>(element % RANDOM_GROUP);
+  // Comparisons, because an array that is indexed by a variable would have to be in memory.
   const uint32_t word = i < 4 ? (i < 2 ? words.word[0] : words.word[1]) : i < 6 ? words.word[2] : words.word[3];
   return i % 2 ? word >> 16 : word & 0xffff;
 }
 
-// `number` is the element's.
+// Stores one element, in the same way; `element` is its index.
 template <ParamRounding ROUNDING, class T, class P>
 __device__ __forceinline__ void store_weight(T weight, P* param, Remainder<ROUNDING>* remainder, const RandomKey& key,
-                                             int64_t number) {
+                                             int64_t element) {
   if constexpr (ROUNDING == ParamRounding::NEAREST) {
     *param = static_cast<P>(weight);
   } else if constexpr (has_remainder(ROUNDING)) {
     const SplitWeight split =
-        split_weight(draws(ROUNDING) ? round_to_24_bits(weight, param_random(key, number)) : weight);
+        split_weight(draws(ROUNDING) ? round_to_24_bits(weight, param_random(key, element)) : weight);
     param->x = static_cast<uint16_t>(split.param >> 16);
     *remainder = static_cast<Remainder<ROUNDING>>(split.remainder >> (draws(ROUNDING) ? 8 : 0));
   } else {
-    param->x = static_cast<uint16_t>(round_stochastically(weight, param_random(key, number)) >> 16);
+    param->x = static_cast<uint16_t>(round_stochastically(weight, param_random(key, element)) >> 16);
   }
 }
 

@@ -26,7 +26,7 @@ struct StepKernel {
     return aligned(static_cast<const char*>(data) + element * bytes, bytes, width());
   }
 
-  // The smallest number of elements after which all pointers but the gradient's are aligned.
+  // Returns the smallest number of elements after which all pointers but the gradient's are aligned.
   int32_t head(const StepRecord& r) const {
     const bool grouped = draws(rounding);  // the elements from 0 on share random words
     for (int element = 0; element < (grouped ? 1 : width()); ++element) {
@@ -70,7 +70,7 @@ void step(StepLists& lists, const StepOptions& options) {
                  lists.exp_avg_slows[i].data, lists.exp_avg_sqs[i].data};
     r.numel = lists.params[i].numel;
     if (has_remainder(rounding)) r.remainder = lists.remainders[i].data;
-    if (draws(rounding)) r.stream = options.streams[i];
+    if (draws(rounding)) r.subsequence = options.subsequences[i];
     r.head = kernel.head(r);
     r.wide_grad = r.head != NO_ALIGNMENT && kernel.aligned_at(r.grad, kernel.grad_bytes(), r.head);
     records.push_back(r);
@@ -95,4 +95,4 @@ void step(StepLists& lists, const StepOptions& options) {
 }  // namespace
 }  // namespace ademamix
 
-STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) { ademamix::register_step<ademamix::step>(m); }
+STABLE_TORCH_LIBRARY_IMPL(torch_ademamix, CUDA, m) { ademamix::register_step<ademamix::StepLists, ademamix::step>(m); }

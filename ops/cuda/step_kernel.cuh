@@ -9,14 +9,14 @@
 
 namespace ademamix {
 
-// The dtypes of a kernel: of the parameters, the gradients, and of arithmetic and state.
+// T is the type of arithmetic and state for parameters of type P and gradients of type G.
 template <class P, class G>
 struct StepTypes {
   using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
   static constexpr int WIDTH = step_width(sizeof(P), sizeof(G));
 };
 
-// The elements of one tile, by their pointers to its first. EXP_AVG: whether there is exp_avg.
+// The elements of one tile: pointers to its first. EXP_AVG: whether there is exp_avg.
 template <class P, class G, bool EXP_AVG, ParamRounding ROUNDING>
 struct StepTile {
   using Types = StepTypes<P, G>;
@@ -107,25 +107,25 @@ __global__ void __launch_bounds__(STEP_THREADS)
                 const TensorScalars<typename StepTypes<P, G>::T>* scalars, uint64_t seed, const float* found_inf) {
   constexpr int WIDTH = StepTypes<P, G>::WIDTH;
   constexpr int STRIDE = STEP_THREADS * WIDTH;
-  const auto place = table.find(blockIdx.x);
-  const StepRecord& record = table.records[place.tensor];
+  const auto position = table.find(blockIdx.x);
+  const StepRecord& record = table.records[position.tensor];
   const int thread = static_cast<int>(threadIdx.x);
 
   const int head = static_cast<int>(record.head);
-  const int64_t begin = static_cast<int64_t>(place.tile) * STEP_TILE + (head > 0 ? head : 0);
+  const int64_t begin = static_cast<int64_t>(position.tile) * STEP_TILE + (head > 0 ? head : 0);
   const int64_t rest = record.numel - begin;
   const int count = rest < STEP_TILE ? static_cast<int>(rest) : STEP_TILE;
   const int in_lanes = head == NO_ALIGNMENT ? 0 : count / WIDTH * WIDTH;
   const StepTile<P, G, EXP_AVG, ROUNDING> tile(record, begin);
 
-  // What is loaded is under way before anything is waited for, and the next while one is computed.
+  // Loads are issued before anything waits for them, and the next ones while these are used.
   StepLanes<P, G, EXP_AVG, ROUNDING> lanes;
   int i = thread * WIDTH;
   if (i < in_lanes) lanes.load(tile, i);
-  const auto loaded = load(scalars + table.first + place.tensor);
+  const auto loaded = load(scalars + table.first + position.tensor);
   if (skipped(found_inf)) return;
   const auto& s = loaded.scalars;
-  const RandomKey key = random_key(seed, loaded.step, record.stream);
+  const RandomKey key = random_key(seed, loaded.step, record.subsequence);
 #pragma unroll
   for (int done = 0; done < STEP_TILE; done += STRIDE, i += STRIDE) {
     StepLanes<P, G, EXP_AVG, ROUNDING> next;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(STEP_THREADS)
   }
 #pragma unroll 1  // seldom run
   for (int j = in_lanes + thread; j < count; j += STEP_THREADS) tile.update_one(j, s, key);
-  if (place.tile == 0 && thread < head) tile.update_one(thread - head, s, key);
+  if (position.tile == 0 && thread < head) tile.update_one(thread - head, s, key);
 }
 
 }  // namespace ademamix

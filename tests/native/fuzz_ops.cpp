@@ -104,7 +104,7 @@ void put(ScalarType dtype, char* at, double value) {
   }
 }
 
-// A tensor's memory and its place in there.
+// A tensor's memory and its offset there.
 struct Operand {
   Sizes sizes, strides;
   int64_t offset = 0;
@@ -139,7 +139,7 @@ struct Operand {
     memory.reset(bytes ? new char[bytes] : nullptr);
   }
 
-  // The places in memory of the elements, in row-major order.
+  // Calls f with the addresses of the elements, in row-major order.
   template <class F>
   void for_each(const F& f) const {
     for (int64_t i = 0, n = numel(); i < n; ++i) {
@@ -265,7 +265,7 @@ struct Call {
   bool maximize = false;
   bool stochastic_rounding = false, stochastic_param_rounding = false;
   int64_t seed = 0;
-  std::vector<int64_t> streams, places;
+  std::vector<int64_t> subsequences, offsets;
   bool dry_run = false;
 
   const std::vector<Kind>& kinds() const { return blockwise ? BLOCKWISE_KINDS : STEP_KINDS; }
@@ -279,24 +279,20 @@ struct Call {
     const auto scalar = [](const std::optional<Operand>& x) {
       return x ? std::optional<Tensor>(x->tensor()) : std::nullopt;
     };
-    const std::optional<Tensor> scale = scalar(grad_scale), inf = scalar(found_inf);
-    const std::vector<double> numbers = flat_rows();
     std::vector<Tensor> rates;
     for (const Operand& operand : lrs) rates.push_back(operand.tensor());
-    if (blockwise && table)
-      BlockwiseStepOp<blockwise_step>::with_tensor(
-          t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], table->tensor(), rows, maximize,
-          stochastic_rounding, stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
-    else if (blockwise)
-      BlockwiseStepOp<blockwise_step>::with_numbers(
-          t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], numbers, rates, rows, maximize,
-          stochastic_rounding, stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
-    else if (table)
-      StepOp<step>::with_tensor(t[0], t[1], t[2], t[3], t[4], t[5], t[6], table->tensor(), rows, maximize,
-                                stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
-    else
-      StepOp<step>::with_numbers(t[0], t[1], t[2], t[3], t[4], t[5], t[6], numbers, rates, rows, maximize,
-                                 stochastic_param_rounding, seed, streams, places, scale, inf, dry_run);
+    std::vector<StableIValue> stack;
+    const auto push = [&](const auto&... arguments) { (stack.push_back(torch::stable::detail::from(arguments)), ...); };
+    for (const auto& list : t) push(list);
+    table ? push(table->tensor()) : push(flat_rows(), rates);
+    push(rows, maximize);
+    if (blockwise) push(stochastic_rounding);
+    push(stochastic_param_rounding, seed, subsequences, offsets, scalar(grad_scale), scalar(found_inf), dry_run);
+    auto* const op = blockwise ? table ? boxed_step<BlockwiseLists, blockwise_step, Tensor>
+                                       : boxed_step<BlockwiseLists, blockwise_step, std::vector<double>>
+                     : table   ? boxed_step<StepLists, step, Tensor>
+                               : boxed_step<StepLists, step, std::vector<double>>;
+    op(stack.data(), stack.size(), 0);
   }
 
   std::vector<double> flat_rows() const {
@@ -323,8 +319,8 @@ struct Call {
                               stochastic_rounding,
                               stochastic_param_rounding,
                               seed,
-                              streams,
-                              places,
+                              subsequences,
+                              offsets,
                               {},
                               {},
                               true};
@@ -435,7 +431,7 @@ Call draw_call(Choices& choices) {
         grad.fill(choices);
       }
     }
-    call.streams.push_back(choices.below(1 << 16));
+    call.subsequences.push_back(choices.below(1 << 16));
   }
   if (choices.one_in(3))
     call.grad_scale = scalar_operand(choices, choices.of({ScalarType::Float, ScalarType::Double}),
@@ -486,8 +482,8 @@ void bend_options(Choices& choices, Call& call) {
       call.lrs.push_back(bad_scalar({ScalarType::Half, ScalarType::Int, ScalarType::ComplexFloat}));
       break;
     case 8: call.grad_scale = bad_scalar({ScalarType::Half, ScalarType::Byte}); break;
-    case 9:  // both ways of rounding at once, or of parameters that aren't rounded; or numbers of random streams
-      call.streams.resize(call.lists[0].size() + 1);
+    case 9:  // both ways of rounding at once, or of parameters that aren't rounded; or numbers of random subsequences
+      call.subsequences.resize(call.lists[0].size() + 1);
       call.stochastic_param_rounding = true;
       break;
     case 10:  // of another dtype or length, or with gaps
@@ -520,7 +516,7 @@ void bend_lists(Choices& choices, Call& call) {
   auto& list = call.lists[l];
   if (choices.one_in(6)) {  // a list's length
     if (call.blockwise && choices.one_in(4))
-      call.streams.pop_back();
+      call.subsequences.pop_back();
     else if (choices.one_in(2) && kind != Kind::REMAINDER && list.size() > 1)  // an only one may be left out
       list.pop_back();
     else
@@ -535,7 +531,7 @@ void bend_lists(Choices& choices, Call& call) {
       operand =
           make(choices, sizes, choices.of({ScalarType::Int, ScalarType::ComplexFloat, ScalarType::Bool}), nullptr);
       return;
-    case 1:  // a gap between elements, or elements in one place
+    case 1:  // a gap between elements, or elements at one address
       if (numel > 1 && kind != Kind::GRAD && kind != Kind::STEP) {
         size_t d = 0;
         while (sizes[d] == 1) ++d;
@@ -575,24 +571,24 @@ void require_refusal(const char* op, const F& f) {
   REQUIRE(text.find(op) == 0);
 }
 
-// The numbers of a parameter's elements, in row-major order, in a part of its own order in memory.
-Sizes places_in_memory(const Operand& param) {
-  Sizes places;
+// The offsets of a parameter's elements, in row-major order, in state that has the parameter's order in memory.
+Sizes offsets_in_memory(const Operand& param) {
+  Sizes offsets;
   int64_t extent = 1;
   for (size_t d = 0; d < param.sizes.size(); ++d) extent += (param.sizes[d] - 1) * param.strides[d];
   const bool has_gaps = extent != param.numel();
   const char* first = param.memory.get() + static_cast<size_t>(param.offset) * item_size(param.dtype);
   param.for_each([&](const char* at) {
     const auto number = (at - first) / static_cast<int64_t>(item_size(param.dtype));
-    places.push_back(has_gaps ? static_cast<int64_t>(places.size()) : number);
+    offsets.push_back(has_gaps ? static_cast<int64_t>(offsets.size()) : number);
   });
-  return places;
+  return offsets;
 }
 
 // A call with its state in arenas.
-class Placed {
+class InArenas {
  public:
-  Placed(Choices& choices, const Call& call) : call_(call), plain_(call) {
+  InArenas(Choices& choices, const Call& call) : call_(call), plain_(call) {
     const auto count = static_cast<size_t>(1 + choices.below(3));
     std::vector<int64_t> blocks(count, 0), steps(count, 0);
     for (const Operand& param : call.lists[0]) {
@@ -600,7 +596,7 @@ class Placed {
       blocks[k] += choices.below(2);
       steps[k] += choices.below(2);
       for (const int64_t number : {static_cast<int64_t>(k), BLOCK_SIZE * blocks[k], steps[k]++})
-        call_.places.push_back(number);
+        call_.offsets.push_back(number);
       blocks[k] += block_count(param.numel());
     }
     for (size_t l = 2; l < call.lists.size(); ++l) {
@@ -634,14 +630,16 @@ class Placed {
   template <class F>
   void for_each(const F& f, Call& placed, Call& plain) const {
     for (size_t i = 0; i < plain.lists[0].size(); ++i) {
-      const Sizes in_memory = places_in_memory(plain.lists[0][i]);
-      const int64_t* place = call_.places.data() + PLACE_NUMBERS * i;
+      const Sizes in_memory = offsets_in_memory(plain.lists[0][i]);
+      const int64_t* offsets = call_.offsets.data() + OFFSETS_PER_PARAM * i;
       for (size_t l = 2; l < plain.lists.size(); ++l) {
         if (plain.lists[l].empty()) continue;
         const Kind kind = plain.kinds()[l];
-        const Operand& arena = placed.lists[l][static_cast<size_t>(place[0])];
+        const Operand& arena = placed.lists[l][static_cast<size_t>(offsets[0])];
         const size_t size = item_size(arena.dtype);
-        const int64_t first = kind == Kind::STEP ? place[2] : kind == Kind::ABSMAX ? place[1] / BLOCK_SIZE : place[1];
+        const int64_t first = kind == Kind::STEP     ? offsets[2]
+                              : kind == Kind::ABSMAX ? offsets[1] / BLOCK_SIZE
+                                                     : offsets[1];
         size_t number = 0;
         plain.lists[l][i].for_each([&](char* element) {
           const auto n = static_cast<int64_t>(number++);
@@ -656,17 +654,17 @@ class Placed {
   Call call_, plain_, before_;
 };
 
-// Makes a place one that must be refused, or an arena.
-void bend_places(Choices& choices, Call& call) {
+// Makes an offset or an arena invalid.
+void bend_offsets(Choices& choices, Call& call) {
   const auto i = static_cast<size_t>(choices.below(static_cast<int64_t>(call.lists[0].size())));
-  int64_t* place = call.places.data() + PLACE_NUMBERS * i;
+  int64_t* offsets = call.offsets.data() + OFFSETS_PER_PARAM * i;
   const auto list = static_cast<size_t>(2 + choices.below(call.blockwise ? 7 : 4));
   Operand& arena = call.lists[list][static_cast<size_t>(choices.below(static_cast<int64_t>(call.lists[list].size())))];
   switch (choices.below(6)) {
-    case 0: place[0] = choices.of<int64_t>({-1, 3, INT64_MIN, INT64_MAX}); break;
-    case 1: place[1] = choices.of<int64_t>({-1, -256, place[1] + 1, 1 << 20, INT64_MIN, INT64_MAX - 255}); break;
-    case 2: place[2] = choices.of<int64_t>({-1, 16, INT64_MIN, INT64_MAX}); break;
-    case 3: call.places.pop_back(); break;
+    case 0: offsets[0] = choices.of<int64_t>({-1, 3, INT64_MIN, INT64_MAX}); break;
+    case 1: offsets[1] = choices.of<int64_t>({-1, -256, offsets[1] + 1, 1 << 20, INT64_MIN, INT64_MAX - 255}); break;
+    case 2: offsets[2] = choices.of<int64_t>({-1, 16, INT64_MIN, INT64_MAX}); break;
+    case 3: call.offsets.pop_back(); break;
     case 4: call.lists[list].push_back(arena); break;
     default: arena = make(choices, {1, arena.sizes[0]}, arena.dtype, nullptr); break;
   }
@@ -698,10 +696,10 @@ void run_step(Choices& choices) {
   if (call.skips() || call.dry_run) return require_unchanged(call, before);
   plain.run();
   if (!call.lists[0].empty() && choices.one_in(2)) {
-    Placed placed(choices, before);
+    InArenas placed(choices, before);
     placed.call().run();
     placed.require_equal(call);
-    bend_places(choices, placed.call());
+    bend_offsets(choices, placed.call());
     const Call bent = placed.call();
     require_refusal(op, [&] { placed.call().run(); });
     require_unchanged(placed.call(), bent);

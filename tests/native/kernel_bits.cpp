@@ -8,9 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "ops/cpu/blockwise_kernel.h"
-#include "ops/cpu/staging.h"
-#include "ops/cpu/step_kernel.h"
+#include "ops/cpu/chunk.h"
+#include "ops/cpu/kernels.h"
 
 using namespace ademamix;
 
