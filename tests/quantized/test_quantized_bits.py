@@ -102,8 +102,9 @@ def values_of_every_kind():
 
 
 def run_calls(calls, values):
-    for lists, options in calls:
-        op, args, kwargs = blockwise_call(BlockwiseLists(*lists), **options)
+    for tensors, options in calls:
+        lists = BlockwiseLists(*tensors)
+        op, args, kwargs = blockwise_call(lists, **{**options, "streams": lists.streams})
         op(*args, **kwargs)
     return [lists for lists, _ in calls], [quantize_and_back(x) for x in values]
 
