@@ -123,8 +123,9 @@ class AdEMAMix(Optimizer):
     yes        yes                 yes                        `maximize`, `seed`, `stochastic_rounding`,
                                                               `param_rounding`
     yes        no                  no                         `optim_bits`, `min_8bit_size`, `is_paged`,
-                                                              `slow_ema_bits`, `master_weights`, `capturable`: a change
-                                                              takes effect when state is next created or loaded
+                                                              `slow_ema_bits`, `master_weights`: a change takes effect
+                                                              when state is next created or loaded; `capturable`: when
+                                                              a state dict is loaded
     no         yes                 yes                        `max_grad_norm`
     =========  ==================  =========================  =========================================================
 
