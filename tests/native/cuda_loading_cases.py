@@ -22,7 +22,7 @@ from torch_ademamix.ops.cuda import PRECOMPILED_VARIABLE
 
 # A process for each case, since kernels are loaded once in each; forked from one that has torch.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["host"])
+PROCESSES.set_forkserver_preload(["tests.native.host"])
 
 
 def make_call(*dtypes: torch.dtype) -> tuple[StepLists, Callable[[], None]]:
