@@ -1,4 +1,4 @@
-"""Prints versions, the build, and which kernels serve which device: `python -m torch_ademamix`.
+"""Prints versions, the build, and the kernels used on each device: `python -m torch_ademamix`.
 
 `python -m torch_ademamix compile` compiles CUDA kernels ahead of time (precompile.py).
 """

@@ -13,16 +13,15 @@ _EPS = 1e-6
 
 
 def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm of all gradients as one vector, of sharded ones over all ranks.
+    """Returns the norm of all gradients as one vector, of sharded ones over all ranks.
 
     Args:
         grads: at least one tensor; of any floating dtypes, devices and device meshes.
-        norm_type: of the p-norm the p.
+        norm_type: p of the p-norm.
 
     Returns:
-        a float64 tensor without dimensions (float32 where the device has no float64), on the first gradient's device.
-        Norms of 16-bit gradients are computed in float32, where :func:`torch.nn.utils.get_total_norm` rounds each to
-        the gradient's dtype.
+        a 0-dim float64 tensor (float32 if the device has no float64), on the first gradient's device. Norms of 16-bit
+        gradients are computed in float32; :func:`torch.nn.utils.get_total_norm` rounds each to the gradient's dtype.
 
     >>> total_norm([torch.tensor([3.0, 0.0]), torch.tensor(4.0, dtype=torch.bfloat16)]).item()
     5.0
@@ -53,7 +52,7 @@ def check_max_norm(max_norm: float | None) -> None:
 def clipping_grad_scale(
     grads: Sequence[Tensor], grad_scale: Tensor | None, max_norm: float, norm_out: Tensor
 ) -> Tensor:
-    """What gradients are divided by that are to be unscaled and clipped; their unscaled norm goes to `norm_out`."""
+    """Returns what gradients are divided by to unscale and clip them; writes their unscaled norm to `norm_out`."""
     norm = total_norm(grads)
     scale = None if grad_scale is None else grad_scale.to(norm.device).reshape(())
     if scale is not None:
@@ -64,7 +63,7 @@ def clipping_grad_scale(
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are divided by to bring it down to `max_norm`; 1 where it isn't above.
+    """Returns what gradients of this norm are divided by to clip it at `max_norm`; 1 if it isn't above.
 
     >>> clip_scale(torch.tensor([1.0, 4.0]), max_norm=2.0)
     tensor([1.0000, 2.0000])

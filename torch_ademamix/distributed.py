@@ -1,8 +1,8 @@
 """Checkpoints of sharded state, where :mod:`torch.distributed.checkpoint` alone doesn't serve it.
 
-Saving, loading and resharding go through torch's own functions (docs/distributed.md). What they lack is here: a check
-that a checkpoint holds state of the same precision, and whole ("full") state dicts with 16-bit codes or remainders,
-which neither NCCL nor gloo can send.
+Saving, loading and resharding use torch's own functions (docs/distributed.md). This module adds a check that a
+checkpoint has state of the same precision, and whole ("full") state dicts with 16-bit codes or remainders, which
+neither NCCL nor gloo can send.
 """
 
 from typing import Any

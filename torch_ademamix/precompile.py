@@ -55,14 +55,14 @@ def precompile(
     grad_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
-    """Compiles what the steps of an optimizer need, and makes it readable for everybody.
+    """Compiles the kernels that the steps of an optimizer need into a folder that everybody can read.
 
-    No GPU is needed, but a torch with CUDA, whose NVRTC compiles. ``TORCH_ADEMAMIX_PRECOMPILED`` names the folder to
-    the processes that are to use it, which may not be able to write to it.
+    This needs no GPU, but a torch with CUDA, whose NVRTC it uses. Set ``TORCH_ADEMAMIX_PRECOMPILED`` to the folder in
+    the processes that use it; they need not be able to write to it.
 
     Args:
         capabilities: the GPUs' compute capabilities, 90 for sm_90.
-        folder: is made if it is missing.
+        folder: created if it is missing.
         dtypes: of the parameters.
         grad_dtype: of the gradients; None for the parameters'.
         options: AdEMAMix's: those of formats and rounding matter (`optim_bits`, `slow_ema_bits`, `master_weights`,

@@ -1,9 +1,9 @@
-"""State dicts of other implementations made into AdEMAMix's, and bitsandbytes' and the Apertus fork's made of it.
+"""Conversions of state dicts: of other implementations to AdEMAMix's, and of AdEMAMix's to some of them.
 
 Each function takes what an optimizer's ``state_dict()`` returned, from memory or from a file, and returns what the
-other's ``load_state_dict`` takes; no other package needs to be installed. The argument stays as it is, and the result
-shares no memory with it; tensors stay on their devices. Keys of ``state`` are passed through, so parameter names serve
-as well as numbers. Tensors must be whole: gather the state of sharded parameters first.
+other's ``load_state_dict`` takes. No other package needs to be installed. The argument isn't changed, and the result
+shares no memory with it; tensors stay on their devices. Keys of ``state`` are passed through, so they may be parameter
+names or indices. Tensors must be whole: gather the state of sharded parameters first.
 
 Group entries that no table here names, such as an LR scheduler's ``initial_lr``, are passed through too. Options of
 AdEMAMix that the source doesn't have, such as ``seed``, are left out. The optimizer that loads the result keeps its

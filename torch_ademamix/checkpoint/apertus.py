@@ -36,11 +36,11 @@ def warmup_steps(warmup: int | None) -> int | None:
 
 
 def from_apertus(state_dict: Mapping[str, Any]) -> StateDict:
-    """Makes a state dict for `AdEMAMix` of one of the AdEMAMix class in the fork of Megatron-LM that trained Apertus.
+    """Converts a state dict of the AdEMAMix class in the fork of Megatron-LM that trained Apertus.
 
     It counts steps per group, as Transformer Engine's FusedAdam does, keeps no fast EMA at β1 = 0,
-    and writes -1 for no warm-up. During its warm-up of β3 its β3 is larger than ours, since it adds 1e-8 inside
-    its logarithms: by some 1e-6 at β1 = 0.9 and by more at smaller β1.
+    and writes -1 for no warm-up. During its warm-up its β3 is larger, by some 1e-6 at β1 = 0.9 and more at smaller
+    β1, since it adds 1e-8 inside its logarithms.
 
     `torch_ademamix.megatron` reads the fork's distributed checkpoints.
 
@@ -91,9 +91,9 @@ def _state_from_apertus(saved: Mapping[str, Any], group: Mapping[str, Any], wher
 
 
 def to_apertus(state_dict: Mapping[str, Any]) -> StateDict:
-    """Makes a state dict for the AdEMAMix class in the fork of Megatron-LM that trained Apertus, of AdEMAMix's.
+    """Converts a state dict of AdEMAMix for the class in the fork of Megatron-LM that trained Apertus.
 
-    Quantized state becomes the float32 values of its codes. Options without a counterpart there are left out, as by
+    Quantized state becomes float32 values. Options without a counterpart there are left out, as in
     `to_bitsandbytes`.
 
     Args:

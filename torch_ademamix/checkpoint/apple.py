@@ -9,11 +9,11 @@ from torch_ademamix.state.saved import expect_step
 
 
 def from_apple(state_dict: Mapping[str, Any]) -> StateDict:
-    """Makes a state dict for `AdEMAMix` of that of Apple's reference implementation (github.com/apple/ml-ademamix).
+    """Converts a state dict of Apple's reference implementation (github.com/apple/ml-ademamix).
 
-    State of 16-bit parameters, which Apple's keeps in 16 bits, becomes float32. At β1 = 0 neither keeps a fast EMA.
-    During its warm-up Apple's β3 is larger than ours, by some 1e-6 at β1 = 0.9 and more at smaller β1, since it adds
-    1e-8 inside its logarithms.
+    Apple's keeps the state of 16-bit parameters in 16 bits; it becomes float32. At β1 = 0 neither keeps a fast EMA.
+    During its warm-up Apple's β3 is larger, by some 1e-6 at β1 = 0.9 and more at smaller β1, since it adds 1e-8 inside
+    its logarithms.
 
     Args:
         state_dict: what its ``state_dict()`` returned.

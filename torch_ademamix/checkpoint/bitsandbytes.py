@@ -1,4 +1,4 @@
-"""bitsandbytes' state dicts made into AdEMAMix's, and made of them; torch_ademamix.checkpoint has the rules for all."""
+"""Conversions of bitsandbytes' state dicts, both ways; torch_ademamix.checkpoint has the rules for all."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,14 +25,14 @@ OPTIONS = {name: name for name in ("lr", "betas", "alpha", "t_alpha", "t_beta3",
 
 
 def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
-    """Makes a state dict for `AdEMAMix` of one of bitsandbytes' AdEMAMix classes (0.50.2), 32-bit, 8-bit or paged.
+    """Converts a state dict of bitsandbytes' AdEMAMix classes (0.50.2), 32-bit, 8-bit or paged.
 
-    8-bit codes become the float32 values that they stand for, and the optimizer that loads these stores them in its
-    own formats: docs/migration.md says what that rounding costs.
+    8-bit codes become float32 values, which the optimizer that loads them stores in its own formats. docs/migration.md
+    says what that rounding costs.
 
     bitsandbytes' CUDA kernel writes the slow EMA's scales of a tensor whose size isn't a multiple of 256 one entry
-    early. Such state is recognized and read as that kernel reads it: the first of these scales is one with the last of
-    the fast EMA's.
+    early. Such state is recognized and read as that kernel reads it: the first of these scales is also the last of the
+    fast EMA's.
 
     Args:
         state_dict: what bitsandbytes' ``state_dict()`` returned.
@@ -111,13 +111,13 @@ def _written_one_entry_early(m2: Tensor, m2_absmax: Tensor, nu_absmax: Tensor) -
 
 
 def to_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
-    """Makes a state dict for bitsandbytes' AdEMAMix classes (0.50.2) of AdEMAMix's.
+    """Converts a state dict of AdEMAMix for bitsandbytes' AdEMAMix classes (0.50.2).
 
-    State that is quantized here is so there: its values are rounded to the nearest of bitsandbytes' dynamic maps, a
-    16-bit exp_avg_slow too, since bitsandbytes has no other format; at β3 = 0.9999 it loses most of its updates from
-    then on. Everything else becomes float32, which all its classes continue, the 8-bit ones too. So does the state of
-    a tensor whose size isn't a multiple of 256, since bitsandbytes' CUDA kernel would take its scales of exp_avg_slow
-    from the wrong places.
+    Quantized state stays quantized: its values are rounded to the nearest of bitsandbytes' dynamic maps. That includes
+    a 16-bit exp_avg_slow, since bitsandbytes has no other format; from then on it loses most of its updates at β3 =
+    0.9999. Everything else becomes float32, from which all its classes continue. So does the state of a tensor whose
+    size isn't a multiple of 256, since bitsandbytes' CUDA kernel would read the scales of exp_avg_slow from the wrong
+    offset.
 
     Options without a counterpart there are left out: how state is stored, ``stochastic_rounding``, ``seed``,
     ``capturable``, ``maximize`` and ``schedule_start``. A learning rate becomes a float.

@@ -1,7 +1,8 @@
 """bitsandbytes' 8-bit formats, in plain PyTorch, for its checkpoints.
 
-Blocks of 256 elements in logical order have one float32 scale each, their absmax. A code stands for one of 256 values
-in [-1, 1], which are denser near 0, times absmax (``bitsandbytes.functional.create_dynamic_map``).
+Each block of 256 elements in row-major order has a float32 scale, absmax. A code is the index of one of 256 values in
+[-1, 1], which are denser near 0; the element is that value times absmax
+(``bitsandbytes.functional.create_dynamic_map``).
 """
 
 import torch

@@ -1,9 +1,9 @@
 """bfloat16 parameters that don't lose their updates: what ops/bfloat16.h does, in PyTorch, and its oracle.
 
-Rounded to nearest, an update below half an ulp, which is 0.2 to 0.4% of the weight, leaves a parameter as it is.
-With ``master_weights="remainder"`` what rounding takes away is kept in an int16 next to the parameter, and together
-they are the float32 weight. ``master_weights="remainder8"`` keeps the upper half of that in an int8, and rounds the
-weight to these 24 bits at random, right on average. So does ``param_rounding="stochastic"`` to the parameter's 16.
+Rounded to nearest, an update below half an ulp, which is 0.2 to 0.4% of the weight, is lost. With
+``master_weights="remainder"`` what rounding takes away is kept in an int16, which together with the parameter is the
+float32 weight. ``master_weights="remainder8"`` keeps the upper half of that in an int8, and rounds the weight
+stochastically to these 24 bits; ``param_rounding="stochastic"`` rounds it to the parameter's 16.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _UNIT = 1 << 8  # of an int8 remainder, in units of an int16 one
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights of parameters and their remainders.
+    """Returns the float32 weights of parameters and their remainders.
 
-    A weight's bits are the parameter's with 16 zeros after them, plus the remainder, which has a sign. Where the
-    parameter has been set to 0 since, a negative remainder counts as 0.
+    A weight's bits are the parameter's followed by 16 zeros, plus the signed remainder. If the parameter has been set
+    to 0 since, a negative remainder counts as 0.
 
     Args:
         param: bfloat16, of any shape.
@@ -37,7 +37,7 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 def split(weight: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
-    """Parameters, rounded to nearest and of two equally near values to the larger one in magnitude; and remainders.
+    """Splits weights into parameters, rounded to nearest (ties away from zero), and remainders.
 
     The remainder of NaN is 0.
 
@@ -78,7 +78,7 @@ def converted(remainder: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_to_24_bits(weight: Tensor, random: Tensor) -> Tensor:
-    """One of the two values around each weight whose lowest 8 bits are 0, and the weight on average.
+    """Rounds each weight stochastically to a value whose lowest 8 bits are 0; the expectation is the weight.
 
     Args:
         weight: float32, of any shape.
@@ -94,7 +94,7 @@ def round_to_24_bits(weight: Tensor, random: Tensor) -> Tensor:
 
 
 def round_stochastically(weight: Tensor, random: Tensor) -> Tensor:
-    """One of the two bfloat16 values around each weight, and the weight on average.
+    """Rounds each weight stochastically to bfloat16; the expectation is the weight.
 
     Beyond the largest finite value the upper one is infinity.
 

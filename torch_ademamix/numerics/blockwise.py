@@ -1,7 +1,7 @@
-"""The formats of quantized state, in plain PyTorch: the oracle of ops/blockwise.h, to the bit.
+"""The formats of quantized state, in PyTorch: the definition that ops/blockwise.h follows bit for bit.
 
-A tensor is quantized in blocks of 256 elements in logical order, each with one float32 scale, its
-absmax; the last block may be shorter. The formats:
+A tensor is quantized in blocks of 256 elements in row-major order, each with one float32 scale, its absmax; the last
+block may be shorter. The formats:
 
 =====================  ======================================  ===================================
 format                 value of a code                         state
@@ -14,8 +14,8 @@ format                 value of a code                         state
 ``fourth_root_uint4``  ((code / 15)² * absmax)²                exp_avg_sq next to these
 =====================  ======================================  ===================================
 
-absmax is a block's largest magnitude; in the fourth roots that of the elements' square roots. The last two share an
-int16 word with ``linear_int12``: :func:`torch_ademamix.blockwise.pack`.
+absmax is the largest magnitude of a block; for the fourth roots, that of the elements' square roots. The last two
+share an int16 word with ``linear_int12``: :func:`torch_ademamix.blockwise.pack`.
 """
 
 from collections.abc import Sequence
@@ -127,19 +127,17 @@ def random_bits(
 ) -> Tensor:
     """16 random bits for each of ``count`` elements.
 
-    The seed is the key of `philox`, low word first. The counter's words are the number of the
-    group of 8 elements (two words, low first), the step and the stream's lower half. Element i of
-    a group has the low half of the result's word i // 2 if i is even, else the high half.
+    The seed is the key of `philox`, low word first. The counter's words are the index of the group of 8 elements (two
+    words, low first), the step and the lower half of ``stream``. Element i of a group gets the low half of the result's
+    word i // 2 if i is even, else the high half.
 
     Args:
         count: number of elements.
         seed: taken modulo 2^64.
         step: int, or 0-dim tensor of any dtype; taken modulo 2^32.
-        stream: which of the streams of that seed and step, as the tensor's number in its
-            optimizer, below 2^32. Where the tensor is a part of a larger one, it draws what it
-            would draw there if 2^32 times the number of its first group is added.
-        first_group: the number of the first group; exp_avg_sq's is 0, and the parameters' is
-            ``FIRST_PARAM_GROUP``.
+        stream: the RNG subsequence of that seed and step: the tensor's index in its optimizer, below 2^32. For a slice
+            of a larger tensor, add 2^32 times the index of its first group, so that it draws the same bits there.
+        first_group: the index of the first group; exp_avg_sq's is 0, and the parameters' is ``FIRST_PARAM_GROUP``.
         device: where the result goes; the CPU if not given.
 
     Returns:
@@ -183,18 +181,16 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantizes a tensor in blocks of 256 elements.
 
-    A block's scale is the largest magnitude among its finite elements, in the fourth roots the
-    largest square root; NaN and infinite elements are stored as 0, and in these formats so are
-    negative ones. Codes are rounded to the nearest: of x / absmax, or its signed square root, or of
-    √x / absmax the square root. With a seed, codes of the ``POSITION_BITS`` formats are rounded to one of the two
-    around, on average to what lies between them. In the fourth roots a positive value becomes no code
-    below ``SMALLEST_FOURTH_ROOTS``, since the optimizer divides by its root.
+    A block's scale is the largest magnitude among its finite elements; for the fourth roots, the largest square root.
+    NaN and infinite elements are stored as 0, and in the fourth roots so are negative ones. A code is x / absmax, its
+    signed square root, or the square root of √x / absmax, times the largest code and rounded to nearest. With a seed,
+    formats in ``POSITION_BITS`` are rounded stochastically instead. In the fourth roots a positive value never gets a
+    code below ``SMALLEST_FOURTH_ROOTS``, since the optimizer divides by its root.
 
     Args:
         x: float32 tensor of any shape.
         format: the name of the format.
-        seed: if given, rounding is stochastic, in a format that has it. Equal seed,
-            step and stream give equal results; see `random_bits` for them.
+        seed: if given, rounding is stochastic. Equal seed, step and stream give equal results; see `random_bits`.
         step: int, or 0-dim tensor.
         stream: int.
 
@@ -248,10 +244,10 @@ def quantize(
 
 
 def dequantize(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
-    """The float32 values, of the shape of ``codes``, that `quantize` stored.
+    """Returns the float32 values, of the shape of ``codes``, that `quantize` stored.
 
-    Quantizing them again gives the same codes and scales: a block's largest code stands for its scale itself. That
-    needs float32's full precision, so it holds where a block's largest value is at least 2⁻¹²⁴ (``linear_int16``:
+    Quantizing them again gives the same codes and scales: a block's largest code is decoded to the scale itself. That
+    needs float32's full precision, so it holds if a block's largest value is at least 2⁻¹²⁴ (``linear_int16``:
     2⁻¹¹⁸), and for blocks in which the largest code occurs, as in all that `quantize` returns. `decode` is what a step
     computes, in which that code's value may be an ulp off.
 
@@ -299,7 +295,7 @@ def decode(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
 
 
 def pack(slow: Tensor, other: Tensor) -> Tensor:
-    """Words of two codes: ``linear_int12`` in the upper 12 bits, ``signed_sqrt_int4`` or ``fourth_root_uint4`` below.
+    """Packs ``linear_int12`` codes and 4-bit codes, ``signed_sqrt_int4`` or ``fourth_root_uint4``, into words.
 
     Args:
         slow: int16 tensor of any shape.

@@ -1,8 +1,9 @@
 """State that may leave the GPU when that is full: CUDA managed memory, behind ordinary CUDA tensors.
 
-It stays on the GPU while there is room, and moves to the host's memory page by page when others need the room. A
-step brings it back ahead of the kernels that use it, on a stream of its own; a captured one leaves that to the
-kernels' accesses. The memory is freed with its tensor. On a machine without CUDA, paged state is ordinary memory.
+It stays on the GPU while there is room, and moves to host memory page by page if others need the room. A step
+prefetches it on a stream of its own, ahead of the kernels that use it; a captured step doesn't, and the kernels'
+accesses bring the pages. The memory is freed with its tensor. On a machine without CUDA, paged state is ordinary
+memory.
 """
 
 from collections.abc import Mapping
