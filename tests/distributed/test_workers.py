@@ -20,6 +20,7 @@ def add_ranks(to: int) -> int:
 
 def threads_of_groups() -> list[int]:
     groups = dist.group.WORLD, dist.new_group([0, 1])
+    dist.barrier()  # none leaves while the other still connects
     return [group._get_backend(torch.device("cpu")).options._threads for group in groups]
 
 
@@ -61,6 +62,7 @@ def test_a_failure_is_reported_with_its_traceback(workers):
 
 def test_a_hung_process_ends_with_its_stack():
     with Workers(2) as workers:
+        workers.run(2, add_ranks, 0)  # imports this file, which may take longer than a second
         with pytest.raises(AssertionError, match=r"(?s)rank 0 has not ended.*barrier.*rank 1 has not.*sleep_long"):
             workers.run(2, wait_for_rank_1, seconds=1)
         assert not workers._processes
