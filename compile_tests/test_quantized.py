@@ -66,8 +66,8 @@ _ademamix_blockwise_step_.default(
     maximize=False
     stochastic_param_rounding=False
     seed=5
-    streams=[0, 2]
-    places=[0, 0, 0, 0, 4352, 1]
+    subsequences=[0, 2]
+    offsets=[0, 0, 0, 0, 4352, 1]
     grad_scale=None
     found_inf=None
     stochastic_rounding=True)
@@ -87,8 +87,8 @@ _ademamix_step_.default(
     maximize=False
     stochastic_param_rounding=False
     seed=5
-    streams=[]
-    places=[0, 0, 0, 0, 256, 1]
+    subsequences=[]
+    offsets=[0, 0, 0, 0, 256, 1]
     grad_scale=None
     found_inf=None)
 increment_version(
@@ -245,7 +245,7 @@ def test_formats(counter, format):
         return codes, absmax, dequantize_blockwise(codes, absmax, format) + 1
 
     x = torch.rand(3, 700)
-    keys = [{}] + ([{"seed": 1, "step": 2, "stream": 3}] if format == "fourth_root_uint8" else [])
+    keys = [{}] + ([{"seed": 1, "step": 2, "subsequence": 3}] if format == "fourth_root_uint8" else [])
     for key in keys:
         compiled = torch.compile(there_and_back, fullgraph=True, backend=counter)
         assert_identical(compiled(x, **key), there_and_back(x, **key))

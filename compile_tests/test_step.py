@@ -72,8 +72,8 @@ _ademamix_step_.default(
     maximize=False
     stochastic_param_rounding=False
     seed=0
-    streams=[]
-    places=[0, 0, 0, 0, 256, 1, 0, 512, 2, 0, 768, 3]
+    subsequences=[]
+    offsets=[0, 0, 0, 0, 256, 1, 0, 512, 2, 0, 768, 3]
     grad_scale=None
     found_inf=None)
 increment_version(
@@ -107,8 +107,8 @@ _ademamix_step_.default(
     maximize=True
     stochastic_param_rounding=False
     seed=0
-    streams=[]
-    places=[0, 0, 0, 0, 512, 2]
+    subsequences=[]
+    offsets=[0, 0, 0, 0, 512, 2]
     grad_scale=None
     found_inf=None)
 increment_version(
@@ -127,8 +127,8 @@ _ademamix_step_.default(
     maximize=True
     stochastic_param_rounding=False
     seed=0
-    streams=[]
-    places=[0, 256, 1]
+    subsequences=[]
+    offsets=[0, 256, 1]
     grad_scale=None
     found_inf=None)
 increment_version(
@@ -444,7 +444,7 @@ def test_marks_of_parameters():
 
 
 def test_numbers_are_not_guarded_one_by_one():
-    """A compiled call looks at parameters and gradients, but not at each number of their places and streams."""
+    """A compiled call looks at parameters and gradients, but not at each number of their offsets and subsequences."""
     params = [nn.Parameter(torch.zeros(4)) for _ in range(5)]
     optimizer = AdEMAMix8bit(params, min_8bit_size=1)
     optimizer.init_state()
@@ -454,4 +454,4 @@ def test_numbers_are_not_guarded_one_by_one():
     options = {"guard_filter_fn": lambda guards: [names.add(guard.name) or True for guard in guards]}
     torch.compile(optimizer.step, fullgraph=True, options=options)()
     assert any(name.endswith("params'][4].grad") for name in names)
-    assert not [name for name in names if re.search(r"(places|streams)\[", name)]
+    assert not [name for name in names if re.search(r"(offsets|subsequences)\[", name)]

@@ -37,7 +37,7 @@ def ademamix(
     remainders: Sequence[Tensor | None] = (),
     stochastic_param_rounding: bool = False,
     seed: int = 0,
-    streams: Sequence[int] = (),
+    subsequences: Sequence[int] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -77,8 +77,9 @@ def ademamix(
             shape, int16, or int8 for 24 bits of the weight; see :mod:`torch_ademamix.bfloat16`. None for a parameter
             without; empty if all are.
         stochastic_param_rounding: round bfloat16 parameters up or down at random; right on average.
-        seed: of the random bits, together with the step, the tensor's stream and the element.
-        streams: a number for each tensor, so that no two draw the same bits; their places in the lists if empty.
+        seed: of the random bits, together with the step, the tensor's subsequence and the element.
+        subsequences: the RNG subsequence of each tensor, an int: no two draw the same bits. If empty, their indices in
+            the lists.
         grad_scale: gradients are divided by this tensor of one element (float32 or float64).
         found_inf: where this float32 tensor of one element isn't 0, the step changes nothing at all.
 
@@ -101,8 +102,17 @@ def ademamix(
     )
     calls = []
     n = len(params)
-    lists = (params, grads, exp_avgs, exp_avg_slows, exp_avg_sqs, steps, remainders or [None] * n, streams or range(n))
-    for *tensors, some_remainders, some_streams in _split(lists):
+    lists = (
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_slows,
+        exp_avg_sqs,
+        steps,
+        remainders or [None] * n,
+        subsequences or range(n),
+    )
+    for *tensors, some_remainders, some_subsequences in _split(lists):
         given = [remainder for remainder in some_remainders if remainder is not None]
         # float32 and float64 parameters aren't rounded. For float16 ones the op raises.
         is_rounded = len(tensors[0]) > 0 and tensors[0][0].dtype not in (torch.float32, torch.float64)
@@ -112,8 +122,8 @@ def ademamix(
             maximize=maximize,
             stochastic_param_rounding=stochastic,
             seed=seed,
-            streams=list(some_streams) if stochastic or draws(given) else [],
-            places=(),
+            subsequences=list(some_subsequences) if stochastic or draws(given) else [],
+            offsets=(),
             grad_scale=grad_scale,
             found_inf=found_inf,
         )

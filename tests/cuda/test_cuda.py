@@ -16,7 +16,6 @@ import torch_ademamix
 from benchmarks.shared.gpt2 import SHAPES
 from tests.helpers.config import (
     DTYPES,
-    HYPERPARAMETERS,
     MIXED,
     OPTIONS,
     StepLists,
@@ -80,7 +79,7 @@ def make(kind: str, *args: Any, **kwargs: Any) -> Any:
 def take_step(lists: Any, lr: float | Tensor = 1e-2, **options: Any) -> None:
     is_plain = isinstance(lists, StepLists)
     if not is_plain:
-        options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
+        options = {"stochastic_rounding": True, "seed": SEED, "subsequences": lists.subsequences, **options}
     packet = torch.ops.torch_ademamix.ademamix_step_ if is_plain else torch.ops.torch_ademamix.ademamix_blockwise_step_
     op, args, kwargs = step_call(packet, lists, lr, **options)
     op(*args, **kwargs)
@@ -164,14 +163,14 @@ def test_remainders(kind: str, grad_dtype: torch.dtype, remainder_dtype: torch.d
     before = [bfloat16.join(p, r) for p, r in zip(lists.params, remainders, strict=True)]
     actual, gpu_remainders = on_gpu(lists), [r.cuda() for r in remainders]
     expected, expected_remainders = to_cpu(lists), deepcopy(remainders)
-    random = {"seed": SEED, "streams": list(range(len(lists.params)))}
+    random = {"seed": SEED, "subsequences": list(range(len(lists.params)))}
     take_step(actual, remainders=gpu_remainders, **random)
     take_step(expected, remainders=expected_remainders, **random)
     for i, (p, r) in enumerate(zip(to_cpu(actual).params, gpu_remainders, strict=True)):
         wanted = bfloat16.join(expected.params[i], expected_remainders[i])
         spacing = 2.0**-15 if remainder_dtype == torch.int8 else 0.0
         assert_near(bfloat16.join(p, r.cpu()), wanted, before[i], spacing)
-    assert_same_state(to_cpu(actual), expected, lists, remainders=remainders)
+    assert_same_state(to_cpu(actual), expected, lists, remainders=remainders, **random)
 
 
 @KINDS
@@ -179,7 +178,11 @@ def test_remainders(kind: str, grad_dtype: torch.dtype, remainder_dtype: torch.d
 def test_stochastic_parameters(kind: str, grad_dtype: torch.dtype) -> None:
     """The same bits are drawn: only an ulp of the float32 weight may round one to the other side."""
     lists = make(kind, [*MIXED, ((2**18 + 5,), *["contiguous"] * 3)], torch.bfloat16, grad_dtype)
-    options = {"stochastic_param_rounding": True, "seed": SEED, "streams": [3 * i for i in range(len(lists.params))]}
+    options = {
+        "stochastic_param_rounding": True,
+        "seed": SEED,
+        "subsequences": [3 * i for i in range(len(lists.params))],
+    }
     actual, expected = on_gpu(lists), to_cpu(lists)
     take_step(actual, **options)
     take_step(expected, **options)
@@ -228,8 +231,8 @@ def test_quantize_and_dequantize(format: str) -> None:
     for n in (0, 1, 255, 256, 257, 10**6 + 1):
         x = torch.randn(n) * torch.randn(n).mul(3).exp()
         for seed in (None, SEED) if format == "fourth_root_uint8" else (None,):
-            actual = ops.quantize_blockwise(x.cuda(), format, seed=seed, step=3, stream=1)
-            assert_identical([t.cpu() for t in actual], list(quantize(x, format, seed=seed, step=3, stream=1)))
+            actual = ops.quantize_blockwise(x.cuda(), format, seed=seed, step=3, subsequence=1)
+            assert_identical([t.cpu() for t in actual], list(quantize(x, format, seed=seed, step=3, subsequence=1)))
             values = ops.dequantize_blockwise(*actual, format)
             assert_identical(values.cpu(), ops.dequantize_blockwise(*(t.cpu() for t in actual), format))
 
@@ -241,7 +244,7 @@ def test_opcheck(kind: str) -> None:
     lists = on_gpu(make(kind, MIXED[1:4]))
     if isinstance(lists, BlockwiseLists):
         packet = torch.ops.torch_ademamix.ademamix_blockwise_step_
-        options |= {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+        options |= {"stochastic_rounding": True, "seed": SEED, "subsequences": lists.subsequences}
     hyperparameters = hyperparameter_tensor().cuda()
     torch.library.opcheck(*step_call(packet, lists, **options))
     torch.library.opcheck(*step_call(packet, lists, torch.tensor(1e-2, device="cuda"), **options))
@@ -250,14 +253,16 @@ def test_opcheck(kind: str) -> None:
 
 @KINDS
 @pytest.mark.parametrize("count", [1, 3])
-def test_places(kind: str, count: int) -> None:
+def test_offsets(kind: str, count: int) -> None:
     """As plain lists, bit for bit."""
     plain = on_gpu(make(kind, MIXED))
     arenas = in_arenas(plain.clone(), count=count)
     take_step(plain)
-    options = {"stochastic_rounding": True, "seed": SEED, "streams": arenas.streams} if kind == "blockwise" else {}
-    op = ops.ademamix_step_ if kind == "32" else ops.ademamix_blockwise_step_
-    op(*arenas, **{"lr": 1e-2, **HYPERPARAMETERS, **options, **arenas.options})
+    options = {} if kind == "32" else {"stochastic_rounding": True, "seed": SEED, "subsequences": plain.subsequences}
+    step_packet = torch.ops.torch_ademamix.ademamix_step_
+    packet = step_packet if kind == "32" else torch.ops.torch_ademamix.ademamix_blockwise_step_
+    op, args, kwargs = step_call(packet, arenas, **options, **arenas.options)
+    op(*args, **kwargs)
     arenas.assert_holds(plain, [])
 
 
@@ -267,7 +272,7 @@ def test_hyperparameters_in_a_tensor(dtype: torch.dtype) -> None:
     lists = on_gpu(make("32", MIXED))
     numbers = lists.clone()
     hyperparameters = hyperparameter_tensor(dtype=dtype, t_alpha=8.0, t_beta3=8.0)
-    values = dict(zip(Hyperparameters._fields, hyperparameters.tolist(), strict=True))
+    values = dict(zip(Hyperparameters._fields, hyperparameters[0].tolist(), strict=True))
     take_step(numbers, **{**values, "schedule_start": 0})
     op, args, kwargs = step_call(torch.ops.torch_ademamix.ademamix_step_, lists, hyperparameters=hyperparameters.cuda())
     op(*args, **kwargs)

@@ -55,7 +55,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "remainders": [],
     "stochastic_param_rounding": False,
     "seed": 0,
-    "streams": [],
+    "subsequences": [],
 }
 
 # Options of one op call, beside HYPERPARAMETERS.
@@ -89,7 +89,7 @@ def step_call(
     Args:
         options: `hyperparameters` take the place of numbers, of which an lr that is a tensor is one of `lrs`.
     """
-    options = {**HYPERPARAMETERS, "places": [], "rows": [], **options}
+    options = {**HYPERPARAMETERS, "offsets": [], "rows": [], **options}
     numbers = {name: options.pop(name) for name in Hyperparameters._fields[1:]}
     lists = (*lists, options.pop("remainders"))
     hyperparameters = options.pop("hyperparameters", None)

@@ -162,7 +162,7 @@ def param_roundings(draw: st.DrawFn, lists: StepLists) -> dict[str, Any]:
     if way == "nearest" or not lists.params or lists.params[0].dtype != torch.bfloat16:
         return {}
     numbers = st.integers(-(2**63), 2**63 - 1)
-    random = {"seed": draw(numbers), "streams": [draw(numbers) for _ in lists.params]}
+    random = {"seed": draw(numbers), "subsequences": [draw(numbers) for _ in lists.params]}
     if way == "stochastic":
         return {"stochastic_param_rounding": True, **random}
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.config import StepLists, assert_identical
-from tests.helpers.quantized import BlockwiseLists, streams_of
+from tests.helpers.quantized import BlockwiseLists, subsequences_of
 from torch_ademamix.numerics.blockwise import BLOCK_SIZE, block_count
 
 FILLING = 77  # of the elements that no parameter has
@@ -16,22 +16,22 @@ FILLING = 77  # of the elements that no parameter has
 
 @dataclass
 class Arenas:
-    """The arguments of an op call with places."""
+    """The arguments of an op call with offsets."""
 
     lists: list[list[Tensor]]
     remainders: list[Tensor]
-    places: list[int]
+    offsets: list[int]
 
     def __iter__(self) -> Any:
         return iter(self.lists)
 
     @property
-    def streams(self) -> list[int]:
-        return streams_of(self.lists[0])
+    def subsequences(self) -> list[int]:
+        return subsequences_of(self.lists[0])
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"places": self.places, "remainders": self.remainders}
+        return {"offsets": self.offsets, "remainders": self.remainders}
 
     def clone(self) -> "Arenas":
         return copy.deepcopy(self)
@@ -72,9 +72,9 @@ def in_arenas(lists: StepLists | BlockwiseLists, remainders: list[Tensor] = [], 
         return result
 
     state = [flat(field.name, getattr(lists, field.name)) for field in fields(lists)[2:]] if numels else []
-    places = [number for place in zip(arenas, firsts, indices, strict=True) for number in place]
+    offsets = [number for place in zip(arenas, firsts, indices, strict=True) for number in place]
     lists_in_arenas = [lists.params, lists.grads, *(state or [[] for _ in fields(lists)[2:]])]
-    return Arenas(lists_in_arenas, flat("remainders", remainders), places)
+    return Arenas(lists_in_arenas, flat("remainders", remainders), offsets)
 
 
 def in_order_of(param: Tensor, tensor: Tensor) -> Tensor:

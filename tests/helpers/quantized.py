@@ -57,11 +57,11 @@ class BlockwiseLists:
         return copy.deepcopy(self)
 
     @property
-    def streams(self) -> list[int]:
-        return streams_of(self.params)
+    def subsequences(self) -> list[int]:
+        return subsequences_of(self.params)
 
 
-def streams_of(params: list[Tensor]) -> list[int]:
+def subsequences_of(params: list[Tensor]) -> list[int]:
     """As an optimizer numbers them, but from another number on and with gaps."""
     return [3 * i + 7 for i in range(len(params))]
 
@@ -131,7 +131,7 @@ def blockwise_call(
     lists: BlockwiseLists, lr: Tensor | float = 1e-2, **options: Any
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The overload of the op, and its positional and keyword arguments."""
-    defaults = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams}
+    defaults = {"stochastic_rounding": True, "seed": SEED, "subsequences": lists.subsequences}
     return step_call(PACKET, lists, lr, **{**defaults, **options})
 
 
@@ -147,16 +147,16 @@ def expected_blockwise_step(
     *,
     stochastic_rounding: bool = True,
     seed: int = SEED,
-    streams: list[int] | None = None,
+    subsequences: list[int] | None = None,
     **options: Any,
 ) -> BlockwiseLists:
     """What a step must give, bit for bit: the same kernel's step of the dequantized state, quantized anew."""
     after = before.clone()
     plain = dequantized(after)
-    streams = after.streams if streams is None else streams
-    step(kernel, plain, seed=seed, streams=streams, **options)
+    subsequences = after.subsequences if subsequences is None else subsequences
+    step(kernel, plain, seed=seed, subsequences=subsequences, **options)
     formats = formats_of(after)
-    for i, stream in enumerate(streams):
+    for i, subsequence in enumerate(subsequences):
         values = {name: getattr(plain, f"{name}s")[i].float() for name in formats}
         # An element of which one moment isn't finite loses all.
         finite = torch.stack([value.isfinite() for value in values.values()]).all(0)
@@ -164,7 +164,7 @@ def expected_blockwise_step(
         for name, format in formats.items():
             key = {}
             if stochastic_rounding and format in POSITION_BITS:
-                key = {"seed": seed, "step": plain.steps[i], "stream": stream}
+                key = {"seed": seed, "step": plain.steps[i], "subsequence": subsequence}
             codes[name] = quantize(torch.where(finite, values[name], 0), format, **key)
         state = state_of(after, i)
         for name, value in entries_of(codes, formats).items():

@@ -55,7 +55,7 @@ def call(namespace: Any, kind: str, lists: Any, **options: Any) -> None:
     name = "_ademamix_step_"
     if kind == "blockwise":
         name = "_ademamix_blockwise_step_"
-        options = {"stochastic_rounding": True, "seed": SEED, "streams": lists.streams, **options}
+        options = {"stochastic_rounding": True, "seed": SEED, "subsequences": lists.subsequences, **options}
     op, args, kwargs = step_call(getattr(namespace, name), lists, **options)
     op(*args, **kwargs)
 
@@ -90,14 +90,14 @@ def with_remainders(lists: Lists) -> dict[str, Any]:
 
 
 def with_remainders_of_8_bits(lists: Lists) -> dict[str, Any]:
-    streams = [7 * i + 1 for i in range(len(lists.params))]
+    subsequences = [7 * i + 1 for i in range(len(lists.params))]
     remainders = [torch.randint_like(p, -(1 << 7), 1 << 7, dtype=torch.int8) for p in lists.params]
-    return {"remainders": remainders, "seed": SEED, "streams": streams}
+    return {"remainders": remainders, "seed": SEED, "subsequences": subsequences}
 
 
 def stochastically(lists: Lists) -> dict[str, Any]:
-    streams = [7 * i + 1 for i in range(len(lists.params))]
-    return {"stochastic_param_rounding": True, "seed": SEED, "streams": streams}
+    subsequences = [7 * i + 1 for i in range(len(lists.params))]
+    return {"stochastic_param_rounding": True, "seed": SEED, "subsequences": subsequences}
 
 
 ROUNDINGS = pytest.mark.parametrize("rounding", [with_remainders, with_remainders_of_8_bits, stochastically])
@@ -282,7 +282,7 @@ def test_quantize_and_dequantize(format: str) -> None:
     inputs.append(torch.randn(40, 30).t())
     for x in inputs:
         for seed in (None, SEED) if format == "fourth_root_uint8" else (None,):
-            options = {"seed": seed, "step": 5, "stream": 3}
+            options = {"seed": seed, "step": 5, "subsequence": 3}
             quantized = torch.ops.cuda_on_host.quantize_blockwise(x, number, **options)
             assert_identical(list(quantized), list(torch.ops.torch_ademamix.quantize_blockwise(x, number, **options)))
             assert_identical(
@@ -429,7 +429,7 @@ def test_what_lies_between_sparse_gradients_is_not_fetched(kind: str) -> None:
     first_and_last = [0, 3]
     some = copy.copy(lists)
     some.lists = [[tensors[i] for i in first_and_last] for tensors in (params, grads)] + [*state, steps]
-    some.places = [number for i in first_and_last for number in lists.places[3 * i : 3 * i + 3]]
+    some.offsets = [number for i in first_and_last for number in lists.offsets[3 * i : 3 * i + 3]]
     driver.set_free_bytes(0)
     prefetched = managed_memory()[2]
     call(torch.ops.cuda_on_host, kind, some, **some.options)

@@ -70,7 +70,7 @@ def test_float64_scale_of_a_parameter_without_dimensions(kernel, way):
     for dtype in (torch.float32, torch.float64):
         options = {"remainders": [torch.zeros((), dtype=torch.int16)]} if way == "remainders" else {way: True}
         stepped.append((before.clone(), options))
-        step(kernel, stepped[-1][0], lr=1.0, grad_scale=torch.tensor(2.0, dtype=dtype), streams=[0], **options)
+        step(kernel, stepped[-1][0], lr=1.0, grad_scale=torch.tensor(2.0, dtype=dtype), subsequences=[0], **options)
     assert stepped[0][0].params[0] != before.params[0]
     assert_identical(*[(list(lists), options) for lists, options in stepped])
 
@@ -143,11 +143,11 @@ def test_stochastic_rounding_is_that_of_the_formula(kernel, kind, grad_dtype):
     lists = make(kind, torch.bfloat16, grad_dtype)
     exact = lists.clone()
     exact.params = [p.float() for p in lists.params]
-    streams = [5 * i + 2 + i * 2**32 for i in range(len(lists.params))]  # with places in larger tensors
-    take_step(kernel, exact, seed=SEED, streams=streams)
-    take_step(kernel, lists, seed=SEED, streams=streams, stochastic_param_rounding=True)
+    subsequences = [5 * i + 2 + i * 2**32 for i in range(len(lists.params))]  # as of slices of larger tensors
+    take_step(kernel, exact, seed=SEED, subsequences=subsequences)
+    take_step(kernel, lists, seed=SEED, subsequences=subsequences, stochastic_param_rounding=True)
     for i, weight in enumerate(exact.params):
-        key = {"seed": SEED, "step": lists.steps[i], "stream": streams[i], "first_group": FIRST_PARAM_GROUP}
+        key = {"seed": SEED, "step": lists.steps[i], "stream": subsequences[i], "first_group": FIRST_PARAM_GROUP}
         random = random_bits(weight.numel(), **key).view(weight.shape)
         assert torch.equal(bits(lists.params[i]), bits(bfloat16.round_stochastically(weight.contiguous(), random)))
     exact.params = lists.params
@@ -163,11 +163,11 @@ def test_remainders_of_8_bits_are_those_of_the_formula(kernel, kind, grad_dtype)
     remainders = [torch.empty_like(r, dtype=torch.int8).copy_(bfloat16.converted(r, torch.int8)) for r in remainders]
     exact = lists.clone()
     exact.params = [bfloat16.join(p, r) for p, r in zip(lists.params, remainders, strict=True)]
-    streams = [5 * i + 2 + i * 2**32 for i in range(len(lists.params))]
-    take_step(kernel, exact, seed=SEED, streams=streams)
-    take_step(kernel, lists, seed=SEED, streams=streams, remainders=remainders)
+    subsequences = [5 * i + 2 + i * 2**32 for i in range(len(lists.params))]
+    take_step(kernel, exact, seed=SEED, subsequences=subsequences)
+    take_step(kernel, lists, seed=SEED, subsequences=subsequences, remainders=remainders)
     for i, weight in enumerate(exact.params):
-        key = {"seed": SEED, "step": lists.steps[i], "stream": streams[i], "first_group": FIRST_PARAM_GROUP}
+        key = {"seed": SEED, "step": lists.steps[i], "stream": subsequences[i], "first_group": FIRST_PARAM_GROUP}
         random = random_bits(weight.numel(), **key).view(weight.shape)
         param, remainder = bfloat16.split(bfloat16.round_to_24_bits(weight.contiguous(), random), torch.int8)
         assert torch.equal(bits(lists.params[i]), bits(param))
@@ -204,9 +204,9 @@ def test_a_skipped_step_changes_nothing(kernel, kind):
     lists, remainders = split_lists(make(kind, torch.float32))
     before, before_remainders = lists.clone(), [r.clone() for r in remainders]
     take_step(kernel, lists, remainders=remainders, found_inf=torch.ones(()))
-    take_step(kernel, lists, stochastic_param_rounding=True, streams=[0] * len(MIXED), found_inf=torch.ones(()))
+    take_step(kernel, lists, stochastic_param_rounding=True, subsequences=[0] * len(MIXED), found_inf=torch.ones(()))
     narrow = [torch.full_like(r, 7, dtype=torch.int8) for r in remainders]
-    take_step(kernel, lists, remainders=narrow, streams=[0] * len(MIXED), found_inf=torch.ones(()))
+    take_step(kernel, lists, remainders=narrow, subsequences=[0] * len(MIXED), found_inf=torch.ones(()))
     assert all(bool((r == 7).all()) for r in narrow)
     assert_identical(list(lists), list(before))
     assert_identical(remainders, before_remainders)
@@ -223,9 +223,9 @@ def op_call(kind, lists, **options):
 def test_opcheck(kind):
     lists, remainders = split_lists(make(kind, torch.float32, entries=[MIXED[2], *MIXED[8:11]]))
     torch.library.opcheck(*op_call(kind, lists, remainders=remainders))
-    torch.library.opcheck(*op_call(kind, lists, stochastic_param_rounding=True, streams=[4, 3, 2, 1]))
+    torch.library.opcheck(*op_call(kind, lists, stochastic_param_rounding=True, subsequences=[4, 3, 2, 1]))
     remainders = [bfloat16.converted(r, torch.int8) for r in remainders]
-    torch.library.opcheck(*op_call(kind, lists, remainders=remainders, streams=[4, 3, 2, 1]))
+    torch.library.opcheck(*op_call(kind, lists, remainders=remainders, subsequences=[4, 3, 2, 1]))
 
 
 @KINDS
@@ -384,7 +384,7 @@ def test_one_call_has_remainders_of_one_width():
     remainders[1] = bfloat16.converted(remainders[1], torch.int8)
     for kernel in KERNELS if native_built() else ["reference"]:
         with pytest.raises(RuntimeError, match=r"remainders\[1\] has dtype torch.int8, but must be torch.int16"):
-            take_step(kernel, lists, remainders=remainders, streams=[0] * len(MIXED))
+            take_step(kernel, lists, remainders=remainders, subsequences=[0] * len(MIXED))
 
 
 @OPTIMIZERS

@@ -36,9 +36,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 
 def make(kind: str, entries: Any = MIXED, *dtypes: torch.dtype, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     if kind == "32":
-        return make_lists(entries, *dtypes, **kwargs), {"streams": []}
+        return make_lists(entries, *dtypes, **kwargs), {"subsequences": []}
     lists = make_blockwise(entries, *dtypes, **kwargs)
-    return lists, {"streams": lists.streams, "stochastic_rounding": True}
+    return lists, {"subsequences": lists.subsequences, "stochastic_rounding": True}
 
 
 def row(lr: Any, options: dict[str, Any]) -> Hyperparameters:
@@ -118,7 +118,7 @@ def test_bfloat16_weights(rounding: str) -> None:
     if rounding == "remainders":
         options["remainders"] = [torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16) for p in lists.params]
     else:
-        options |= {"stochastic_param_rounding": True, "streams": [0, 1]}
+        options |= {"stochastic_param_rounding": True, "subsequences": [0, 1]}
     check("32", lists, **options)
 
 

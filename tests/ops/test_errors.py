@@ -93,7 +93,7 @@ def move(number, to):
     """Changes one of the numbers 0, 1536, 6, 0, 1024, 4, 0, 768, 3, 0, 256, 1."""
 
     def bend(lists, options):
-        options["places"][number] = to
+        options["offsets"][number] = to
 
     return place(bend)
 
@@ -145,12 +145,14 @@ REFUSALS = {
     "remainders[2] has elements that share memory, so it can't be updated in place": remain(4, 2, expand),
     "params[0] has dtype torch.float16, but remainders are for torch.bfloat16": remain(4, dtype=torch.float16),
     "params[0] has dtype torch.float16, but stochastic_param_rounding is for torch.bfloat16": remain(
-        0, dtype=torch.float16, stochastic_param_rounding=True, streams=[0, 1, 2, 3]
+        0, dtype=torch.float16, stochastic_param_rounding=True, subsequences=[0, 1, 2, 3]
     ),
     "stochastic_param_rounding is true, but with remainders nothing is rounded away": remain(
-        4, stochastic_param_rounding=True, streams=[0, 1, 2, 3]
+        4, stochastic_param_rounding=True, subsequences=[0, 1, 2, 3]
     ),
-    "streams has length 3, but params has length 4": remain(0, stochastic_param_rounding=True, streams=[0, 1, 2]),
+    "subsequences has length 3, but params has length 4": remain(
+        0, stochastic_param_rounding=True, subsequences=[0, 1, 2]
+    ),
     "schedule_start is -1, but must be at least 0": give(schedule_start=-1),
     "eps is -1e-08, but must be at least 0": give(eps=-1e-8),
     "beta1 is 0.9, but must be 0 without exp_avgs": lambda lists, options: lists.exp_avgs.clear(),
@@ -172,8 +174,8 @@ OP_REFUSALS = {
         "params", 1, "meta"
     ),
     **{f"{SCALARS[x]} is on meta, but params are on cpu": give(**{x: torch.ones((), device="meta")}) for x in SCALARS},
-    "places has length 11, but must have 12, 3 for each of params, or none": place(
-        lambda lists, options: options["places"].pop()
+    "offsets has length 11, but must have 12, 3 for each of params, or none": place(
+        lambda lists, options: options["offsets"].pop()
     ),
     **{f"{x} has length 2, but exp_avgs has length 1": place(lengthen(x)) for x in (*STATE[1:], "steps")},
     **{
@@ -186,19 +188,19 @@ OP_REFUSALS = {
         for x in (*STATE, "steps")
     },
     **{f"{x}[0] is on meta, but params[0] is on cpu": place(convert(x, 0, "meta")) for x in (*STATE, "steps")},
-    **{f"places[3] is {k}, but must be in [0, 1)": move(3, k) for k in (-1, 1, 2**40)},
-    **{f"places[4] is {n}, but must be a multiple of 256": move(4, n) for n in (-1, -256, 100, 2**62 + 1)},
+    **{f"offsets[3] is {k}, but must be in [0, 1)": move(3, k) for k in (-1, 1, 2**40)},
+    **{f"offsets[4] is {n}, but must be a multiple of 256": move(4, n) for n in (-1, -256, 100, 2**62 + 1)},
     **{
-        f"places[10] is {n}, but exp_avgs[0] has room for 1536 elements, and params[3] has 255": move(10, n)
+        f"offsets[10] is {n}, but exp_avgs[0] has room for 1536 elements, and params[3] has 255": move(10, n)
         for n in (1536, 2**62)
     },
     **{
-        f"places[1] is 1536, but {x}[0] has room for 1535 elements, and params[0] has 0": place(
+        f"offsets[1] is 1536, but {x}[0] has room for 1535 elements, and params[0] has 0": place(
             replace(x, 0, lambda arena: arena[1:])
         )
         for x in STATE
     },
-    **{f"places[8] is {n}, but must be in [0, 7)": move(8, n) for n in (-1, 7)},
+    **{f"offsets[8] is {n}, but must be in [0, 7)": move(8, n) for n in (-1, 7)},
     "hyperparameters has dtype torch.int64, but must be torch.float32 or torch.float64": give(
         hyperparameters=torch.zeros(1, 14, dtype=torch.int64)
     ),

@@ -56,7 +56,7 @@ OPTIONS = {
     "lr": NUMBERS | SCALARS,
     **{name: st.none() | SCALARS for name in ("grad_scale", "found_inf")},
     "stochastic_param_rounding": st.booleans(),
-    "streams": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=len(ENTRIES) + 1),
+    "subsequences": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=len(ENTRIES) + 1),
     "remainders": st.builds(list),
 }
 
@@ -69,9 +69,9 @@ def bends(draw, lists, options):
             name = draw(st.sampled_from(sorted(OPTIONS)))
             options[name] = draw(OPTIONS[name])
             continue
-        if options["places"] and draw(st.integers(0, 2)) == 0:
-            number = draw(st.integers(0, len(options["places"]) - 1))
-            options["places"][number] = draw(st.sampled_from([-1, 0, 1, 2, 255, 256, 512, 1 << 20, 2**63 - 256]))
+        if options["offsets"] and draw(st.integers(0, 2)) == 0:
+            number = draw(st.integers(0, len(options["offsets"]) - 1))
+            options["offsets"][number] = draw(st.sampled_from([-1, 0, 1, 2, 255, 256, 512, 1 << 20, 2**63 - 256]))
             continue
         name = draw(st.sampled_from([*vars(lists), "remainders"]))
         tensors = options["remainders"] if name == "remainders" else getattr(lists, name)
@@ -132,15 +132,15 @@ def assert_alike(lists, options):
 
 def options_for(lists, with_remainders, placed):
     """Of a good call; if it is placed, the lists' state is put into arenas."""
-    remainders, places = [], []
+    remainders, offsets = [], []
     if with_remainders and lists.params[0].dtype == torch.bfloat16:
         remainders = [torch.zeros(p.shape, dtype=torch.int16) for p in lists.params]
     if placed:
         arenas = in_arenas(lists, remainders)
-        remainders, places = arenas.remainders, arenas.places
+        remainders, offsets = arenas.remainders, arenas.offsets
         for field, tensors in zip(fields(lists), arenas, strict=True):
             setattr(lists, field.name, tensors)
-    return {"lr": 1e-2, **HYPERPARAMETERS, "streams": [1, 2, 3, 4], "remainders": remainders, "places": places}
+    return {"lr": 1e-2, **HYPERPARAMETERS, "subsequences": [1, 2, 3, 4], "remainders": remainders, "offsets": offsets}
 
 
 PARAM_DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])

@@ -144,7 +144,9 @@ def test_quantize(data, format, shape, key):
     """The native op, the reference op and NumPy."""
     x = data.draw(values(shape, finite=False, square=format == "fourth_root_uint8")).float()
     x = data.draw(laid_out(x, expanded=True))
-    random = dict(zip(("seed", "step", "stream"), key or (), strict=False)) if format == "fourth_root_uint8" else {}
+    random = (
+        dict(zip(("seed", "step", "subsequence"), key or (), strict=False)) if format == "fourth_root_uint8" else {}
+    )
     codes, absmax = quantize_blockwise(x, format, **random)
     assert_identical((codes, absmax), quantize(x, format, **random))
     lost = ~np.isfinite(x.numpy())

@@ -15,7 +15,7 @@ from tests.helpers.config import (
     step_call,
 )
 from tests.helpers.offsets import in_arenas
-from tests.helpers.quantized import SEED, blockwise_step, make_blockwise, streams_of
+from tests.helpers.quantized import SEED, blockwise_step, make_blockwise, subsequences_of
 from torch_ademamix.numerics import bfloat16
 from torch_ademamix.numerics.hyperparameters import HYPERPARAMETERS
 
@@ -36,7 +36,7 @@ def run(kernel, kind, lists, **options):
 def roundings(lists):
     """How bfloat16 parameters may be rounded, as options of a step; remainders in the parameters' order in memory."""
     remainders = [torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16) for p in lists.params]
-    random = {"seed": SEED, "streams": streams_of(lists.params)}
+    random = {"seed": SEED, "subsequences": subsequences_of(lists.params)}
     return {
         "nearest": {},
         "remainders": {"remainders": remainders},
@@ -127,18 +127,18 @@ def test_rows_of_hyperparameters(kernel, kind, given):
     """Parameters of several rows: bit for bit as in a call for each row."""
     lists = make(kind, ENTRIES)
     expected, rows = lists.clone(), [2 - i % 3 for i in range(len(ENTRIES))]
-    streams = streams_of(lists.params)
+    subsequences = subsequences_of(lists.params)
     for row, numbers in enumerate(ROWS):
         chosen = [i for i in range(len(rows)) if rows[i] == row]
         some = type(lists)(*([tensors[i] for i in chosen] for tensors in expected))
-        run(kernel, kind, some, hyperparameters=numbers, streams=[streams[i] for i in chosen])
+        run(kernel, kind, some, hyperparameters=numbers, subsequences=[subsequences[i] for i in chosen])
     options = {"hyperparameters": [x for row in ROWS for x in row]}
     if given == "lrs":
         options = {"hyperparameters": [x for row in ROWS for x in (7.0, *row[1:])]}
         options["lrs"] = [torch.tensor([row[0]], dtype=torch.float64) for row in ROWS]
     if given == "tensor":
         options = {"hyperparameters": torch.tensor(ROWS, dtype=torch.float64)}
-    run(kernel, kind, lists, rows=rows, streams=streams, **options)
+    run(kernel, kind, lists, rows=rows, subsequences=subsequences, **options)
     assert_identical(list(lists), list(expected))
 
 

@@ -44,7 +44,7 @@ def test_places(remainder_dtype, count, hyperparameters):
     lists = make_lists([MIXED[2], *MIXED[8:14]], torch.bfloat16)
     remainders = [torch.zeros(p.shape, dtype=remainder_dtype) for p in lists.params if remainder_dtype]
     arenas = in_arenas(lists, remainders, count)
-    options = {"hyperparameters": hyperparameters, "streams": range(len(lists.params)), **arenas.options}
+    options = {"hyperparameters": hyperparameters, "subsequences": range(len(lists.params)), **arenas.options}
     torch.library.opcheck(*step_call(PACKET, arenas, **options))
 
 

@@ -311,7 +311,7 @@ def test_stochastic_rounding_keeps_the_values_of_codes(implementation):
 def test_stochastic_rounding_is_reproducible(implementation):
     quantize, _ = implementation
     x = torch.rand(10_001, generator=torch.Generator().manual_seed(0)).square()
-    key = {"seed": 2**63 - 5, "step": 12, "stream": 3}
+    key = {"seed": 2**63 - 5, "step": 12, "subsequence": 3}
 
     def codes(x=x, **changes):
         return quantize(x, "fourth_root_uint8", **(key | changes))[0]
@@ -320,7 +320,7 @@ def test_stochastic_rounding_is_reproducible(implementation):
     assert torch.equal(codes(step=torch.tensor(12.0)), codes())
     # An element's bits go by its number alone, not by how many there are.
     assert torch.equal(codes(x[: 20 * BLOCK_SIZE]), codes()[: 20 * BLOCK_SIZE])
-    for changes in ({"seed": 1}, {"seed": 2**63 - 5 - 2**32}, {"step": 13}, {"stream": 4}):
+    for changes in ({"seed": 1}, {"seed": 2**63 - 5 - 2**32}, {"step": 13}, {"subsequence": 4}):
         changed = (codes() != codes(**changes)).double().mean()
         assert 0.1 < changed < 0.9
 
@@ -334,7 +334,7 @@ def test_agrees_with_the_reference_to_the_bit(name):
     spread = torch.exp2(torch.linspace(-30, 0, 300_007)) * torch.sign(anything.nan_to_num(1))
     for x in (anything, spread, spread.flip(0) * 1e-35):
         for format in FORMATS:
-            for options in ({}, {"seed": 5, "step": 6, "stream": 7}):
+            for options in ({}, {"seed": 5, "step": 6, "subsequence": 7}):
                 if options and format not in POSITION_BITS:
                     continue
                 codes, absmax = quantize(x, format, **options)
@@ -365,11 +365,11 @@ def test_philox_gives_the_published_words(counter, key, expected):
 
 
 def test_random_bits_are_laid_out_as_documented():
-    first, key = PHILOX_ANSWERS[0][2], {"seed": 0, "step": 0, "stream": 0}
+    first, key = PHILOX_ANSWERS[0][2], {"seed": 0, "step": 0, "subsequence": 0}
     halves = [half for word in first for half in (word & 0xFFFF, word >> 16)]
     assert blockwise.random_bits(8, **key).tolist() == halves
     words = blockwise.philox([torch.tensor([word]) for word in (1, 0, 9, 4)], (7, 2))
-    third = blockwise.random_bits(11, seed=7 + 2 * 2**32, step=9, stream=4)[10]
+    third = blockwise.random_bits(11, seed=7 + 2 * 2**32, step=9, subsequence=4)[10]
     assert third == words[1].item() & 0xFFFF
 
 

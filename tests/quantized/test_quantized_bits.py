@@ -32,7 +32,7 @@ def test_random_bits_go_by_seed_stream_step_and_element(kernel):
     two = make_blockwise([entry, entry], seed=1)
     for state in (two.params, *list(two)[1:]):
         state[1].copy_(state[0])
-    blockwise_step(kernel, two, streams=[4, 9])
+    blockwise_step(kernel, two, subsequences=[4, 9])
     nu = [two.exp_avg_sqs[i] for i in (0, 1)]
     changed = (nu[0] != nu[1]).double().mean()
     assert 0.1 < changed < 0.9
@@ -41,11 +41,11 @@ def test_random_bits_go_by_seed_stream_step_and_element(kernel):
 
     def step_of_one(lists=one, **options):
         lists = lists.clone()
-        blockwise_step(kernel, lists, **{"streams": [9], **options})
+        blockwise_step(kernel, lists, **{"subsequences": [9], **options})
         return lists.exp_avg_sqs[0]
 
     assert torch.equal(step_of_one(), nu[1])
-    for options in ({"seed": 3}, {"seed": 2**62}, {"streams": [10]}, {"streams": [9 + 2**32]}):
+    for options in ({"seed": 3}, {"seed": 2**62}, {"subsequences": [10]}, {"subsequences": [9 + 2**32]}):
         assert not torch.equal(step_of_one(**options), nu[1])
 
     short = one.clone()
@@ -61,7 +61,7 @@ def test_random_bits_go_by_seed_stream_step_and_element(kernel):
         tensors[0] = tensors[0][2 * BLOCK_SIZE :].clone()
     for tensors in (part.exp_avg_absmaxs, part.exp_avg_slow_absmaxs, part.exp_avg_sq_absmaxs):
         tensors[0] = tensors[0][2:].clone()
-    assert torch.equal(step_of_one(part, streams=[9 + 2 * BLOCK_SIZE // 8 * 2**32]), nu[1][2 * BLOCK_SIZE :])
+    assert torch.equal(step_of_one(part, subsequences=[9 + 2 * BLOCK_SIZE // 8 * 2**32]), nu[1][2 * BLOCK_SIZE :])
 
 
 @NATIVE
@@ -89,7 +89,7 @@ def quantize_and_back(values):
     result = []
     for format in CODE_DTYPES:
         for seed in (None, SEED) if format in POSITION_BITS else (None,):
-            codes, absmax = ops.quantize_blockwise(values, format, seed=seed, step=7, stream=3)
+            codes, absmax = ops.quantize_blockwise(values, format, seed=seed, step=7, subsequence=3)
             result += [codes, absmax, ops.dequantize_blockwise(codes, absmax, format)]
     return result
 
@@ -104,7 +104,7 @@ def values_of_every_kind():
 def run_calls(calls, values):
     for tensors, options in calls:
         lists = BlockwiseLists(*tensors)
-        op, args, kwargs = blockwise_call(lists, **{**options, "streams": lists.streams})
+        op, args, kwargs = blockwise_call(lists, **{**options, "subsequences": lists.subsequences})
         op(*args, **kwargs)
     return [lists for lists, _ in calls], [quantize_and_back(x) for x in values]
 

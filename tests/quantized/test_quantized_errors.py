@@ -64,7 +64,7 @@ REFUSALS = [
         (shortening(name), f"{name} has length 3, but params has length 4")
         for name in ("grads", *CODES, *ABSMAXS, "steps")
     ],
-    (setting(streams=[0, 1, 2]), "streams has length 3, but params has length 4"),
+    (setting(subsequences=[0, 1, 2]), "subsequences has length 3, but params has length 4"),
     *[
         (
             replacing(name, to(dtype), 0),
@@ -130,8 +130,8 @@ REFUSALS = [
     (setting(eps=float("nan")), "eps is nan, but must be at least 0"),
     (setting(found_inf=torch.ones(2)), "found_inf has shape [2], but must hold one element"),
     (
-        placing(lambda lists, options: options["places"].pop()),
-        "places has length 11, but must have 12, 3 for each of params, or none",
+        placing(lambda lists, options: options["offsets"].pop()),
+        "offsets has length 11, but must have 12, 3 for each of params, or none",
     ),
     *[
         (placing(shortening(name)), f"{name} has length 0, but exp_avgs has length 1")
@@ -152,7 +152,7 @@ REFUSALS = [
     *[
         (
             placing(replacing(name, lambda arena: arena[:-1], 0)),
-            f"places[1] is 1536, but {name}[0] has room for {room} elements, and params[0] has 0",
+            f"offsets[1] is 1536, but {name}[0] has room for {room} elements, and params[0] has 0",
         )
         for names, room in ((CODES, 1535), (ABSMAXS, 1280))
         for name in names

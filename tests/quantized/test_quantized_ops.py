@@ -56,7 +56,7 @@ def test_opcheck_of_the_formats(format, shape):
     torch.library.opcheck(QUANTIZE, (x, number))
     torch.library.opcheck(DEQUANTIZE, (codes, absmax, number))
     if format == "fourth_root_uint8":
-        torch.library.opcheck(QUANTIZE, (x, number), {"seed": 1, "step": 2, "stream": 3})
+        torch.library.opcheck(QUANTIZE, (x, number), {"seed": 1, "step": 2, "subsequence": 3})
 
 
 @LR

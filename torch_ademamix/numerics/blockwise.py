@@ -121,22 +121,22 @@ def random_bits(
     *,
     seed: int,
     step: int | Tensor,
-    stream: int,
+    subsequence: int,
     first_group: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """16 random bits for each of ``count`` elements.
 
     The seed is the key of `philox`, low word first. The counter's words are the index of the group of 8 elements (two
-    words, low first), the step and the lower half of ``stream``. Element i of a group gets the low half of the result's
-    word i // 2 if i is even, else the high half.
+    words, low first), the step and the lower half of ``subsequence``. Element i of a group gets the low half of the
+    result's word i // 2 if i is even, else the high half.
 
     Args:
         count: number of elements.
         seed: taken modulo 2^64.
         step: int, or 0-dim tensor of any dtype; taken modulo 2^32.
-        stream: the RNG subsequence of that seed and step: the tensor's index in its optimizer, below 2^32. For a slice
-            of a larger tensor, add 2^32 times the index of its first group, so that it draws the same bits there.
+        subsequence: the RNG subsequence of that seed and step: the tensor's index in its optimizer, below 2^32. For a
+            slice of a larger tensor, add 2^32 times the index of its first group, so that it draws the same bits there.
         first_group: the index of the first group; exp_avg_sq's is 0, and the parameters' is ``FIRST_PARAM_GROUP``.
         device: where the result goes; the CPU if not given.
 
@@ -144,17 +144,17 @@ def random_bits(
         int64 tensor of shape ``(count,)``, in [0, 65535].
 
     Example:
-        >>> random_bits(3, seed=1, step=1, stream=0).tolist()
+        >>> random_bits(3, seed=1, step=1, subsequence=0).tolist()
         [53345, 31637, 451]
     """
-    first_group = first_group + ((stream >> 32) & _WORD)
+    first_group = first_group + ((subsequence >> 32) & _WORD)
     group = torch.arange((count + RANDOM_GROUP - 1) // RANDOM_GROUP, device=device) + first_group
     step = torch.as_tensor(step, device=device).long() & _WORD
     counter = [
         group & _WORD,
         (group >> 32) & _WORD,
         step.expand_as(group),
-        torch.as_tensor(stream & _WORD, device=device).expand_as(group),
+        torch.as_tensor(subsequence & _WORD, device=device).expand_as(group),
     ]
     words = torch.stack(philox(counter, (seed & _WORD, (seed >> 32) & _WORD)), dim=1)
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[:count]
@@ -177,7 +177,7 @@ def quantize(
     *,
     seed: int | None = None,
     step: int | Tensor = 0,
-    stream: int = 0,
+    subsequence: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Quantizes a tensor in blocks of 256 elements.
 
@@ -190,9 +190,9 @@ def quantize(
     Args:
         x: float32 tensor of any shape.
         format: the name of the format.
-        seed: if given, rounding is stochastic. Equal seed, step and stream give equal results; see `random_bits`.
+        seed: if given, rounding is stochastic. Equal seed, step and subsequence give equal results; see `random_bits`.
         step: int, or 0-dim tensor.
-        stream: int.
+        subsequence: int.
 
     Returns:
         codes of x's shape and of dtype ``CODE_DTYPES[format]``, and absmax, float32 of shape
@@ -234,7 +234,7 @@ def quantize(
         codes = exact.round()
     else:
         bits = POSITION_BITS[format]
-        random = random_bits(blocks.numel(), seed=seed, step=step, stream=stream, device=x.device)
+        random = random_bits(blocks.numel(), seed=seed, step=step, subsequence=subsequence, device=x.device)
         random = random.view(-1, RANDOM_GROUP)[:, torch.arange(RANDOM_GROUP) ^ RANDOM_ELEMENT.get(format, 0)]
         positions = (exact * 2**bits).round().long() << (RANDOM_BITS - bits)
         codes = (positions + random.view_as(blocks)) >> RANDOM_BITS

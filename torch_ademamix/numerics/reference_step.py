@@ -106,7 +106,7 @@ def ademamix_step_(
     maximize: bool,
     stochastic_param_rounding: bool,
     seed: int,
-    streams: Sequence[int],
+    subsequences: Sequence[int],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -128,7 +128,7 @@ def ademamix_step_(
         rounded = [weight]
         random = None
         if stochastic_param_rounding or bfloat16.draws(remainders):
-            key: dict[str, Any] = {"seed": seed, "step": t, "stream": streams[i], "device": p.device}
+            key: dict[str, Any] = {"seed": seed, "step": t, "subsequence": subsequences[i], "device": p.device}
             random = random_bits(p.numel(), first_group=FIRST_PARAM_GROUP, **key).view(p.shape)
         if remainders:
             exact = weight if random is None else bfloat16.round_to_24_bits(weight, random)
@@ -163,7 +163,7 @@ def ademamix_blockwise_step_(
     *,
     stochastic_rounding: bool,
     seed: int,
-    streams: Sequence[int],
+    subsequences: Sequence[int],
     found_inf: Tensor | None,
     call: Callable[..., Any] = _plainly,
     **options: Any,
@@ -175,18 +175,20 @@ def ademamix_blockwise_step_(
     """
     formats = op_formats(exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_sqs)
     lists = (exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_slow_absmaxs, exp_avg_sqs, exp_avg_sq_absmaxs)
-    for i, (p, g, step, row, stream) in enumerate(zip(params, grads, steps, hyperparameters, streams, strict=True)):
+    for i, (p, g, step, row, subsequence) in enumerate(
+        zip(params, grads, steps, hyperparameters, subsequences, strict=True)
+    ):
         state = {name: tensors[i] for name, tensors in zip(op_entries(formats), lists, strict=False) if name}
         moments = {
             name: call(_moment, codes, absmax, formats[name], compute_dtype(p.dtype))
             for name, (codes, absmax) in codes_in(state, formats).items()
         }
         a, b, c = ([moments[name]] if name in moments else [] for name in MOMENTS)
-        more: dict[str, Any] = {"seed": seed, "streams": [stream], "found_inf": found_inf, **options}
+        more: dict[str, Any] = {"seed": seed, "subsequences": [subsequence], "found_inf": found_inf, **options}
         call(ademamix_step_, [p], [g], a, b, c, [step], remainders[i : i + 1], [row], **more)
         values = dict(zip(moments, call(_finite, *moments.values()), strict=True))
         stochastic = seed if stochastic_rounding else None
-        codes = {name: call(_quantized, m, formats[name], stochastic, step, stream) for name, m in values.items()}
+        codes = {name: call(_quantized, m, formats[name], stochastic, step, subsequence) for name, m in values.items()}
         for name, new in entries_of(codes, formats).items():
             call(_store, state[name], new, found_inf)
 
@@ -201,8 +203,8 @@ def _finite(*moments: Tensor) -> list[Tensor]:
     return [torch.where(finite, m.float(), 0) for m in moments]
 
 
-def _quantized(m: Tensor, format: Format, seed: int | None, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    return quantize(m, format, seed=seed if format in POSITION_BITS else None, step=step, stream=stream)
+def _quantized(m: Tensor, format: Format, seed: int | None, step: Tensor, subsequence: int) -> tuple[Tensor, Tensor]:
+    return quantize(m, format, seed=seed if format in POSITION_BITS else None, step=step, subsequence=subsequence)
 
 
 def _store(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:

@@ -125,7 +125,7 @@ def _reference_step(
         if args[0] and args[0][0].device.type == "cuda":
             _warn_of_reference_on_cuda()
         lists, hyperparameters = args[:count], args[count:]
-        views = offsets.views_of_lists(parts, lists, kwargs.pop("places"))
+        views = offsets.views_of_lists(parts, lists, kwargs.pop("offsets"))
         compiled_reference.run(step, views, _rows(*hyperparameters), **{**dict.fromkeys(SCALER), **kwargs})
 
     return kernel
@@ -161,7 +161,7 @@ def _warn_of_ordinary_memory(device: torch.device) -> None:
 
 
 def _fake_quantize(
-    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
+    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, subsequence: int = 0
 ) -> tuple[Tensor, Tensor]:
     checked = check_quantize(x, format, seed is not None)
     codes = torch.empty(x.shape, dtype=CODE_DTYPES[checked], device=x.device)
@@ -178,10 +178,10 @@ def _ordinary_empty(like: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def _reference_quantize(
-    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, stream: int = 0
+    x: Tensor, format: int, *, seed: int | None = None, step: int = 0, subsequence: int = 0
 ) -> tuple[Tensor, Tensor]:
     checked = check_quantize(x, format, seed is not None)
-    return blockwise.quantize(x, checked, seed=seed, step=step, stream=stream)
+    return blockwise.quantize(x, checked, seed=seed, step=step, subsequence=subsequence)
 
 
 def _reference_dequantize(codes: Tensor, absmax: Tensor, format: int) -> Tensor:
@@ -205,7 +205,7 @@ _blockwise_steps = [
     for schema in schemas.overloads(schemas.BLOCKWISE_STEP)
 ]
 _quantize = _define(
-    "quantize_blockwise(Tensor x, int format, *, int? seed=None, int step=0, int stream=0) -> (Tensor, Tensor)",
+    "quantize_blockwise(Tensor x, int format, *, int? seed=None, int step=0, int subsequence=0) -> (Tensor, Tensor)",
     fake=_fake_quantize,
     kernel=_reference_quantize,
 )
@@ -309,10 +309,12 @@ def _explained(op: Callable[..., Any], check: Callable[..., Any], *args: Any, **
 
 
 def quantize_blockwise(
-    x: Tensor, format: Format, *, seed: int | None = None, step: int = 0, stream: int = 0
+    x: Tensor, format: Format, *, seed: int | None = None, step: int = 0, subsequence: int = 0
 ) -> tuple[Tensor, Tensor]:
     """:func:`torch_ademamix.blockwise.quantize` as an op, with native kernels."""
-    quantized = _explained(_quantize, _fake_quantize, x, FORMATS.index(format), seed=seed, step=step, stream=stream)
+    quantized = _explained(
+        _quantize, _fake_quantize, x, FORMATS.index(format), seed=seed, step=step, subsequence=subsequence
+    )
     return quantized  # type: ignore[no-any-return]
 
 

@@ -28,7 +28,7 @@ def check_step(
     lrs: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
-    check = Checker("ademamix_step_", params, options["places"])
+    check = Checker("ademamix_step_", params, options["offsets"])
     check.grads(grads)
     if check.has_exp_avg(exp_avgs):
         check.state("exp_avgs", exp_avgs)
@@ -55,7 +55,7 @@ def check_blockwise_step(
     stochastic_rounding: bool,
     **options: Any,
 ) -> None:
-    check = Checker("ademamix_blockwise_step_", params, options["places"])
+    check = Checker("ademamix_blockwise_step_", params, options["offsets"])
     check.grads(grads)
     packed = packed_moment(op_formats(exp_avgs, exp_avg_absmaxs, exp_avg_slows, exp_avg_sqs))
     if check.has_exp_avg(exp_avgs or exp_avg_absmaxs):
@@ -82,8 +82,8 @@ def _check_options(
     maximize: bool,
     stochastic_param_rounding: bool,
     seed: int,
-    streams: Sequence[int],
-    places: Sequence[int],
+    subsequences: Sequence[int],
+    offsets: Sequence[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     dry_run: bool = False,
@@ -91,13 +91,13 @@ def _check_options(
     """What both ops have.
 
     Args:
-        draws: whether each parameter must have a stream of random bits.
+        draws: whether each parameter must have a subsequence of random bits.
     """
     check.steps(steps)
     check.param_rounding(remainders, stochastic_param_rounding)
-    check.places(steps)
+    check.offsets(steps)
     if draws or bfloat16.draws(remainders):
-        check.length("streams", streams)
+        check.length("subsequences", subsequences)
     check.hyperparameters(hyperparameters, lrs, rows)
     check.scaler(grad_scale, found_inf)
 

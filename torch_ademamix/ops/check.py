@@ -53,14 +53,14 @@ def in_place_problem(tensor: Tensor) -> str | None:
 class Checker:
     """The checks of one op call; `op` begins every text.
 
-    Without `places` the lists of state have one tensor for each parameter, else flat ones, the arenas, that the
+    Without `offsets` the lists of state have one tensor for each parameter, else flat ones, the arenas, that the
     parameters share.
     """
 
-    def __init__(self, op: str, params: Sequence[Tensor], places: Sequence[int]) -> None:
+    def __init__(self, op: str, params: Sequence[Tensor], offsets: Sequence[int]) -> None:
         self._op = op
         self._params = params
-        self._places = places
+        self._offsets = offsets
         self._has_exp_avg = True
         self._arenas: tuple[str, int] | None = None  # the first list of state, and its length
         self._capacities: list[tuple[str, list[int]]] = []  # of each list, how many elements of parameters fit in
@@ -68,9 +68,9 @@ class Checker:
             self._floating("params", i, param)
             self._uniform("params", params, i)
             self._in_place("params", i, param)
-        if places and len(places) != (wanted := OFFSETS_PER_PARAM * len(params)):
+        if offsets and len(offsets) != (wanted := OFFSETS_PER_PARAM * len(params)):
             self.fail(
-                f"places has length {len(places)}, but must have {wanted}, {OFFSETS_PER_PARAM} for each of params, "
+                f"offsets has length {len(offsets)}, but must have {wanted}, {OFFSETS_PER_PARAM} for each of params, "
                 "or none"
             )
 
@@ -149,13 +149,13 @@ class Checker:
             what = "stochastic_param_rounding is" if stochastic else "remainders are"
             self.fail(f"params[0] has dtype {self._params[0].dtype}, but {what} for torch.bfloat16")
 
-    def places(self, steps: Sequence[Tensor]) -> None:
+    def offsets(self, steps: Sequence[Tensor]) -> None:
         """After all lists of state."""
-        if not self._places:
+        if not self._offsets:
             return
         rooms = [min(elements) for elements in zip(*(elements for _, elements in self._capacities), strict=True)]
         counts = [step.numel() for step in steps]
-        arenas, firsts, indices = (self._places[i::OFFSETS_PER_PARAM] for i in range(OFFSETS_PER_PARAM))
+        arenas, firsts, indices = (self._offsets[i::OFFSETS_PER_PARAM] for i in range(OFFSETS_PER_PARAM))
         for i, (param, arena, first, step) in enumerate(zip(self._params, arenas, firsts, indices, strict=True)):
             if not (
                 0 <= arena < len(rooms)
@@ -163,21 +163,21 @@ class Checker:
                 and first % BLOCK_SIZE == 0
                 and 0 <= step < counts[arena]
             ):
-                self._fail_place(i, arena, first, step, counts)
+                self._fail_offsets(i, arena, first, step, counts)
 
-    def _fail_place(self, i: int, arena: int, first: int, step: int, counts: Sequence[int]) -> NoReturn:
+    def _fail_offsets(self, i: int, arena: int, first: int, step: int, counts: Sequence[int]) -> NoReturn:
         at, numel = OFFSETS_PER_PARAM * i, self._params[i].numel()
         if not 0 <= arena < len(counts):
-            self.fail(f"places[{at}] is {arena}, but must be in [0, {len(counts)})")
+            self.fail(f"offsets[{at}] is {arena}, but must be in [0, {len(counts)})")
         if first < 0 or first % BLOCK_SIZE != 0:
-            self.fail(f"places[{at + 1}] is {first}, but must be a multiple of {BLOCK_SIZE}")
+            self.fail(f"offsets[{at + 1}] is {first}, but must be a multiple of {BLOCK_SIZE}")
         for name, elements in self._capacities:
             if first > elements[arena] - numel:
                 self.fail(
-                    f"places[{at + 1}] is {first}, but {name}[{arena}] has room for {elements[arena]} elements, "
+                    f"offsets[{at + 1}] is {first}, but {name}[{arena}] has room for {elements[arena]} elements, "
                     f"and params[{i}] has {numel}"
                 )
-        self.fail(f"places[{at + 2}] is {step}, but must be in [0, {counts[arena]})")
+        self.fail(f"offsets[{at + 2}] is {step}, but must be in [0, {counts[arena]})")
 
     def hyperparameters(self, given: Tensor | Sequence[float], lrs: Sequence[Tensor], rows: Sequence[int]) -> None:
         """The rows of hyperparameters: as numbers, of which lrs may be tensors, or in one tensor."""
@@ -250,7 +250,7 @@ class Checker:
 
     def _state_length(self, name: str, tensors: Sequence[Tensor]) -> None:
         """The first list of state says how many arenas there are."""
-        if not self._places:
+        if not self._offsets:
             return self.length(name, tensors)
         self._arenas = self._arenas or (name, len(tensors))
         first, length = self._arenas
@@ -259,7 +259,7 @@ class Checker:
 
     def _flat(self, name: str, i: int, tensor: Tensor) -> bool:
         """Whether it is an arena."""
-        if not self._places:
+        if not self._offsets:
             return False
         if tensor.dim() != 1:
             self.fail(f"{name}[{i}] has shape {list(tensor.shape)}, but must have one dimension")
@@ -268,12 +268,12 @@ class Checker:
 
     def _holds(self, name: str, tensors: Sequence[Tensor], scale: int = 1) -> None:
         """`scale` elements of a parameter take one of an arena."""
-        if self._places:
+        if self._offsets:
             self._capacities.append((name, [tensor.numel() * scale for tensor in tensors]))
 
     def _param_of(self, i: int) -> int:
         """The parameter that tensor i of a list of state is compared to."""
-        return 0 if self._places else i
+        return 0 if self._offsets else i
 
     def _floating(self, name: str, i: int, tensor: Tensor) -> None:
         if problem := floating_problem(tensor):

@@ -30,7 +30,7 @@ def run(
     rows: Sequence[int],
     *,
     seed: int,
-    streams: Sequence[int],
+    subsequences: Sequence[int],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     **options: Any,
@@ -48,13 +48,17 @@ def run(
     device = params[0].device if params else None
     if device is None or device.type in _unable or sum(p.numel() for p in params) < MIN_NUMEL:
         scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
-        return step(*lists, [hyperparameters[row] for row in rows], seed=seed, streams=streams, **scaler, **options)
+        return step(
+            *lists, [hyperparameters[row] for row in rows], seed=seed, subsequences=subsequences, **scaler, **options
+        )
 
     numbers = [_in_one_tensor(row, device) for row in hyperparameters]
-    integers = torch.tensor([[_signed(seed), stream] for stream in streams or [0] * len(params)], device=device)
+    integers = torch.tensor(
+        [[_signed(seed), subsequence] for subsequence in subsequences or [0] * len(params)], device=device
+    )
     call = partial(_call, device.type)
     for i, tensors in enumerate(zip(*(tensors for tensors in lists if tensors), strict=True)):
-        flat = _flat(tensors, in_order=bool(streams))
+        flat = _flat(tensors, in_order=bool(subsequences))
         values = (numbers[rows[i]], integers[i].clone(), grad_scale, found_inf)
         arguments = (step, flat or tensors, given, *values)
         if flat is None or flat[0].numel() == 0:
@@ -98,9 +102,9 @@ def _update(
     """
     present = iter(tensors)
     lists = [[next(present)] if is_given else [] for is_given in given]
-    seed, stream = integers.unbind()
+    seed, subsequence = integers.unbind()
     scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
-    step(*lists, [Hyperparameters(*numbers.unbind())], seed=seed, streams=[stream], **scaler, **options)
+    step(*lists, [Hyperparameters(*numbers.unbind())], seed=seed, subsequences=[subsequence], **scaler, **options)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Where a parameter's state lies in arenas, the flat tensors that parameters share: the argument `places` of the ops.
+"""Where a parameter's state lies in arenas, the flat tensors that parameters share: the argument `offsets` of the ops.
 
 It has three numbers for each parameter: the index of its arena in each list of state, the offset of its slice there, a
 multiple of BLOCK_SIZE, and the index of its step in that arena of steps.
@@ -48,17 +48,17 @@ BLOCKWISE_VIEWS = (code_view, absmax_view) * 3
 
 
 def views_of_lists(
-    view_fns: Sequence[ViewFn], lists: Sequence[Sequence[Tensor]], places: Sequence[int]
+    view_fns: Sequence[ViewFn], lists: Sequence[Sequence[Tensor]], offsets: Sequence[int]
 ) -> Sequence[Sequence[Tensor]]:
     """An op's lists with a view for each parameter instead of the arenas.
 
     Args:
         view_fns: one for each list of moments.
     """
-    if not places:
+    if not offsets:
         return lists
     params, grads, *state, steps, remainders = lists
-    arenas, firsts, indices = (places[i::OFFSETS_PER_PARAM] for i in range(OFFSETS_PER_PARAM))
+    arenas, firsts, indices = (offsets[i::OFFSETS_PER_PARAM] for i in range(OFFSETS_PER_PARAM))
 
     def views(view_fn: ViewFn, tensors: Sequence[Tensor]) -> list[Tensor]:
         if not tensors:  # state that these parameters don't have

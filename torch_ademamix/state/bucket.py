@@ -130,8 +130,8 @@ class ParamBucket:
             "maximize": constants["maximize"],
             "stochastic_param_rounding": stochastic,
             "seed": int(constants["seed"]),
-            "streams": subsequences if self.quantized or stochastic or self.has_random_remainders else [],
-            "places": offsets,
+            "subsequences": subsequences if self.quantized or stochastic or self.has_random_remainders else [],
+            "offsets": offsets,
             **scaler,
         }
         if not self.quantized:

@@ -258,9 +258,9 @@ def _try_one(op: Callable[..., None], i: int, lists: Sequence[Sequence[Tensor]],
     one = slice(i, i + 1)
     rows, of_params = options["hyperparameters"]
     more: dict[str, Any] = {"hyperparameters": HyperparameterRows(rows, of_params[one])}
-    more["streams"] = options["streams"][one]
-    if options["places"]:
-        more["places"] = offsets_of(options["places"], i)
+    more["subsequences"] = options["subsequences"][one]
+    if options["offsets"]:
+        more["offsets"] = offsets_of(options["offsets"], i)
     else:
         state = [tensors[one] for tensors in state]
     op(params[one], grads[one], *state, **{**options, **more}, dry_run=True)

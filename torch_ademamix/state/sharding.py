@@ -114,7 +114,7 @@ def scales_shape(p: Tensor) -> tuple[int, ...] | None:
 
 
 PART_GROUPS = 1 << 24  # more than a process's part of a parameter has
-MAX_GROUPS = 1 << 31  # what the upper half of a stream, an int64 above 0, can count
+MAX_GROUPS = 1 << 31  # what the upper half of a subsequence, an int64 above 0, can count
 
 
 def first_group(p: DTensor) -> int:
