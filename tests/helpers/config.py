@@ -242,7 +242,7 @@ def assert_stepped(lists: StepLists, before: StepLists, expected: list[Expected]
 
 
 def assert_identical(actual: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit the same tensors, in any nesting of containers; beside them, equal values."""
+    """Bit for bit the same tensors, in any nesting of containers; other values are equal."""
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys(), where
         for key, value in expected.items():
@@ -260,7 +260,11 @@ def assert_identical(actual: Any, expected: Any, where: str = "") -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    """The bytes of a tensor, with one bit pattern for every NaN: vector and scalar instructions make different ones."""
+    tensor = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)
+    if tensor.is_floating_point():
+        tensor = torch.where(tensor.isnan(), torch.nan, tensor)
+    return tensor.view(torch.uint8)
 
 
 def native_built() -> bool:

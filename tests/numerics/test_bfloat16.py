@@ -147,7 +147,7 @@ def test_stochastic_rounding_is_that_of_the_formula(kernel, kind, grad_dtype):
     take_step(kernel, exact, seed=SEED, subsequences=subsequences)
     take_step(kernel, lists, seed=SEED, subsequences=subsequences, stochastic_param_rounding=True)
     for i, weight in enumerate(exact.params):
-        key = {"seed": SEED, "step": lists.steps[i], "stream": subsequences[i], "first_group": FIRST_PARAM_GROUP}
+        key = {"seed": SEED, "step": lists.steps[i], "subsequence": subsequences[i], "first_group": FIRST_PARAM_GROUP}
         random = random_bits(weight.numel(), **key).view(weight.shape)
         assert torch.equal(bits(lists.params[i]), bits(bfloat16.round_stochastically(weight.contiguous(), random)))
     exact.params = lists.params
@@ -167,7 +167,7 @@ def test_remainders_of_8_bits_are_those_of_the_formula(kernel, kind, grad_dtype)
     take_step(kernel, exact, seed=SEED, subsequences=subsequences)
     take_step(kernel, lists, seed=SEED, subsequences=subsequences, remainders=remainders)
     for i, weight in enumerate(exact.params):
-        key = {"seed": SEED, "step": lists.steps[i], "stream": subsequences[i], "first_group": FIRST_PARAM_GROUP}
+        key = {"seed": SEED, "step": lists.steps[i], "subsequence": subsequences[i], "first_group": FIRST_PARAM_GROUP}
         random = random_bits(weight.numel(), **key).view(weight.shape)
         param, remainder = bfloat16.split(bfloat16.round_to_24_bits(weight.contiguous(), random), torch.int8)
         assert torch.equal(bits(lists.params[i]), bits(param))

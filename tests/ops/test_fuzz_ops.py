@@ -114,7 +114,7 @@ def test_blockwise_step(kernel, data, lists, options, lr, found_inf, slow_ema_bi
     st.booleans(),
 )
 @effort(100)
-def test_places_and_hyperparameters(kernel, data, lists, options, lr, found_inf, slow_ema_bits, arenas, in_tensor):
+def test_offsets_and_hyperparameters(kernel, data, lists, options, lr, found_inf, slow_ema_bits, arenas, in_tensor):
     """Bit for bit what a call with a tensor for each parameter, and numbers, gives."""
     rounding = data.draw(param_roundings(lists))
     run = step if slow_ema_bits is None else blockwise_step
