@@ -1,5 +1,6 @@
-// Which arguments the ops accept. A call is valid or not: why not is said by torch_ademamix/ops/check.py, which has the
-// same conditions and is asked after a native kernel has raised (tests/ops/test_fuzz_arguments.py compares the two).
+// Which arguments the ops accept. These checks only raise that a call is invalid; torch_ademamix/ops/check.py has the
+// same conditions with error texts, and runs after a native kernel has raised. tests/ops/test_fuzz_arguments.py
+// compares the two.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +58,7 @@ struct NumberRows {
   Hyperparameters row(size_t i) const { return read_hyperparameters(numbers.data() + i * HYPERPARAMETERS); }
 };
 
-// The checks of one call of an op. Each raises if its argument is invalid. Without `places`, the lists of state have
+// The checks of one call of an op. Each raises if its argument is invalid. Without `offsets`, the lists of state have
 // one tensor for each parameter, else flat ones, the arenas, that the parameters share.
 class Checker {
  public:

@@ -1,6 +1,6 @@
 // The CPU ops with drawn arguments, for the address and undefined-behaviour sanitizers. Good arguments must be
-// accepted, change what they should and nothing else, and give the same values in every layout; bent ones must be
-// refused, with nothing changed. Every tensor has an allocation of its own, of exactly the bytes from its first to its
+// accepted, change what they should and nothing else, and give the same values in every layout; invalid ones must be
+// rejected, with nothing changed. Every tensor has an allocation of its own, of exactly the bytes from its first to its
 // last element.
 //
 // `fuzz_ops SEED SECONDS` draws from a seeded generator; `fuzz_ops SEED 0 CASE` repeats one case. With clang,
@@ -195,7 +195,7 @@ bool same_values(const Operand& a, const Operand& b) {
   return true;
 }
 
-// Whether what lies between the elements is the same.
+// Whether the memory between the elements is the same.
 bool same_gaps(const Operand& a, const Operand& b) {
   Operand x = a, y = b;
   for (Operand* operand : {&x, &y}) operand->for_each([&](char* at) { std::memset(at, 0, item_size(operand->dtype)); });
@@ -457,7 +457,7 @@ Call draw_call(Choices& choices) {
   return call;
 }
 
-// Makes one argument one that must be refused.
+// Makes one argument invalid.
 void bend_options(Choices& choices, Call& call) {
   const double beta = choices.of<double>({1, -0.1, 2, NAN, INFINITY, -INFINITY});
   const double negative = choices.of<double>({-1, -1e-300, NAN, -INFINITY});
