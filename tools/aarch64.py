@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.shared import origin
 from tools import support
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,11 @@ def main() -> int:
     print(f"8-bit step: {count:.1f} instructions per parameter, of at most {MOST_INSTRUCTIONS}")
     print(f"{time.monotonic() - begin:.0f} s")
     if args.record:
-        print(support.record_kernels("aarch64", len(here) - len(differences), len(differences)).relative_to(ROOT))
+        print(
+            support.record_kernels(
+                "aarch64", len(here) - len(differences), len(differences), origin.commit()
+            ).relative_to(ROOT)
+        )
     return 1 if differences or not here or count > MOST_INSTRUCTIONS else 0
 
 

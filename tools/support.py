@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class Record:
         return path
 
 
-def record(kind: str, python: str | Path, reports: Sequence[Path], environment: dict[str, str] | None = None) -> Path:
+def record(
+    kind: str, python: str | Path, reports: Sequence[Path], commit: str, environment: dict[str, str] | None = None
+) -> Path:
     """Writes the record of a run of pytest by that Python, from its JUnit reports."""
     described = subprocess.check_output([python, "-c", DESCRIBE], text=True, env=environment)
     suites = [suite for report in reports for suite in ElementTree.parse(report).getroot().iter("testsuite")]
@@ -84,21 +87,20 @@ def record(kind: str, python: str | Path, reports: Sequence[Path], environment: 
     properties = [item for suite in suites for item in suite.iter("property")]
     compiled = tuple({item.get("value", ""): None for item in properties if item.get("name") == "compiled"})
     counts: dict[str, Any] = {"passed": all - failed - skipped, "failed": failed, "skipped": skipped}
-    return Record(kind, **json.loads(described), **counts, compiled=compiled, **now()).write()
+    made = Record(kind, **json.loads(described), **counts, compiled=compiled, commit=commit, date=now())
+    return made.write()
 
 
-def record_kernels(processor: str, equal: int, different: int) -> Path:
+def record_kernels(processor: str, equal: int, different: int, commit: str) -> Path:
     """Writes the record of the CPU kernels' results on another processor, emulated, by this process's torch."""
     described = json.loads(subprocess.check_output([sys.executable, "-c", DESCRIBE], text=True))
     described |= {"os": "Linux", "processor": processor}
     counts: dict[str, Any] = {"passed": equal, "failed": different, "skipped": 0}
-    return Record("kernels", **described, **counts, compiled=(), **now()).write()
+    return Record("kernels", **described, **counts, compiled=(), commit=commit, date=now()).write()
 
 
-def now() -> dict[str, Any]:
-    from benchmarks.shared import origin  # which needs torch
-
-    return {"commit": origin.commit(), "date": origin.now()}
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def read_records() -> list[Record]:
@@ -184,8 +186,10 @@ def main() -> None:
     parser.add_argument("--record", nargs=3, metavar=("KIND", "PYTHON", "REPORT"), help="of pytest's --junitxml")
     args = parser.parse_args()
     if args.record:
+        from benchmarks.shared import origin  # which needs torch
+
         kind, python, report = args.record
-        print(record(kind, python, [Path(report)]).relative_to(ROOT))
+        print(record(kind, python, [Path(report)], origin.commit()).relative_to(ROOT))
     else:
         write_table()
 

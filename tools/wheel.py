@@ -1,15 +1,18 @@
 """Builds dist/, the source distribution and a wheel for each Python at hand: `python -m tools.wheel`.
 
-The libraries serve every Python. Only the module `_native` is one Python's: for the others it is compiled anew, which
-needs no torch of theirs. --check also installs the wheels, with other versions of torch, and tests them.
+The libraries serve every Python. Only the module `_native` is one Python's: it is compiled again for each of the
+others, which need no torch. With Debian's package g++-aarch64-linux-gnu on x86-64, there are also the wheels for ARM.
+--check installs the wheels for this machine, with other versions of torch, and tests them.
 
-auditwheel finds its platform tag, by what the libraries ask of the system. Nothing is bundled: the libraries link to
-the torch that they are installed beside, and compute on its threads, so no second OpenMP runtime comes along.
+auditwheel finds the platform tag, by what the libraries need of the system. Nothing is bundled: the libraries link to
+the installed torch and compute on its threads, so no second OpenMP runtime comes along.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -17,11 +20,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.shared import origin
 from tools import support
 
 ROOT = Path(__file__).parents[1]
+
+NEWEST_GLIBC = 28  # that of Enterprise Linux 8, for which torch's wheels are built, is 2.28
+
+CROSS = "aarch64-linux-gnu-"  # Debian's package g++-aarch64-linux-gnu
 
 # What is there at run time.
 NOT_BUNDLED = ("libtorch*.so", "libc10*.so")
@@ -82,21 +91,51 @@ print(json.dumps({"include": sysconfig.get_path("include"), "suffix": sysconfig.
     return json.loads(run(python, "-c", script))  # type: ignore[no-any-return]
 
 
-def for_python(wheel: Path, python: Path, folder: Path) -> Path:
+def for_python(wheel: Path, python: Path, folder: Path, machine: str = platform.machine()) -> Path:
     """Makes the wheel for another Python, in a new folder: the same libraries, and a `_native` of its own."""
     run(sys.executable, "-m", "wheel", "unpack", "--dest", folder, wheel)
     (tree,) = folder.iterdir()
     (own_module,) = tree.glob("torch_ademamix/_native.*")
     own_module.unlink()
     config, own = python_config(python), python_config(Path(sys.executable))
-    compile_module(tree / f"torch_ademamix/_native{config['suffix']}", config["include"])
-    run(python, "-c", "import _native; _native.built_with_torch", cwd=tree / "torch_ademamix")
+    suffix = config["suffix"].replace(platform.machine(), machine)
+    compile_module(tree / f"torch_ademamix/_native{suffix}", config["include"])
+    if machine == platform.machine():
+        run(python, "-c", "import _native; _native.built_with_torch", cwd=tree / "torch_ademamix")
     (metadata,) = tree.glob("*.dist-info/WHEEL")
     own_tag, tag = (f"{c['python']}-{c['abi']}-" for c in (own, config))
     metadata.write_text(metadata.read_text().replace(f"Tag: {own_tag}", f"Tag: {tag}"))
     run(sys.executable, "-m", "wheel", "pack", "--dest-dir", folder, tree)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@contextmanager
+def cross_compiling(folder: Path) -> Iterator[None]:
+    """Builds for ARM in this block, if Debian's cross compiler is installed. Nothing that is built can be run.
+
+    The libraries are linked with a stub of libtorch_cpu.so: they take its name from it, and nothing else.
+    """
+    folder.mkdir(parents=True)
+    (folder / "stub.c").write_text("void aoti_torch_abi_version(void) {}\n")  # which every library calls
+    for library in ("c10", "torch", "torch_cpu"):
+        target = folder / f"lib{library}.so"
+        run(f"{CROSS}gcc", "-shared", "-nostdlib", folder / "stub.c", f"-Wl,-soname,{target.name}", "-o", target)
+    suffix = python_config(Path(sys.executable))["suffix"].replace(platform.machine(), "aarch64")
+    changes = {
+        "CC": f"{CROSS}gcc",
+        "CXX": f"{CROSS}g++",
+        "LDFLAGS": f"-L{folder} -Wl,--as-needed",
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",  # which sysconfig, and so the wheel's tag, takes from here
+        "SETUPTOOLS_EXT_SUFFIX": suffix,
+    }
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def compile_module(target: Path, headers: str) -> None:
@@ -116,6 +155,12 @@ def audit(wheel: Path, folder: Path) -> Path:
     before = set(folder.glob("*.whl"))
     run(sys.executable, "-m", "auditwheel", "repair", *exclude, "--wheel-dir", folder, wheel, env=env)
     (path,) = set(folder.glob("*.whl")) - before
+    minor = re.search(r"manylinux_2_(\d+)", path.name)
+    if minor is None or int(minor[1]) > NEWEST_GLIBC:
+        raise RuntimeError(
+            f"{path.name} needs a newer glibc than 2.{NEWEST_GLIBC}, which torch's own wheels need: build it in a "
+            "manylinux_2_28 container, as .github/workflows/publish.yml does, or with an older compiler"
+        )
     return path
 
 
@@ -142,39 +187,43 @@ def environment(python: Path, path: str = "") -> dict[str, str]:
     return {**kept, "PATH": os.pathsep.join(filter(None, (str(python.parent), path)))}
 
 
-def copy_tests(folder: Path) -> None:
+def copy_tests(folder: Path, source: Path = ROOT) -> None:
     """Copies the tests to a folder without the package: there, they import the installed one."""
     for name in ("tests", "compile_tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("conftest.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+        shutil.copy(source / name, folder)
 
 
-def find_tests(names: Sequence[str] = TESTS) -> list[str]:
+def find_tests(folder: Path, names: Sequence[str] = TESTS) -> list[str]:
     """The paths of test modules, which may be in any folder of tests/."""
-    found = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    found = {path.stem: str(path.relative_to(folder)) for path in (folder / "tests").rglob("test_*.py")}
     return [found[name] for name in names]
 
 
 def run_tests(python: Path, folder: Path, tests: Sequence[str], *options: str, path: str = "") -> bool:
-    command = (python, "-m", "pytest", "-q", "-m", "not slow", *options, *tests)
+    command = (python, "-m", "pytest", "-q", "-m", "not (slow or nightly)", *options, *tests)
     return subprocess.run(command, cwd=folder, env=environment(python, path)).returncode == 0
 
 
-def check(wheel: Path, python: Path, folder: Path, record: bool) -> bool:
-    """Tests the wheel with the torch of that Python, in an environment of its own; `folder` must be new."""
+def check(wheel: Path, python: Path, folder: Path, tests: Path, commit: str | None) -> bool:
+    """Tests the wheel with the torch of that Python, in an environment of its own; `folder` must be new.
+
+    `tests` is a folder from :func:`copy_tests`. The outcome is recorded if there is a commit to record it for.
+    """
     find_torch = "import importlib.util; print(importlib.util.find_spec('torch').origin)"
     packages = Path(run(python, "-c", find_torch).strip()).parents[1]
     installed = install(wheel, folder / "environment", packages, python)
     print(run(installed, "-m", "torch_ademamix", env=environment(installed), cwd=folder), flush=True)
-    copy_tests(folder)
+    copy_tests(folder, tests)
     processes = ("--numprocesses=logical", "--maxprocesses=8")
     reports = [folder / name for name in ("tests.xml", "compile_tests.xml")]
     to_reports = [f"--junitxml={report}" for report in reports]
-    passed = run_tests(installed, folder, find_tests(), *processes, to_reports[0])
+    passed = run_tests(installed, folder, find_tests(folder), *processes, to_reports[0])
     passed &= run_tests(installed, folder, [COMPILE_TESTS], *processes, to_reports[1], path=os.environ["PATH"])
-    if record:
-        print(support.record("wheel", installed, reports, environment(installed)).relative_to(ROOT), flush=True)
+    if commit is not None:
+        record = support.record("wheel", installed, reports, commit, environment(installed))
+        print(record.relative_to(ROOT), flush=True)
     return passed
 
 
@@ -187,6 +236,16 @@ def run(*command: object, env: Mapping[str, str] | None = None, cwd: Path | None
     return done.stdout
 
 
+def build_all(pythons: Mapping[str, Path], scratch: Path, machine: str = platform.machine()) -> dict[str, Path]:
+    """Builds the wheels for this process's Python and others into dist/; returns them by the Pythons' ABI tags."""
+    plain = build(ROOT, scratch / "own")
+    wheels = {python_config(Path(sys.executable))["abi"]: audit(plain, ROOT / "dist")}
+    for abi, python in pythons.items():
+        wheels[abi] = audit(for_python(plain, python, scratch / abi, machine), ROOT / "dist")
+    print(*(wheel.relative_to(ROOT) for wheel in wheels.values()), sep="\n", flush=True)
+    return wheels
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.wheel", description=__doc__)
     parser.add_argument("--check", type=Path, nargs="+", default=[], metavar="PYTHON", help="with a torch and pytest")
@@ -197,18 +256,20 @@ def main() -> int:
     for stale in (scratch, ROOT / "dist", *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
     os.chdir(ROOT)
+    commit = origin.commit() if args.record else None
+    tests = scratch / "tests"  # of the same sources as the wheels
+    copy_tests(tests)
     print(source_distribution(ROOT / "dist").relative_to(ROOT), flush=True)
-    plain = build(ROOT, scratch / "own")
-    wheels = {python_config(Path(sys.executable))["abi"]: audit(plain, ROOT / "dist")}
-    for python in other_pythons():
-        abi = python_config(python)["abi"]
-        wheels[abi] = audit(for_python(plain, python, scratch / abi), ROOT / "dist")
-    print(*(wheel.relative_to(ROOT) for wheel in wheels.values()), sep="\n", flush=True)
+    pythons = {python_config(python)["abi"]: python for python in other_pythons()}
+    wheels = build_all(pythons, scratch / platform.machine())
+    if platform.machine() == "x86_64" and shutil.which(f"{CROSS}g++"):
+        with cross_compiling(scratch / "stubs"):
+            build_all(pythons, scratch / "aarch64", "aarch64")
 
     failed = []
     for i, python in enumerate(args.check):
         begin = time.monotonic()
-        passed = check(wheels[python_config(python)["abi"]], python.absolute(), scratch / str(i), args.record)
+        passed = check(wheels[python_config(python)["abi"]], python.absolute(), scratch / str(i), tests, commit)
         print(f"{python}: {'passed' if passed else 'failed'} in {time.monotonic() - begin:.0f} s", flush=True)
         failed += [] if passed else [python]
     return 1 if failed else 0

@@ -122,7 +122,7 @@ def test_wheel(tmp_path):
     assert used["native"]
     assert used["said"] == []
     tool.copy_tests(tmp_path / "copy")
-    assert tool.run_tests(python, tmp_path / "copy", tool.find_tests(QUICK_TESTS))
+    assert tool.run_tests(python, tmp_path / "copy", tool.find_tests(tmp_path / "copy", QUICK_TESTS))
 
 
 def test_source_distribution_has_what_a_build_needs(tmp_path):

@@ -72,7 +72,7 @@ def test_record_of_a_run_of_pytest(records, monkeypatch, tmp_path):
     monkeypatch.setattr(support, "DESCRIBE", f"print('''{json.dumps({name: RECORD[name] for name in DESCRIBED})}''')")
     report = tmp_path / "report.xml"
     report.write_text(REPORT)
-    support.record("wheel", sys.executable, [report, report])
+    support.record("wheel", sys.executable, [report, report], RECORD["commit"])
     (made,) = support.read_records()
     assert (made.passed, made.failed, made.skipped) == (8, 6, 6)
     assert made.compiled == ("13, sm_90",)
