@@ -113,9 +113,12 @@ wheel-check: $(ENVIRONMENT) $(TORCH_VERSIONS:%=$(OTHER_TORCH)%/environment.stamp
 
 # With the native libraries of .venv: one build serves later versions of torch.
 TORCH ?= 2.15.0
-test-torch: $(BUILD) $(CUOBJDUMP) $(NVRTC) $(OTHER_TORCH)$(TORCH)/dev.stamp  ## all tests with another torch: TORCH=; recorded
-	$(OTHER_TORCH)$(TORCH)/bin/python -m pytest --numprocesses=logical --maxprocesses=8 --junitxml=build/suite.xml $(ARGS); \
-	    status=$$?; $(PY) -m tools.support --record suite $(OTHER_TORCH)$(TORCH)/bin/python build/suite.xml; exit $$status
+TIER ?= suite
+test-torch: $(BUILD) $(CUOBJDUMP) $(NVRTC) $(OTHER_TORCH)$(TORCH)/dev.stamp  ## all tests with another torch, or TIER=fast: TORCH=; recorded
+	status=0; \
+	$(subst $(PY),$(OTHER_TORCH)$(TORCH)/bin/python,$(PYTEST)) $(if $(filter fast,$(TIER)),-m "not nightly") \
+	    --junitxml=build/$(TIER).xml $(ARGS) || status=$$?; \
+	$(if $(ARGS),,$(PY) -m tools.support --record $(TIER) $(OTHER_TORCH)$(TORCH)/bin/python build/$(TIER).xml;) exit $$status
 
 support:  ## the support matrix in docs/install.md, from benchmarks/results/support
 	$(PYTHON) -m tools.support

@@ -7,6 +7,7 @@ The GPU is the one of benchmarks/results/gpu.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,16 +24,18 @@ GPU_RESULTS = ROOT / "benchmarks/results/gpu/speed.json"
 PAGE = ROOT / "docs/install.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 
-HEADS = ("torch", "CUDA", "Python", "OS", "processor", "status", "what ran")
+AXES = ("torch", "CUDA", "GPU", "Python", "OS", "processor")
+STATUSES = ("tested", "compiles", "untested")
 
-# What users may have: a value that is in no other row gets one of its own.
+# What users may have: a value that nothing ran with is untested.
 VALUES = {
+    "CUDA": ("12", "13"),
+    "GPU": ("several GPUs with NCCL", "ROCm", "XPU"),
     "Python": ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t"),
-    "processor": ("x86_64", "aarch64"),
     "OS": ("Linux", "macOS", "Windows"),
-    "CUDA": ("12", "13", "ROCm"),
+    "processor": ("x86_64", "aarch64"),
 }
-KINDS = {"suite": "all tests", "wheel": "the wheel's tests"}
+KINDS = {"suite": "all tests", "fast": "the tests of `make test-fast`", "wheel": "the wheel's tests"}
 
 DESCRIBE = """
 import json, os, platform, sys, sysconfig, torch
@@ -108,29 +111,67 @@ def read_records() -> list[Record]:
     return [Record(**{**content, "compiled": tuple(content["compiled"])}) for content in contents]
 
 
+@dataclass(frozen=True)
+class Row:
+    """A configuration, by AXES, and how what ran in it ended; a value that did not matter is empty."""
+
+    values: tuple[str, ...]
+    status: str
+    ran: str
+
+
 def table() -> str:
-    rows = [*tested(read_records()), *on_gpus(), *compiled(read_records())]
-    rows += untested(rows)
-    lines = [f"| {' | '.join(row)} |" for row in (HEADS, ("---",) * len(HEADS), *rows)]
-    return "\n".join(lines)
+    """By axis, and then by configuration."""
+    records = read_records()
+    ran = [*tested(records), *on_gpus()]
+    rows = [*ran, *compiled(records)]
+    by_axis = [(axis, *(", ".join(values) for values in statuses(axis, rows))) for axis in AXES]
+    runs = [(*row.values, row.status, row.ran) for row in rows]
+    return f"{markdown(('', *STATUSES), by_axis)}\n\n{markdown((*AXES, 'status', 'what ran'), runs)}"
 
 
-def tested(records: Sequence[Record]) -> Iterator[Sequence[str]]:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ("---",) * len(heads), *rows))
+
+
+def statuses(axis: str, rows: Sequence[Row]) -> Iterator[Sequence[str]]:
+    """An axis's values, each in the first of STATUSES that it has."""
+    column, gpu = AXES.index(axis), AXES.index("GPU")
+    found: dict[str, str] = {}
+    for row in rows:
+        # Without a GPU, CUDA was only loaded.
+        status = "compiles" if axis == "CUDA" and row.status == "tested" and not row.values[gpu] else row.status
+        if row.values[column] and status in STATUSES:
+            found.setdefault(row.values[column], status)
+            found[row.values[column]] = min(found[row.values[column]], status, key=STATUSES.index)
+    for value in VALUES.get(axis, ()):
+        if not any(have == value or have.startswith((f"{value}.", f"{value},")) for have in found):
+            found[value] = "untested"
+    for status in STATUSES:
+        yield sorted((value for value in found if found[value] == status), key=natural)
+
+
+def natural(value: str) -> list[tuple[int, str]]:
+    """Orders 3.9 before 3.10, and macOS before Windows."""
+    return [(int(digits or 0), text.lower()) for digits, text in re.findall(r"(\d+)|(\D+)", value)]
+
+
+def tested(records: Sequence[Record]) -> Iterator[Row]:
     """A row for each configuration in which tests ran, the newest torch first."""
 
-    def configuration(record: Record) -> Sequence[str]:
-        cuda = f"{record.cuda}, {record.gpu or 'no GPU'}" if record.cuda else "none"
-        return (record.torch.partition("+")[0], cuda, record.python, record.os, record.processor)
+    def configuration(record: Record) -> tuple[str, ...]:
+        torch = record.torch.partition("+")[0]
+        return (torch, record.cuda or "", record.gpu or "", record.python, record.os, record.processor)
 
-    def order(record: Record) -> tuple[list[int], list[str]]:
+    def order(record: Record) -> tuple[list[int], tuple[str, ...]]:
         torch, *others = configuration(record)
-        return [-int(number) for number in torch.split(".")], others
+        return [-int(number) for number in torch.split(".")], tuple(others)
 
     ran = sorted((record for record in records if record.kind in KINDS), key=order)
-    for row, group in groupby(ran, key=configuration):
+    for values, group in groupby(ran, key=configuration):
         here = list(group)
         status = "fails" if any(record.failed for record in here) else "tested"
-        yield (*row, status, "; ".join(map(outcome, here)))
+        yield Row(values, status, "; ".join(map(outcome, here)))
 
 
 def outcome(record: Record) -> str:
@@ -138,34 +179,24 @@ def outcome(record: Record) -> str:
     return f"{KINDS[record.kind]}: {record.passed:,} passed{failed} ({record.commit[:7]})"
 
 
-def on_gpus() -> Iterator[Sequence[str]]:
+def on_gpus() -> Iterator[Row]:
     """The machine on which the GPU benchmarks ran."""
     machine = json.loads(GPU_RESULTS.read_text())["machine"]
     torch, python = machine["torch"].partition("+")[0], ".".join(machine["python"].split(".")[:2])
-    row = (torch, f"{machine['CUDA']}, {', '.join(machine['gpus'])}", python, "Linux", "x86_64")
-    yield (*row, "tested", f"`benchmarks.gpu` ({machine['commit'][:7]})")
+    values = (torch, machine["CUDA"], ", ".join(machine["gpus"]), python, "Linux", "x86_64")
+    yield Row(values, "tested", f"`benchmarks.gpu` ({machine['commit'][:7]})")
 
 
-def compiled(records: Sequence[Record]) -> Iterator[Sequence[str]]:
-    """What was compiled, but not run as it would be by its users."""
-    for text in sorted({text for record in records if record.kind in KINDS for text in record.compiled}):
-        yield ("any", text, "any", "Linux", "any", "compiles", "the CUDA kernels, by that NVRTC")
+def compiled(records: Sequence[Record]) -> Iterator[Row]:
+    """What was compiled, but not run as its users would run it."""
+    for text in sorted({text for record in records if record.kind in KINDS for text in record.compiled}, key=natural):
+        nvrtc, _, architectures = text.partition(", ")
+        yield Row(("", nvrtc, architectures, "", "Linux", ""), "compiles", "the CUDA kernels, by NVRTC")
     for record in records:
         if record.kind == "kernels":
-            row = ("any", "any", "any", "Linux", record.processor)
             results = f"{record.passed} of {record.passed + record.failed} results equal x86_64's ({record.commit[:7]})"
-            yield (*row, "compiles", f"the CPU kernels, in qemu-user: {results}")
-
-
-def untested(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
-    for head, values in VALUES.items():
-        column = HEADS.index(head)
-        for value in values:
-            if not any(
-                row[column].startswith(value) and row[column][len(value) :][:1] in ("", ".", ",") for row in rows
-            ):
-                cells = [value if name == head else "any" for name in HEADS[:-2]]
-                yield (*cells, "untested", "")
+            values = ("", "", "", "", "Linux", record.processor)
+            yield Row(values, "compiles", f"the CPU kernels, in qemu-user: {results}")
 
 
 def read_table() -> str:

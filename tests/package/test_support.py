@@ -36,35 +36,45 @@ def records(monkeypatch, tmp_path):
     return support.RECORDS
 
 
-def rows(*records: support.Record) -> list[list[str]]:
+def test_page_has_the_table_of_the_records():
+    assert support.read_table() == support.table()  # else, `make support`
+
+
+def tables(*records: support.Record) -> list[list[list[str]]]:
+    """The cells of the table by axis and of the one by configuration, without their heads."""
     for record in records:
         record.write()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in support.table().splitlines()[2:]]
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        for table in support.table().split("\n\n")
+    ]
 
 
 def test_rows(records):
     first = support.Record(**RECORD)
     wheel = support.Record(**RECORD | dict(kind="wheel", passed=700, compiled=()))
-    older = support.Record(**RECORD | dict(torch="2.9.1", cuda=None, passed=1, failed=2))
+    older = support.Record(**RECORD | dict(torch="2.9.1", cuda=None, python="3.9", passed=1, failed=2))
     kernels = support.Record(**RECORD | dict(kind="kernels", processor="aarch64", os="Linux", passed=128))
-    table = rows(older, wheel, first, kernels)
+    by_axis, runs = tables(older, wheel, first, kernels)
     ran = "all tests: 3,000 passed (0123456); the wheel's tests: 700 passed (0123456)"
-    assert table[0] == ["2.15.0", "13.2, no GPU", "3.11", "Linux, glibc 2.36", "x86_64", "tested", ran]
-    assert table[1][:2] == ["2.9.1", "none"]
-    assert table[1][-2:] == ["fails", "all tests: 1 passed, 2 failed (0123456)"]
-    by_status = {status: [row for row in table if row[-2] == status] for status in ("compiles", "untested")}
-    assert [row[1:5] for row in by_status["compiles"]] == [
-        ["12, sm_75, sm_90", "any", "Linux", "any"],
-        ["any", "any", "Linux", "aarch64"],
-    ]
-    untested = {cell for row in by_status["untested"] for cell in row[:-2]} - {"any"}
-    assert {"3.10", "3.14", "3.14t", "macOS", "Windows", "ROCm"} <= untested
-    assert not {"3.11", "x86_64", "aarch64", "Linux", "12", "13"} & untested
+    assert runs[0] == ["2.15.0", "13.2", "any", "3.11", "Linux, glibc 2.36", "x86_64", "tested", ran]
+    assert runs[1][:2] == ["2.9.1", ""]
+    assert runs[1][-2:] == ["fails", "all tests: 1 passed, 2 failed (0123456)"]
+    gpu, compiled, emulated = runs[2:]
+    assert gpu[-2] == "tested"
+    assert compiled[1:3] == ["12", "sm_75, sm_90"]
+    assert [row[-2] for row in (compiled, emulated)] == ["compiles", "compiles"]
+    axes = {axis: cells for axis, *cells in by_axis}
+    assert axes["torch"] == [f"{gpu[0]}, 2.15.0", "", ""]
+    assert axes["CUDA"] == [gpu[1], "12, 13.2", ""]
+    assert axes["Python"] == [f"3.11, {gpu[3]}", "", "3.10, 3.13, 3.14, 3.14t"]
+    assert axes["OS"][2] == "macOS, Windows"
+    assert axes["processor"] == ["x86_64", "aarch64", ""]
 
 
 def test_later_run_replaces_a_record(records):
-    rows(support.Record(**RECORD | dict(failed=1)))
-    assert rows(support.Record(**RECORD))[0][-2] == "tested"
+    tables(support.Record(**RECORD | dict(failed=1)))
+    assert tables(support.Record(**RECORD))[1][0][-2] == "tested"
     assert len(list(records.iterdir())) == 1
 
 
