@@ -188,8 +188,8 @@ def environment(python: Path, path: str = "") -> dict[str, str]:
 
 
 def copy_tests(folder: Path, source: Path = ROOT) -> None:
-    """Copies the tests to a folder without the package: there, they import the installed one."""
-    for name in ("tests", "compile_tests"):
+    """Copies the tests, and examples that they import, to a folder without the package: they use the installed one."""
+    for name in ("tests", "compile_tests", "examples"):
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(source / name, folder)
