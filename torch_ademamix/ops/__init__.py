@@ -41,7 +41,7 @@ def _load_native() -> ModuleType | None:
     except ImportError:
         warnings.warn(
             "torch_ademamix was built without its native kernels and runs on the reference ones, which are "
-            "several times slower; reinstall it where a C++ compiler is at hand "
+            "much slower; install a C++ compiler and reinstall it "
             "(`python -m torch_ademamix` shows the build)",
             stacklevel=2,
         )
@@ -149,7 +149,7 @@ def _functions(native: ModuleType) -> ctypes.PyDLL:
 @cache
 def _warn_of_reference_on_cuda() -> None:
     warnings.warn(
-        f"{without_cuda}: CUDA tensors are served by torch_ademamix's reference kernels, which are several times "
+        f"{without_cuda}: CUDA tensors are served by torch_ademamix's reference kernels, which are much "
         "slower (`python -m torch_ademamix` shows which kernels each device uses)",
         stacklevel=2,
     )
