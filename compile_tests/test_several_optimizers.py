@@ -184,7 +184,7 @@ def test_parameters_of_no_optimizer_are_told(make_step):
         UserWarning, match=r"2 parameters of the model \(such as 0.weight\) .* Pass all optimizers"
     ) as told:
         train()
-    assert len(told) == 1
+    assert sum(warning.category is UserWarning for warning in told) == 1  # torch warns of Python 3.13.0's guards
     muon.param_groups[0]["params"].pop(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -69,9 +69,11 @@ def homeless(monkeypatch):
     """A user without HOME and an entry in passwd, as in a container that is run with any uid."""
     for name in ("HOME", "XDG_CACHE_HOME", cuda.CACHE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    with pytest.raises(RuntimeError):
-        Path.home()
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)  # as it then does itself
 
 
 @pytest.mark.usefixtures("homeless")
