@@ -120,7 +120,7 @@ test-torch: $(BUILD) $(CUOBJDUMP) $(NVRTC) $(OTHER_TORCH)$(TORCH)/dev.stamp  ## 
 	    --junitxml=build/$(TIER).xml $(ARGS) || status=$$?; \
 	$(if $(ARGS),,$(PY) -m tools.support --record $(TIER) $(OTHER_TORCH)$(TORCH)/bin/python build/$(TIER).xml;) exit $$status
 
-support:  ## the support matrix in docs/install.md, from benchmarks/results/support
+support:  ## the support matrix in docs/limitations.md, from benchmarks/results/support
 	$(PYTHON) -m tools.support
 
 build: $(BUILD)

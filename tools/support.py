@@ -1,4 +1,4 @@
-"""The support matrix in docs/install.md: `python -m tools.support` writes it, from the records of what has run.
+"""The support matrix in docs/limitations.md: `python -m tools.support` writes it, from the records of what has run.
 
 `make wheel-check ARGS=--record`, `make test-torch` and `make aarch64-check ARGS=--record` leave their records in
 benchmarks/results/support, one file for each kind of run, torch, Python and processor; a later run replaces the file.
@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks/results/support"
 GPU_RESULTS = ROOT / "benchmarks/results/gpu/speed.json"
-PAGE = ROOT / "docs/install.md"
+PAGE = ROOT / "docs/limitations.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 
 AXES = ("torch", "CUDA", "GPU", "Python", "OS", "processor")

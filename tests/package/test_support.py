@@ -1,4 +1,4 @@
-"""The support matrix in docs/install.md."""
+"""The support matrix in docs/limitations.md."""
 
 import json
 import sys
