@@ -138,6 +138,12 @@ def cross_compiling(folder: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
+def serves_arm(python: Path) -> bool:
+    """Whether its headers do: Debian's name those of the processor that they are compiled for, which aren't there."""
+    headers = Path(python_config(python)["include"])
+    return "linux-gnu/" not in (headers / "pyconfig.h").read_text()
+
+
 def compile_module(target: Path, headers: str) -> None:
     """Compiles `_native` as setup.py describes it, for the Python with those headers."""
     module = runpy.run_path(str(ROOT / "setup.py"))["python_module"]()
@@ -264,7 +270,9 @@ def main() -> int:
     wheels = build_all(pythons, scratch / platform.machine())
     if platform.machine() == "x86_64" and shutil.which(f"{CROSS}g++"):
         with cross_compiling(scratch / "stubs"):
-            build_all(pythons, scratch / "aarch64", "aarch64")
+            build_all(
+                {abi: pythons[abi] for abi in pythons if serves_arm(pythons[abi])}, scratch / "aarch64", "aarch64"
+            )
 
     failed = []
     for i, python in enumerate(args.check):
