@@ -70,6 +70,7 @@ def _cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "max_memory_allocated": lambda: 2 * 10**9,
         "max_memory_reserved": lambda: 3 * 10**9,
         "device_count": lambda: 1,
+        "is_available": lambda: False,  # which a torch with CUDA may ask device_count, if Accelerate told it to
         "get_device_name": lambda device=0: "a GPU",
         "get_device_capability": lambda device=0: (9, 0),
     }.items():
