@@ -356,7 +356,7 @@ class AdEMAMix(Optimizer):
                 f"values is a {type(values).__name__} of shape {list(values.shape)}, but must be a {kind} of "
                 f"{list(p.shape)}"
             )
-        write_ema({entry: sharding.local(tensor) for entry, tensor in state.items()}, name, sharding.local(values))
+        write_ema(sharding.local_entries(state), name, sharding.local(values))
 
     def _state_with(self, p: Tensor, name: str) -> ParamState:
         state = self.state.get(p)

@@ -125,11 +125,11 @@ def separate(state: OptimizerState) -> None:
 
 def write(state: ParamState, values: Mapping[str, Tensor]) -> None:
     """Copies values into a parameter's state, in the tensors that are there; of those that aren't given, zeros."""
-    for name in [name for name in NAMES if name in state]:
-        target = sharding.local(state[name])
-        if name in values:
-            target.copy_(sharding.local(values[name]).reshape(target.shape))
-        else:
+    given = sharding.local_entries(values)
+    for name, target in sharding.local_entries(state).items():
+        if name in given:
+            target.copy_(given[name].reshape(target.shape))
+        elif name in NAMES:
             target.zero_()
 
 
@@ -137,7 +137,7 @@ def read_ema(state: Mapping[str, Tensor], name: str) -> Tensor:
     """The values of a moment, unquantized, in new memory; of a DTensor those of its local tensor."""
     own = formats_of(state)
     format = own[name]
-    local = {entry: sharding.local(value) for entry, value in state.items() if entry in NAMES}
+    local = sharding.local_entries({entry: value for entry, value in state.items() if entry in NAMES})
     if format is None:
         return local[name].detach().clone()  # type: ignore[no-any-return]
     codes, absmax = codes_in(local, own)[name]

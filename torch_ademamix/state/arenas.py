@@ -91,17 +91,24 @@ class Slice(NamedTuple):
 
     def views(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter (of a DTensor, its local tensor) that is stored there, by the names in state."""
-        flats = self.arena.flats
-        moments = {name: _view(name, flats, as_real(p), self.first) for name, _ in self.arena.storage.entries}
+        flats, real = self.arena.flats, as_real(p)
+        scales_shape = sharding.scales_shape(real) or ()
+        moments = {}
+        for name, _ in self.arena.storage.entries:
+            if name.endswith(SCALES):
+                moments[name] = absmax_view(flats[name], real, self.first).view(scales_shape)
+            else:
+                is_code = name + SCALES in flats or name in WORDS.values()
+                moments[name] = (code_view if is_code else state_view)(flats[name], real, self.first)
         if p.is_complex():
             moments = {name: torch.view_as_complex(view) for name, view in moments.items()}
         return {"step": flats["step"][self.step], **moments}
 
     def is_of(self, p: Tensor, state: Mapping[str, Tensor]) -> bool:
         """Whether state still is as `allocate` makes it for a parameter: of that shape and order, and in the arena."""
-        p = sharding.local(p.detach())
-        for name, expected in self.views(p).items():
-            tensor = sharding.local(state[name])
+        own = sharding.local_entries(state)
+        for name, expected in self.views(sharding.local(p.detach())).items():
+            tensor = own[name]
             if (tensor.shape, tensor.stride()) != (expected.shape, expected.stride()):
                 return False
             if tensor.numel() > 0 and not isinstance(tensor, FakeTensor) and tensor.data_ptr() != expected.data_ptr():
@@ -133,13 +140,6 @@ def allocate(params: Sequence[Tensor], storage: StorageSpec) -> list[tuple[Slice
     return result
 
 
-def _view(name: str, flats: Mapping[str, Tensor], p: Tensor, first: int) -> Tensor:
-    if name.endswith(SCALES):
-        return absmax_view(flats[name], p, first).view(sharding.scales_shape(p) or ())
-    is_code = name + SCALES in flats or name in WORDS.values()
-    return (code_view if is_code else state_view)(flats[name], p, first)
-
-
 def _apart(view: Tensor) -> Tensor:
     """A view with its own storage object (offset 0) that keeps the arena's memory alive.
 
@@ -168,13 +168,13 @@ def lost_memory(tensor: Tensor) -> bool:
 
 
 def check_memory(state: Mapping[str, Any], param: str) -> None:
-    """Refuses state whose storages were resized; `param` is its parameter's name.
+    """Checks that no storage of state was resized; `param` is its parameter's name.
 
     Raises:
         RuntimeError: a storage is smaller than its tensor.
     """
-    for name in NAMES:
-        if isinstance(state.get(name), Tensor) and lost_memory(sharding.local(state[name])):
+    for name, tensor in sharding.local_entries(state).items():
+        if name in NAMES and isinstance(tensor, Tensor) and lost_memory(tensor):
             raise RuntimeError(
                 f"the storage of {name} of {param} has been resized and no longer has room for it; resize it back and "
                 "restore its values first. State tensors share storages; to free and restore them one by one, call "

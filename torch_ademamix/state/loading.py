@@ -241,7 +241,7 @@ def _needing_memory(
             fresh.append((p, kind))
         elif old.slice is not None and not _is_there(own, old):
             written[old.slice.arena] = None
-    loaded = {id(sharding.local(value)) for own in values.values() for value in own.values()}
+    loaded = {id(value) for own in values.values() for value in sharding.local_entries(own).values()}
     for arena in written:
         if arena.is_held(loaded):
             in_arena = [p for p in values if (slice := state[p].slice) is not None and slice.arena is arena]
@@ -250,10 +250,9 @@ def _needing_memory(
 
 
 def _is_there(own: Mapping[str, Tensor], state: ParamState) -> bool:
-    """Whether values are where they belong already, as of a state dict of the optimizer itself."""
-    return bool(own) and all(
-        _is_same(sharding.local(value), sharding.local(state[name])) for name, value in own.items()
-    )
+    """Whether values are already in the memory of the state, as those of a state dict of the optimizer itself are."""
+    there = sharding.local_entries(state)
+    return bool(own) and all(_is_same(value, there[name]) for name, value in sharding.local_entries(own).items())
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -64,9 +64,9 @@ class Plan:
                     _check_state(state, name)
                     check_memory(state, name)
                     arena_slice = _slice(p, state)
-                    own = [state[name] for name in NAMES if name in state]
-                    self._dtensors += filter(sharding.is_dtensor, own)
-                    local = list(map(sharding.local, own))
+                    own = {name: state[name] for name in NAMES if name in state}
+                    self._dtensors += filter(sharding.is_dtensor, own.values())
+                    local = list(sharding.local_entries(own).values())
                     if arena_slice is not None:
                         views += local
                     storages |= {id(t): t for t in (local if arena_slice is None else arena_slice.arena.flats.values())}

@@ -38,9 +38,9 @@ def local(value: Any) -> Any:
     return value.to_local() if is_dtensor(value) else value
 
 
-def locals_of(tensors: Iterable[DTensor]) -> list[Tensor]:
-    """The local tensors of DTensors themselves, which frameworks may exchange."""
-    return [tensor._local_tensor for tensor in tensors]
+def local_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's entries of state, with the local tensors of DTensors."""
+    return {name: local(value) for name, value in entries.items()}
 
 
 def local_param(p: Tensor) -> Tensor:
