@@ -290,7 +290,7 @@ def test_checkpoint(workers, tmp_path):
 
 
 def run_example():
-    return data_parallel.main(["--size", "nano", "--steps", "6", "--compiler", "aot_eager"])
+    return data_parallel.main(["--size", "nano", "--steps", "12", "--compiler", "aot_eager"])
 
 
 @pytest.mark.nightly
