@@ -304,3 +304,13 @@ def test_native_kernels_only_say_that_formats_are_invalid(op, args, options, tex
         pytest.skip("meta tensors have no native kernel")
     with pytest.raises(RuntimeError, match=r"blockwise: invalid arguments; torch_ademamix/ops/arguments\.py has"):
         op(*args, **options)
+
+
+def test_names_of_formats():
+    codes, absmax = ops.quantize_blockwise(torch.ones(3), "linear_int16")
+    for call in (
+        lambda: ops.quantize_blockwise(torch.ones(3), "int7"),
+        lambda: ops.dequantize_blockwise(codes, absmax, "int7"),
+    ):
+        with pytest.raises(ValueError, match="format is 'int7', but must be one of signed_sqrt_int8"):
+            call()

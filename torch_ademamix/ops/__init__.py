@@ -308,19 +308,25 @@ def _explained(op: Callable[..., Any], check: Callable[..., Any], *args: Any, **
         raise
 
 
+def _format_index(format: Format) -> int:
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}, but must be one of {', '.join(FORMATS)}")
+    return FORMATS.index(format)
+
+
 def quantize_blockwise(
     x: Tensor, format: Format, *, seed: int | None = None, step: int = 0, subsequence: int = 0
 ) -> tuple[Tensor, Tensor]:
     """:func:`torch_ademamix.blockwise.quantize` as an op, with native kernels."""
     quantized = _explained(
-        _quantize, _fake_quantize, x, FORMATS.index(format), seed=seed, step=step, subsequence=subsequence
+        _quantize, _fake_quantize, x, _format_index(format), seed=seed, step=step, subsequence=subsequence
     )
     return quantized  # type: ignore[no-any-return]
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, format: Format) -> Tensor:
     """:func:`torch_ademamix.blockwise.dequantize` as an op, with native kernels."""
-    values = _explained(_dequantize, _fake_dequantize, codes, absmax, FORMATS.index(format))
+    values = _explained(_dequantize, _fake_dequantize, codes, absmax, _format_index(format))
     return values  # type: ignore[no-any-return]
 
 

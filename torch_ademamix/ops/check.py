@@ -37,11 +37,6 @@ def floating_problem(tensor: Tensor, allowed: tuple[torch.dtype, ...] = PARAMETE
     return None
 
 
-def are_floating(tensors: Sequence[Tensor], allowed: tuple[torch.dtype, ...]) -> bool:
-    """Whether no tensor has a :func:`floating_problem`."""
-    return {t.layout for t in tensors} <= {torch.strided} and {t.dtype for t in tensors} <= set(allowed)
-
-
 def in_place_problem(tensor: Tensor) -> str | None:
     """Why a tensor can't be updated in place, in the same way."""
     overlapping = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
