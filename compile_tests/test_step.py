@@ -455,3 +455,24 @@ def test_numbers_are_not_guarded_one_by_one():
     torch.compile(optimizer.step, fullgraph=True, options=options)()
     assert any(name.endswith("params'][4].grad") for name in names)
     assert not [name for name in names if re.search(r"(offsets|subsequences)\[", name)]
+
+
+def test_gradients_are_guarded_once():
+    """Each is read in C++ and compared once; that it is there at all would not be enough."""
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizer = AdEMAMix(params)
+    optimizer.init_state()
+    for p in params[:2]:
+        p.grad = torch.ones_like(p)
+    kinds = {}
+
+    def keep_all(guards):
+        for guard in guards:
+            kinds.setdefault(guard.name, set()).add(guard.guard_type)
+        return [True] * len(guards)
+
+    torch.compile(optimizer.step, fullgraph=True, options={"guard_filter_fn": keep_all})()
+    of_grads = [kinds[name] for name in sorted(kinds) if re.search(r"params'\]\[\d\]\.grad$", name)]
+    assert of_grads[:2] == [{"_match_grad", "NOT_NONE_MATCH"}] * 2
+    assert len(of_grads) == 3
+    assert not any("HASATTR" in of_param for name, of_param in kinds.items() if "params'][" in name)

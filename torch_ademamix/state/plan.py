@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 
-from torch_ademamix import ops
+from torch_ademamix import ops, tracing
 from torch_ademamix.numerics.hyperparameters import (
     HYPERPARAMETERS,
     HyperparameterRows,
@@ -121,7 +121,7 @@ class Plan:
             if torch.compiler.is_compiling():
                 self._guard()
             for bucket in self.buckets:
-                grads = [p.grad for p in bucket.params]
+                grads = _grads(bucket)
                 chosen = [i for i, grad in enumerate(grads) if grad is not None]
                 work.append(Work(bucket, chosen, [grad for grad in grads if grad is not None]))
         for bucket, _, some in work:
@@ -236,6 +236,16 @@ class Plan:
         indices = ((k, i) for k, params in enumerate(self.params) for i, q in enumerate(params) if q is p)
         k, i = next(indices)
         return param_name(self.groups[k], k, i)
+
+
+def _grads(bucket: ParamBucket) -> list[Tensor | None]:
+    """The gradients of a bucket's parameters, in their order."""
+    params, grads = bucket.params, None
+    if torch.compiler.is_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(tracing.read_grads)  # assigns to `grads`
+    return [p.grad for p in params] if grads is None else grads
 
 
 def _rows(rows: list[Hyperparameters], used: Sequence[int], groups: Sequence[int]) -> HyperparameterRows:
