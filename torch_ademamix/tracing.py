@@ -88,12 +88,40 @@ def read_grads(context: Any) -> None:
 
 
 def _match_grad(builder: Any, guard: Any) -> None:
-    """Dynamo's TENSOR_MATCH, without a guard that no other input is this tensor: a step only reads gradients."""
-    checked = [getattr(builder, f"no_tensor_aliasing_{what}", []) for what in ("names", "sources", "guard_managers")]
-    lengths = [*map(len, checked)]
-    builder.TENSOR_MATCH(guard)
-    for tensors, length in zip(checked, lengths, strict=True):
-        del tensors[length:]
+    """Installs a guard of a gradient's type, dtype, device, shape and strides."""
+    from torch._dynamo.guards import GuardBuilder
+
+    GuardBuilder.TENSOR_MATCH(_FormOnly(builder), guard)
+
+
+class _FormOnly:
+    """Dynamo's GuardBuilder without two of TENSOR_MATCH's guards, which don't matter for what a step only reads.
+
+    They are that no other input is the same tensor, and that no size was marked as dynamic.
+    """
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+        self.no_tensor_aliasing_names: list[str] = []
+        self.no_tensor_aliasing_sources: list[Any] = []
+        self.no_tensor_aliasing_guard_managers: list[Any] = []
+
+    def get_guard_manager(self, guard: Any) -> Any:
+        return _Unmarked(self._builder.get_guard_manager(guard))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._builder, name)
+
+
+class _Unmarked:
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def add_dimension_marking_guard(self, *_: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
 
 
 def detect_other_leaves(context: Any) -> None:
