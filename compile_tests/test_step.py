@@ -476,3 +476,17 @@ def test_gradients_are_guarded_once():
     assert of_grads[:2] == [{"_match_grad", "NOT_NONE_MATCH"}] * 2
     assert len(of_grads) == 3
     assert not any("HASATTR" in of_param for name, of_param in kinds.items() if "params'][" in name)
+
+
+def test_gradients_without_internals_of_dynamo(monkeypatch):
+    """Where another torch has no such source, the traced code reads `p.grad` itself."""
+    params, optimizer = make()
+    expected, reference = make()
+    monkeypatch.delattr(torch._dynamo.source, "GradSource")
+    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        set_grads(params, i)
+        set_grads(expected, i)
+        step()
+        reference.step()
+    assert_identical(params, expected)

@@ -141,9 +141,9 @@ def statuses(axis: str, rows: Sequence[Row]) -> Iterator[Sequence[str]]:
     for row in rows:
         # Without a GPU, CUDA was only loaded.
         status = "compiles" if axis == "CUDA" and row.status == "tested" and not row.values[gpu] else row.status
-        value = row.values[column].partition(", glibc")[0]
-        if value and status in STATUSES:
-            found[value] = min(found.get(value, status), status, key=STATUSES.index)
+        for value in row.values[column].partition(", glibc")[0].split(", "):
+            if value and status in STATUSES:
+                found[value] = min(found.get(value, status), status, key=STATUSES.index)
     for value in VALUES.get(axis, ()):
         if not any(have == value or have.startswith((f"{value}.", f"{value},")) for have in found):
             found[value] = "untested"
