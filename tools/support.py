@@ -1,8 +1,8 @@
 """The support matrix in docs/limitations.md: `python -m tools.support` writes it, from the records of what has run.
 
 `make wheel-check ARGS=--record`, `make test-torch` and `make aarch64-check ARGS=--record` leave their records in
-benchmarks/results/support, one file for each kind of run, torch, Python and processor; a later run replaces the file.
-The GPU is the one of benchmarks/results/gpu.
+benchmarks/results/support, one file for each kind of run, torch, Python and processor, and write the table again; a
+later run replaces the file. The GPU is the one of benchmarks/results/gpu.
 """
 
 import argparse
@@ -90,8 +90,7 @@ def record(
     properties = [item for suite in suites for item in suite.iter("property")]
     compiled = tuple({item.get("value", ""): None for item in properties if item.get("name") == "compiled"})
     counts: dict[str, Any] = {"passed": all - failed - skipped, "failed": failed, "skipped": skipped}
-    made = Record(kind, **json.loads(described), **counts, compiled=compiled, commit=commit, date=now())
-    return made.write()
+    return put(Record(kind, **json.loads(described), **counts, compiled=compiled, commit=commit, date=now()))
 
 
 def record_kernels(processor: str, equal: int, different: int, commit: str) -> Path:
@@ -99,7 +98,14 @@ def record_kernels(processor: str, equal: int, different: int, commit: str) -> P
     described = json.loads(subprocess.check_output([sys.executable, "-c", DESCRIBE], text=True))
     described |= {"os": "Linux", "processor": processor}
     counts: dict[str, Any] = {"passed": equal, "failed": different, "skipped": 0}
-    return Record("kernels", **described, **counts, compiled=(), commit=commit, date=now()).write()
+    return put(Record("kernels", **described, **counts, compiled=(), commit=commit, date=now()))
+
+
+def put(record: Record) -> Path:
+    """Writes the record and the table with it."""
+    path = record.write()
+    write_table()
+    return path
 
 
 def now() -> str:

@@ -33,6 +33,8 @@ REPORT = """
 @pytest.fixture
 def records(monkeypatch, tmp_path):
     monkeypatch.setattr(support, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(support, "PAGE", tmp_path / "page.md")
+    support.PAGE.write_text(f"{support.BEGIN}{support.END}")
     return support.RECORDS
 
 
@@ -87,6 +89,7 @@ def test_record_of_a_run_of_pytest(records, monkeypatch, tmp_path):
     assert (made.passed, made.failed, made.skipped) == (8, 6, 6)
     assert made.compiled == ("13, sm_90",)
     assert made.torch == RECORD["torch"]
+    assert support.read_table() == support.table()
 
 
 def test_only_the_table_is_replaced(monkeypatch, tmp_path):
